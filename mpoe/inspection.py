@@ -15,6 +15,8 @@ from mpoe.layers.cores import MPOCores
 from mpoe.models.composition import NONE, Statistics, forced, solve_routers, without
 from mpoe.models.walk import routed_layers
 
+Batches = Sequence[Mapping[str, Tensor]]
+
 # ------------------------------------------------------------- which expert took which token
 
 
@@ -192,8 +194,8 @@ class Worth:
 
 
 def composed_worth(
-    mixture: Any, classes: Sequence[Statistics], batches: Sequence[Mapping[str, Tensor]]
-) -> Worth:
+    mixture: Any, classes: Sequence[Statistics], texts: Mapping[str, Batches]
+) -> dict[str, Worth]:
     """Compare a composed mixture with each of its experts alone and with the mixtures that lack
     one.
 
@@ -201,7 +203,10 @@ def composed_worth(
         mixture: see `mpoe.compose_experts`; in eval mode.
         classes: the statistics of its experts in order, then those of the background if it has
             *none*.
-        batches: texts as keyword arguments of the model, with ``labels``.
+        texts: batches by a name, keyword arguments of the model, with ``labels``.
+
+    Returns:
+        By the texts' names.
 
     Raises:
         ValueError: a model that was not composed, fewer than two experts, statistics of another
@@ -213,6 +218,37 @@ def composed_worth(
             "mixture must be composed of at least two experts with *none*, each with statistics; "
             f"it has {names}, statistics are of {len(classes)}"
         )
+    composed = {name: _counted_losses(mixture, batches) for name, batches in texts.items()}
+    alone: dict[str, list[Tensor]] = {name: [] for name in texts}
+    removed: dict[str, list[float]] = {name: [] for name in texts}
+    layers = [layer for layer, _ in routed_layers(mixture)]
+    routing = getattr(mixture.config, "mpoe_routing", None) or {}
+    for number in range(len(names)):
+        others = [statistics for place, statistics in enumerate(classes) if place != number]
+        has_none = NONE in names and names[number] != NONE
+        routers = solve_routers(others, layers, none=has_none, **routing)
+        for name, batches in texts.items():
+            with forced(mixture, number):
+                alone[name].append(token_losses(mixture, batches))
+            with without(mixture, number, routers):
+                removed[name].append(float(token_losses(mixture, batches).mean()))
+    worths = {}
+    for name, (losses, load) in composed.items():
+        worths[name] = Worth(
+            names,
+            len(losses),
+            float(losses.mean()),
+            float(torch.stack(alone[name]).amin(0).mean()),
+            (load.sum(0) / load.sum()).tolist(),
+            load.tolist(),
+            [float(expert_losses.mean()) for expert_losses in alone[name]],
+            removed[name],
+        )
+    return worths
+
+
+def _counted_losses(mixture: Any, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Losses of every token, and tokens per expert ``[layers, E]``."""
     loads: list[Tensor] = []
     counting = mixture.register_forward_hook(
         lambda module, given, output: loads.append(output.expert_load)
@@ -221,26 +257,4 @@ def composed_worth(
         losses = token_losses(mixture, batches)
     finally:
         counting.remove()
-    load = torch.stack(loads).sum(0)
-    layers = [layer for layer, _ in routed_layers(mixture)]
-    routing = getattr(mixture.config, "mpoe_routing", None) or {}
-    alone = []
-    removed = []
-    for number in range(len(names)):
-        with forced(mixture, number):
-            alone.append(token_losses(mixture, batches))
-        others = [statistics for place, statistics in enumerate(classes) if place != number]
-        has_none = NONE in names and names[number] != NONE
-        routers = solve_routers(others, layers, none=has_none, **routing)
-        with without(mixture, number, routers):
-            removed.append(float(token_losses(mixture, batches).mean()))
-    return Worth(
-        names,
-        len(losses),
-        float(losses.mean()),
-        float(torch.stack(alone).amin(0).mean()),
-        (load.sum(0) / load.sum()).tolist(),
-        load.tolist(),
-        [float(expert_losses.mean()) for expert_losses in alone],
-        removed,
-    )
+    return losses, torch.stack(loads).sum(0)

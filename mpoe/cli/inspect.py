@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from mpoe.cli import models, report
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.evaluate import encode_task, expert_load, padded_batches
@@ -22,7 +24,7 @@ from mpoe.cli.short_help import SHORT
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.batches import read_batches
 from mpoe.data.task import Task
-from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
+from mpoe.inspection import Batches, Route, Worth, bond_spectra, composed_worth, route_text
 from mpoe.models.card import facts
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, experts_in
 from mpoe.models.report import HEADER, LEGEND, summarize
@@ -38,7 +40,9 @@ NUM_TOKENS = 2048  # of the pass that plans of MPO weights are for
 # of the pass that counts the load, about: ten seconds of one core; smaller models read `MOST_ITEMS`
 FLOPS = 6e11
 MOST_ITEMS = 256
-ITEMS_OF_TEXT = 4  # of a domain's text, for what each expert is worth
+# of the passes that say what each expert is worth, about: half a minute of one core
+FLOPS_OF_WORTH = 2.5e12
+MOST_ITEMS_OF_TEXT = 4  # of a domain's text
 LENGTH = 128  # tokens of such an item
 _MAX_TOKENS = 60  # of the items that are shown when no text is given
 _WORDS = {
@@ -83,11 +87,12 @@ class InspectOptions:
     texts: list[str] = option(
         [],
         "of a mixture of experts: a file of each domain, read as mpoe train does, on which each "
-        "expert's worth is told",
+        "expert's worth is told; at most four items of 128 tokens, fewer where these would take "
+        "more than about half a minute",
         nargs="+",
     )
     num_items: int | None = option(
-        None, "at most so many of them, or of each file of --texts (4); default: by size"
+        None, "at most so many of them, or of each file of --texts; default: by size, of the model"
     )
 
     LEAST: ClassVar[dict[str, int]] = {"num_items": 1}
@@ -122,16 +127,22 @@ def command(request: Request) -> None:
             "another"
         )
     model = models.load_model(source)
-    most = options.num_items or max(
-        1, min(MOST_ITEMS, int(FLOPS / (2 * LENGTH * model.num_parameters())))
-    )
-    items = _items(source.style, options.split, most, tasks, tokenizer) if tokenizer else []
-    counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
+    texts: dict[str, Batches] = {}
+    if options.texts:
+        texts = _batches_of_texts(options, tokenizer, model)
+        items = [{"input_ids": batches[0]["input_ids"][0].tolist()} for batches in texts.values()]
+        counted = f"{sum(map(num_items, texts.values()))} items of {', '.join(texts)}"
+    else:
+        most = options.num_items or max(
+            1, min(MOST_ITEMS, int(FLOPS / (2 * LENGTH * model.num_parameters())))
+        )
+        items = _items(source.style, options.split, most, tasks, tokenizer) if tokenizer else []
+        counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
     print(f"{name}: counting {counted}, following tokens, reading bonds", flush=True)
-    worth: dict[str, Worth] = {}
-    if is_composed and tokenizer and source.style != ENCODER:
+    if is_composed and tokenizer and source.style != ENCODER and not texts:
         is_data_given = bool(data.data_dir or data.tasks or data.task_file)
-        worth = _worths(Path(name), model, tokenizer, items if is_data_given else [], options)
+        texts = _other_texts(model, tokenizer, items if is_data_given else [], options.text)
+    worth = _worths(Path(name), model, texts) if texts else {}
     text = options.text or [
         tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True)
         for item in items[:2]
@@ -142,8 +153,10 @@ def command(request: Request) -> None:
         if tokenizer and routed_layers(model)
     ]
     load = []
-    if routes:
-        load = worth[ITEMS].load if ITEMS in worth else expert_load(model, items, tokenizer)
+    if routes and worth and SENTENCES not in worth:
+        load = torch.tensor([result.load for result in worth.values()]).sum(0).tolist()
+    elif routes:
+        load = expert_load(model, items, tokenizer)
     _report(folder, name, model, routes, load, counted, worth)
     for text_name, result in worth.items():
         worth_table(result, text_name).show()
@@ -173,32 +186,41 @@ def _items(
     ]
 
 
-def _worths(
-    folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], options: InspectOptions
-) -> dict[str, Worth]:
-    """What the experts of a composed mixture are worth: on every file of ``texts``, by its name, or
-    else on the sentences of ``text``, or on the items."""
+def _batches_of_texts(options: InspectOptions, tokenizer: Any, model: Any) -> dict[str, Batches]:
+    """Of every file of ``texts``; every expert is tried alone and left out on every item."""
+    files = options.texts
+    passes = len(files) * (2 * model.mpoe_config.num_experts + 1)
+    item = 2 * LENGTH * model.num_parameters()
+    fitting = max(1, min(MOST_ITEMS_OF_TEXT, int(FLOPS_OF_WORTH / (passes * item))))
+    most = options.num_items or fitting
+    return {file: read_batches(file, tokenizer, LENGTH, most) for file in files}
+
+
+def _other_texts(
+    model: Any, tokenizer: Any, items: list[dict[str, Any]], sentences: Sequence[str]
+) -> dict[str, Batches]:
+    """What says what experts are worth where no file does: the sentences, or the items."""
+    if sentences and not model.config.is_encoder_decoder:
+        rows = tokenizer(list(sentences))["input_ids"]
+        items = [
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows
+        ]
+        return {SENTENCES: list(padded_batches(model, items, tokenizer))}
+    return {ITEMS: list(padded_batches(model, items, tokenizer))} if items else {}
+
+
+def _worths(folder: Path, model: Any, texts: Mapping[str, Batches]) -> dict[str, Worth]:
+    """What the experts of a composed mixture are worth on each of the texts."""
     experts, background = experts_in(folder)
     classes = [expert.statistics for expert in experts]
     if background is not None:
         classes.append(background)
-    if options.texts:
-        most = options.num_items or ITEMS_OF_TEXT
-        return {
-            file: composed_worth(model, classes, read_batches(file, tokenizer, LENGTH, most))
-            for file in options.texts
-        }
-    if options.text and not model.config.is_encoder_decoder:
-        rows = tokenizer(list(options.text))["input_ids"]
-        items = [
-            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows
-        ]
-        return {
-            SENTENCES: composed_worth(model, classes, list(padded_batches(model, items, tokenizer)))
-        }
-    if not items:
-        return {}
-    return {ITEMS: composed_worth(model, classes, list(padded_batches(model, items, tokenizer)))}
+    return composed_worth(model, classes, texts)
+
+
+def num_items(batches: Batches) -> int:
+    """Rows of all batches."""
+    return sum(len(batch["input_ids"]) for batch in batches)
 
 
 def worth_table(worth: Worth, text: str) -> report.Table:

@@ -446,8 +446,12 @@ def test_what_experts_are_worth(
     ]
     files = [str(folder / "t0.txt"), str(folder / "t1.txt")]
     assert not run([*words, "--overwrite", "--texts", *files])
-    worth = json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]
+    numbers = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    worth = numbers["worth"]
     assert list(worth) == files
+    assert numbers["counted_on"] == f"3 items of {', '.join(files)}"
+    first_layer = [sum(worth[file]["load"][0]) for file in files]
+    assert sum(numbers["expert_load"][0]) == sum(first_layer)
     numbers = worth[files[0]]
     assert numbers["tokens"] == 2 * 127
     assert numbers["names"] == ["law", "med", "none"]

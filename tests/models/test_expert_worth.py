@@ -58,7 +58,12 @@ def composed(domains: SimpleNamespace) -> SimpleNamespace:
 def test_worth(domains: SimpleNamespace, composed: SimpleNamespace) -> None:
     batches = [*domain(0, seed=9), *domain(1, seed=9)]
     before = [layer.router for layer in neuron_modules(composed.mixture).values()]
-    found = composed_worth(composed.mixture, composed.classes, batches)
+    texts = {"both": batches, "first": domain(0, seed=9)}
+    worths = composed_worth(composed.mixture, composed.classes, texts)
+    assert list(worths) == ["both", "first"]
+    assert worths["first"].loss == pytest.approx(loss(composed.mixture, 0), abs=1e-4)
+    assert worths["first"].alone[0] < worths["first"].alone[1]
+    found = worths["both"]
     assert [layer.router for layer in neuron_modules(composed.mixture).values()] == before
     assert found.names == ["domain0", "domain1", "none"]
     assert found.tokens == 2 * 32 * 15
@@ -88,7 +93,7 @@ def test_worth(domains: SimpleNamespace, composed: SimpleNamespace) -> None:
 def test_worth_without_none(domains: SimpleNamespace) -> None:
     mixture = compose_experts(domains.base, domains.files, none=False, top_k=1)
     classes = [load_expert(file).statistics for file in domains.files]
-    found = composed_worth(mixture, classes, domain(0))
+    found = composed_worth(mixture, classes, {"text": domain(0)})["text"]
     assert found.removed == pytest.approx(found.alone[::-1], abs=1e-4)
 
 
@@ -99,11 +104,12 @@ def test_worth_that_is_refused(domains: SimpleNamespace, composed: SimpleNamespa
         composed_worth,
         composed.mixture,
         composed.classes[:2],
-        domain(0),
+        {"text": domain(0)},
     )
-    refuses(ValueError, "at least two experts", composed_worth, domains.base, [], domain(0))
+    refuses(ValueError, "at least two experts", composed_worth, domains.base, [], {})
+    unlabelled = {"text": [{"input_ids": torch.ones(1, 4).long()}]}
     with pytest.raises(ValueError, match="batches must hold labels; got input_ids"):
-        composed_worth(composed.mixture, composed.classes, [{"input_ids": torch.ones(1, 4).long()}])
+        composed_worth(composed.mixture, composed.classes, unlabelled)
     refuses(ValueError, "batches must hold tokens to predict", token_losses, domains.base, [])
 
 

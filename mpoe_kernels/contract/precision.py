@@ -15,11 +15,9 @@ def may_round_to_tf32(dtype: torch.dtype) -> bool:
 
 
 def float32_mm(first: Tensor, second: Tensor) -> Tensor:
-    """The product, accumulated and returned in float32."""
-    if first.dtype == torch.float32:
+    """The product, accumulated and returned in at least float32."""
+    if first.dtype in (torch.float32, torch.float64):
         return first @ second
-    return (
-        first.float() @ second.float()
-        if first.is_cpu
-        else torch.mm(first, second, out_dtype=torch.float32)
-    )
+    if first.is_cpu:
+        return first.float() @ second.float()
+    return torch.mm(first, second, out_dtype=torch.float32)

@@ -1,8 +1,8 @@
 """What a strategy computes, as a value: products of named tensors, in order.
 
 A program is made once from sizes. Its FLOPs are counted product by product
-(`mpoe_kernels.contract.plan`), and backends that compute product by product walk it (`run`), so
-that there what is counted is what runs.
+(`mpoe_kernels.contract.plan`), and backends that compute product by product walk it
+(`mpoe_kernels.linear.grouped`), so that there what is counted is what runs.
 
 Names: ``x``, ``rows1``, ``rows2``, ``y`` are the rows before the first operand, between operands
 and after the last one; ``L C R`` are the blocks, ``LC CR W`` what is built from them; ``d`` before
@@ -11,10 +11,10 @@ a name is its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpoe_kernels.contract.orders import (
     AXES,
@@ -264,25 +264,3 @@ def program_of(
     if phase == "forward":
         return forward_program(dims, strategy)
     return backward_program(dims, strategy, need, kept and strategy == "separable")
-
-
-def run(program: Program, chunks: Iterable[Any]) -> None:
-    """Compute all products of a program, for one chunk of experts after the other; a tensor lives
-    until its last reader has run, so no weight of one chunk is alive when the next one's are built.
-
-    A chunk has the methods ``given`` (a tensor that is not the result of a product), ``rows``,
-    ``gradient`` and ``merge`` (the kinds of products), in its backend's own representation of
-    tensors.
-    """
-    for chunk in chunks:
-        compute = {ROWS: chunk.rows, GRADIENT: chunk.gradient, MERGE: chunk.merge}
-        values: dict[str, Any] = {}
-        for product in program.products:
-            for name in (product.first, product.second):
-                if name not in values:
-                    values[name] = chunk.given(name)
-            values[product.result] = compute[product.kind](
-                product, values[product.first], values[product.second]
-            )
-            for name in product.last_reads:
-                del values[name]

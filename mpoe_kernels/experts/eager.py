@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import check_range
-from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
+from mpoe_kernels.linear.activation import ACTIVATION, ACTIVATION_GRADIENT
 
 if TYPE_CHECKING:
     from mpoe_kernels.experts.op import (

@@ -7,8 +7,9 @@ the gradient of a weight on chip.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from mpoe_kernels.backends import kernel_for
 from mpoe_kernels.contract.orders import INDICES, BlockDims
 from mpoe_kernels.contract.precision import float32_mm
-from mpoe_kernels.linear.eager.activation import ACTIVATION_GRADIENT
+from mpoe_kernels.linear.activation import ACTIVATION_GRADIENT
 from mpoe_kernels.routing.op import DispatchBackwardCall
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+@lru_cache(maxsize=1024)
 def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int, copies: int = 2) -> int:
     """Experts whose weights are built together: what is built, and by default once more in the
     order in which it is multiplied, takes at most a quarter of the dense experts' memory, or two
@@ -46,11 +48,13 @@ class Slots:
         offsets: ``[E + 1]``; expert e owns ``[offsets[e], offsets[e + 1])``.
         count: N.
         is_part: there are experts before or after them.
+        of_experts: how many each owns, and together all of them; None: nobody has read the offsets.
     """
 
     offsets: Tensor
     count: int
     is_part: bool = False
+    of_experts: list[int] | None = None
 
     @property
     def busy(self) -> Tensor:
@@ -62,6 +66,12 @@ class Slots:
         """Which slots an expert owns, ``[N]``."""
         number = torch.arange(self.count, device=self.offsets.device)
         return (number >= self.offsets[0]) & (number < self.offsets[-1])
+
+    def clear(self, rows: Tensor) -> Tensor:
+        """Rows ``[N, ...]``, zero where no expert owns the slot."""
+        if self.of_experts is not None:
+            return rows
+        return torch.where(self.owned.view(-1, *[1] * (rows.dim() - 1)), rows, 0)
 
 
 def around_gradients(
@@ -75,13 +85,11 @@ def around_gradients(
             needed.
         activates: it applies the activation's itself.
     """
-    dz, dbias = (
-        ACTIVATION_GRADIENT["none" if activates else call.activation](call.grad, call.saved),
-        None,
-    )
+    dz = ACTIVATION_GRADIENT["none" if activates else call.activation](call.grad, call.saved)
+    dbias = None
     if call.need[4]:
-        owned = Slots(call.expert_offsets, call.slots).owned
-        dbias = torch.where(owned[:, None], dz, 0).sum(0, dtype=torch.float32).to(dz.dtype)
+        rows = Slots(call.expert_offsets, call.slots).clear(dz)
+        dbias = rows.sum(0, dtype=torch.float32).to(dz.dtype)
     dx, dleft, dcentral, dright = gradients(dz) if any(call.need_of_plan) else (None,) * 4
     if dx is not None and call.row_index is not None:
         if call.slot_of_token is None:  # by sorting: atomics would add in any order
@@ -89,11 +97,15 @@ def around_gradients(
         else:
             sum_rows = kernel_for("dispatch_backward", dx.device, dx.dtype, call.backend)
             dx = sum_rows(DispatchBackwardCall(dx, call.slot_of_token, call.backend))
-    results = [
-        dz.new_empty(0) if part is None else part.contiguous()
-        for part in (dx, dleft, dcentral, dright, dbias)
+    return dense_gradients(call, (dx, dleft, dcentral, dright, dbias))
+
+
+def dense_gradients(call: BackwardCall, results: Iterable[Tensor | None]) -> Backward:
+    """Dense ones; empty where there is none."""
+    dx, dleft, dcentral, dright, dbias = [
+        call.grad.new_empty(0) if result is None else result.contiguous() for result in results
     ]
-    return results[0], results[1], results[2], results[3], results[4]
+    return dx, dleft, dcentral, dright, dbias
 
 
 Call = TypeVar("Call", "ForwardCall", "BackwardCall")

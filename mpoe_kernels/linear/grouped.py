@@ -1,28 +1,34 @@
-"""The grouped product on a GPU: a program's products for all experts at once, and what surrounds
-them.
+"""The walk through a program's products: what multiplies rows by blocks, and blocks by one another.
 
-Nothing here waits for the GPU. A product with the shared block is one `torch.mm`; a product of
-every expert's rows with its own block is one grouped product, see `Grouped`; blocks are merged by
-`torch.bmm`. Weights are built for as many experts at a time as `experts_at_once` allows. It also
-runs on CPUs, in tests.
+A product with the shared block is one `torch.mm`; a product of every expert's rows with its own
+block is one grouped product, by a backend's `Grouped`; blocks are merged by `torch.bmm`. Weights
+are built for as many experts at a time as `experts_at_once` allows. Nothing here waits for a GPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpoe_kernels.contract.orders import applications
+from mpoe_kernels.contract.orders import BlockDims, applications
 from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.contract.precision import float32_mm
-from mpoe_kernels.contract.program import KEPT, ROWS, Product, Program, program_of, run, value_of
-from mpoe_kernels.linear.eager.activation import ACTIVATION
+from mpoe_kernels.contract.program import (
+    GRADIENT,
+    KEPT,
+    ROWS,
+    Product,
+    Program,
+    program_of,
+    value_of,
+)
+from mpoe_kernels.linear.activation import ACTIVATION
 from mpoe_kernels.linear.gradients import (
     Backward,
     Forward,
@@ -66,8 +72,9 @@ class RowsProduct(NamedTuple):
         row_index: ``[N]``, or None: slot s reads row s.
         blocks: ``[E, k, m]`` of any strides.
         slots: of these experts.
-        last: the call whose bias, activation and ``out_index`` are applied, or None.
         out: dense ``[N, p, m]`` to write these experts' rows to, or None: new memory.
+        last: the call whose bias, activation and ``out_index`` are applied, or None; like the next
+            one only where `Grouped.fuses`.
         turned: rows are read in the order ``[N, m, p]``, and new memory had better have it.
     """
 
@@ -75,8 +82,8 @@ class RowsProduct(NamedTuple):
     row_index: Tensor | None
     blocks: Tensor
     slots: Slots
-    last: ForwardCall | None = None
     out: Tensor | None = None
+    last: ForwardCall | None = None
     turned: bool = False
 
 
@@ -87,7 +94,7 @@ class BlocksProduct(NamedTuple):
     Attributes:
         rows, row_index, slots: see `RowsProduct`.
         grads: ``[N, p, m]``; with an activation, of its output.
-        blocks: None, or from the same reading, where `Grouped.shares`, the gradients of the rows go
+        blocks: None, or from the same reading, where `Grouped.fuses`, the gradients of the rows go
             into ``drows``, and ``rows blocks`` into ``again``. Their sides are `LARGEST_SHARED` at
             most.
         drows: ``[N, p, k]``, with blocks.
@@ -106,32 +113,45 @@ class BlocksProduct(NamedTuple):
 
 
 class Grouped(Protocol):
-    """The two products of rows with blocks that every expert has for itself: the library's, or
-    Triton's."""
+    """The two products of rows with blocks that every expert has for itself: by a loop, PyTorch's
+    own kernel, or Triton's."""
 
-    shares: bool  # `blocks` takes blocks too
+    fuses: bool  # `rows` applies what comes last, and `blocks` takes blocks too
 
-    def rows(self, given: RowsProduct) -> tuple[Tensor, Tensor | None]:
+    def rows(self, product: RowsProduct) -> tuple[Tensor, Tensor | None]:
         """``[N, p, m]``, and the same before the activation if ``last`` saves it."""
 
-    def blocks(self, given: BlocksProduct) -> Tensor:
+    def blocks(self, product: BlocksProduct) -> Tensor:
         """``[E, k, m]``."""
 
 
-def finished(call: ForwardCall, z: Tensor, owned: Tensor) -> tuple[Tensor, Tensor | None]:
-    """y, and z with the bias if it is saved, from the products ``[N, F]``, which are zero where not
-    ``owned``."""
+def finished(call: ForwardCall, z: Tensor, slots: Slots) -> tuple[Tensor, Tensor | None]:
+    """y, and z with the bias if it is saved, from the products ``[N, F]``, which are zero in slots
+    that no expert owns."""
     if call.bias is not None:
-        z = torch.where(owned[:, None], z + call.bias, 0)
+        z = slots.clear(z + call.bias)
     return ACTIVATION[call.activation](z), z if call.saves_z else None
 
 
+@lru_cache(maxsize=4096)
 def _split(axes: Axes, other: Axes) -> tuple[Axes, Axes]:
     """Axes that ``other`` lacks, and those that it has."""
-    return tuple(a for a in axes if a not in other), tuple(a for a in axes if a in other)
+    lacking = tuple(axis for axis in axes if axis not in other)
+    return lacking, tuple(axis for axis in axes if axis in other)
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=4096)
+def _sizes(dims: BlockDims, axes: Axes) -> tuple[int, ...]:
+    return tuple(getattr(dims, axis) for axis in axes)
+
+
+@lru_cache(maxsize=4096)
+def _order(axes: Axes, wanted: Axes) -> tuple[int, ...]:
+    """The permutation that brings a tensor ``[n, axes...]`` into another order of its axes."""
+    return (0, *[1 + axes.index(axis) for axis in wanted])
+
+
+@dataclass
 class Named:
     """A tensor ``[n, axes...]`` of rows or experts (n = 1: shared by the experts), of any strides.
 
@@ -142,29 +162,42 @@ class Named:
     axes: Axes
     row_index: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self._merged: tuple[tuple[Axes, Axes], Tensor] | None = None
+
     def arranged(self, axes: Axes) -> Tensor:
         """A view ``[n, axes...]`` in another order."""
-        return self.data.permute(0, *(1 + self.axes.index(axis) for axis in axes))
+        return self.data if axes == self.axes else self.data.permute(_order(self.axes, axes))
 
     def matrices(self, first: Axes, second: Axes) -> Tensor:
-        """``[n, first, second]``, each group of axes merged into one; a view if possible."""
-        found = self.arranged((*first, *second))
-        split = 1 + len(first)
-        return found.reshape(
-            found.shape[0], math.prod(found.shape[1:split]), math.prod(found.shape[split:])
-        )
+        """``[n, first, second]``, each group of axes merged into one; a view if possible. The last
+        one is kept: a backward reads a built block twice."""
+        if self._merged is None or self._merged[0] != (first, second):
+            tensor = self.arranged((*first, *second))
+            n, *sizes = tensor.shape
+            rows = math.prod(sizes[: len(first)])
+            columns = math.prod(sizes[len(first) :])
+            self._merged = ((first, second), tensor.reshape(n, rows, columns))
+        return self._merged[1]
+
+    def factors(self, first: Axes, second: Axes) -> Tensor:
+        """`matrices` for a product that takes both layouts: a copy has runs as the block has."""
+        if self.axes[-1] in first:
+            return self.matrices(second, first).mT
+        return self.matrices(first, second)
 
 
 @dataclass
 class Pass:
-    """A whole call, or rather its products.
+    """The products of a whole call.
 
     Attributes:
         call: the call.
         program: what is computed.
         grouped: the grouped products.
         rows: rows that are given, by name; ``d y`` before the activation if `late`.
-        found: what is wanted, of every chunk of experts; all of them write to the same rows.
+        results: what is wanted, of every chunk of experts; all of them write to the same rows.
+        of_experts: see `Slots`.
         finished: y after bias and activation, and before, if its product did that.
         memory: wanted rows that one chunk after another writes, by name.
         shared: results of products that were computed with an earlier one, by name.
@@ -174,52 +207,61 @@ class Pass:
     program: Program
     grouped: Grouped
     rows: dict[str, Tensor]
-    found: dict[str, list[Tensor]] = field(default_factory=dict)
+    results: dict[str, list[Tensor]] = field(default_factory=dict)
+    of_experts: list[int] | None = None
     finished: tuple[Tensor, Tensor | None] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Named] = field(default_factory=dict)
 
+    def run(self) -> None:
+        """Compute all products, for one chunk of experts after the other."""
+        experts = self.call.num_experts
+        offsets = self.call.expert_offsets
+        size = experts_at_once(self.call.dims, self.program.built, experts)
+        for first in range(0, experts, size):
+            last = min(first + size, experts)
+            ends = offsets[first : last + 1] if size < experts else offsets
+            slots = Slots(ends, self.call.slots, size < experts, self.of_experts)
+            Chunk(self, first, last, slots).run()
+
     def shares(self, product: Product) -> bool:
         """Whether one launch gives gradients of rows that are given and of the block that
         multiplied them."""
+        if not self.grouped.fuses:
+            return False
         program, before, block = self.program, value_of(product.result), product.second
         if product.result == before or before not in self.rows or block == "C" or program.built:
             return False
         if self.call.x.element_size() != 2:  # without tensor cores, the kernel spills registers
             return False
-        sides = [
-            _split(program.axes[block], program.axes[name])[1] for name in (before, product.first)
-        ]
-        largest = max(math.prod(getattr(self.call.dims, axis) for axis in side) for side in sides)
-        wanted = any(each.result == f"d {block}" for each in program.products)
-        return wanted and largest <= LARGEST_SHARED and self.grouped.shares
+        if all(other.result != f"d {block}" for other in program.products):
+            return False
+        for name in (before, product.first):
+            _, side = _split(program.axes[block], program.axes[name])
+            if math.prod(_sizes(self.call.dims, side)) > LARGEST_SHARED:
+                return False
+        return True
 
     @property
     def late(self) -> bool:
         """Whether a product that `shares` applies the activation's gradient, whose input it
         computes again."""
-        last = [each for each in self.program.products if each.first == "d y" and each.kind == ROWS]
-        return self.call.bias is None and any(map(self.shares, last))
-
-    def chunks(self) -> Iterator[Chunk]:
-        """Ranges of experts whose built weights are alive together."""
-        experts, offsets = self.call.num_experts, self.call.expert_offsets
-        size = experts_at_once(self.call.dims, self.program.built, experts)
-        for first in range(0, experts, size):
-            last = min(first + size, experts)
-            yield Chunk(
-                self, first, last, Slots(offsets[first : last + 1], self.call.slots, size < experts)
-            )
+        if self.call.bias is not None or not self.grouped.fuses:
+            return False
+        return any(
+            product.first == "d y" and product.kind == ROWS and self.shares(product)
+            for product in self.program.products
+        )
 
     def keep(self, name: str, result: Named) -> Named:
         """Keeps what is wanted of a chunk's results."""
-        if name in self.found:
-            self.found[name].append(result.arranged(self.program.axes[name]))
+        if name in self.results:
+            self.results[name].append(result.arranged(self.program.axes[name]))
         return result
 
     def rows_of_parts(self, name: str, like: Tensor, *size: int) -> Tensor | None:
         """Memory for wanted rows to which one chunk after another writes; None for others."""
-        if name not in self.found:
+        if name not in self.results:
             return None
         if name not in self.memory:
             self.memory[name] = like.new_zeros(size)
@@ -227,138 +269,163 @@ class Pass:
 
     def result(self, name: str, columns: int) -> Tensor:
         """Rows ``[N, columns]``."""
-        rows = self.found[name][-1]
-        return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))[:, :columns]
+        return self.results[name][-1].flatten(1)[:, :columns]
 
     def block(self, name: str, like: Tensor) -> Tensor | None:
         """The gradient of a block if it was wanted."""
-        parts = self.found.get(f"d {name}")
+        parts = self.results.get(f"d {name}")
         if parts is None:
             return None
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return (
-            (whole.sum(0) if name == "C" and len(parts) > 1 else whole)
-            .view(like.shape)
-            .to(like.dtype)
-            .contiguous()
-        )
+        if name == "C" and len(parts) > 1:
+            whole = whole.sum(0)
+        return whole.reshape(like.shape).to(like.dtype)
 
 
 @dataclass
 class Chunk:
-    """The products for experts ``first:last``; see `mpoe_kernels.contract.program.run`."""
+    """The products for experts ``first:last``."""
 
     whole: Pass
     first: int
     last: int
     slots: Slots
 
-    def given(self, name: str) -> Named:
+    def run(self) -> None:
+        """A tensor lives until its last reader has run, so no weight of one chunk is alive when the
+        next one's are built."""
+        values: dict[str, Named] = {}
+        for product in self.whole.program.products:
+            for name in (product.first, product.second):
+                if name not in values:
+                    values[name] = self._given(name)
+            first, second = values[product.first], values[product.second]
+            if product.result in self.whole.shared:
+                result = self.whole.shared.pop(product.result)
+            elif product.kind == ROWS:
+                result = self._rows(product, first, second)
+            elif product.kind == GRADIENT:
+                result = self._gradient(product, first, second)
+            else:
+                result = self._merge(product, first, second)
+            values[product.result] = self.whole.keep(product.result, result)
+            del first, second, result
+            for name in product.last_reads:
+                del values[name]
+
+    def _given(self, name: str) -> Named:
+        """What is not the result of a product."""
         call, axes = self.whole.call, self.whole.program.axes[name]
         if name == "C":
             return Named(call.central.unsqueeze(0), axes)
         if name in ("L", "R"):
             block = (call.left if name == "L" else call.right)[self.first : self.last]
-            # What is built from an idle expert's block must be finite: zero times it is added to
-            # sums.
-            return Named(
-                torch.where(self.slots.busy[:, None, None, None], block, 0)
-                if self._builds
-                else block,
-                axes,
-            )
-        rows, sizes = self.whole.rows[name], [getattr(call.dims, axis) for axis in axes]
-        if rows.shape[1] != math.prod(sizes):
-            rows = F.pad(rows, (0, math.prod(sizes) - rows.shape[1]))
-        return Named(
-            rows.view(rows.shape[0], *sizes), axes, call.row_index if name == "x" else None
-        )
-
-    @property
-    def _builds(self) -> bool:
-        return bool(self.whole.program.built)
+            if self.whole.program.built and self.slots.of_experts is None:
+                # What is built from an idle expert's block must be finite: zero times it is added
+                # to sums.
+                block = torch.where(self.slots.busy[:, None, None, None], block, 0)
+            return Named(block, axes)
+        rows = self.whole.rows[name]
+        sizes = _sizes(call.dims, axes)
+        padding = math.prod(sizes) - rows.shape[1]
+        if padding:
+            rows = F.pad(rows, (0, padding))
+        row_index = call.row_index if name == "x" else None
+        return Named(rows.view(rows.shape[0], *sizes), axes, row_index)
 
     def _named(self, data: Tensor, axes: Axes) -> Named:
-        return Named(
-            data.reshape(data.shape[0], *(getattr(self.whole.call.dims, axis) for axis in axes)),
-            axes,
-        )
+        return Named(data.reshape(data.shape[0], *_sizes(self.whole.call.dims, axes)), axes)
 
-    def _only(self, name: str, rows: Named) -> Named:
+    def _owned(self, name: str, rows: Named) -> Named:
         """Rows by slot, zero where no expert owns the slot: products' results are, what is given
         need not be."""
         if name not in self.whole.rows:
             return rows
-        data = rows.data if rows.row_index is None else rows.data.index_select(0, rows.row_index)
-        return Named(
-            torch.where(self.slots.owned.view(-1, *[1] * len(rows.axes)), data, 0), rows.axes
-        )
+        data = rows.data
+        if rows.row_index is not None:
+            data = data.index_select(0, rows.row_index)
+        return Named(self.slots.clear(data), rows.axes)
 
-    def rows(self, product: Product, rows: Named, operand: Named) -> Named:
-        if product.result in self.whole.shared:
-            return self.whole.shared.pop(product.result)
+    def _rows(self, product: Product, rows: Named, operand: Named) -> Named:
+        """Rows meet an operand."""
         if self.whole.shares(product):
             return self._both(product, rows, operand)
         kept, met = _split(rows.axes, operand.axes)
-        new = _split(self.whole.program.axes[product.result], operand.axes)[1]
+        _, new = _split(self.whole.program.axes[product.result], operand.axes)
         if product.second == "C":
-            met, new = (
-                tuple(a for a in operand.axes if a in axes) for axes in (met, new)
-            )  # so that C is no copy
-            matrix, blocks = (
-                self._only(product.first, rows).matrices(kept, met),
-                operand.matrices(met, new),
-            )
-            found = (matrix.flatten(0, 1) @ blocks[0]).view(*matrix.shape[:2], blocks.shape[2])
-            return self.whole.keep(product.result, self._named(found, (*kept, *new)))
-        matrix, blocks, out = rows.matrices(kept, met), operand.matrices(met, new), None
+            if self._moves(rows) <= operand.data.numel():
+                _, met = _split(operand.axes, met)  # in the order of C, which then is no copy
+            _, new = _split(operand.axes, new)
+            matrix = self._owned(product.first, rows).matrices(kept, met)
+            (block,) = operand.matrices(met, new)
+            data = (matrix.flatten(0, 1) @ block).view(*matrix.shape[:2], block.shape[1])
+            return self._named(data, (*kept, *new))
+        matrix, blocks = rows.matrices(kept, met), operand.factors(met, new)
+        out = None
         if self.slots.is_part:
-            out = self.whole.rows_of_parts(
-                product.result, matrix, self.slots.count, matrix.shape[1], blocks.shape[2]
+            size = (self.slots.count, matrix.shape[1], blocks.shape[2])
+            out = self.whole.rows_of_parts(product.result, matrix, *size)
+        if not self.whole.grouped.fuses:
+            data, _ = self.whole.grouped.rows(
+                RowsProduct(matrix, rows.row_index, blocks, self.slots, out)
             )
-        order, turned = self._order(product.result), self._turned(product.result, kept, new)
+            return self._named(data, (*kept, *new))
+        turned = self._turned(product.result, kept, new)
         last = self._finishing(product, (*new, *kept) if turned else (*kept, *new))
-        given = RowsProduct(matrix, rows.row_index, blocks, self.slots, last, out, turned)
-        found, pre = self.whole.grouped.rows(given)
-        result = self._named(found, (*kept, *new))
+        data, pre = self.whole.grouped.rows(
+            RowsProduct(matrix, rows.row_index, blocks, self.slots, out, last, turned)
+        )
+        result = self._named(data, (*kept, *new))
         if last is not None:
-            z = pre if pre is None else self._named(pre, result.axes).arranged(order).flatten(1)
+            order = self._order(product.result)
+            z = None
+            if pre is not None:
+                z = self._named(pre, result.axes).arranged(order).flatten(1)
             self.whole.finished = result.arranged(order).flatten(1), z
-        return self.whole.keep(product.result, result)
+        return result
+
+    def _moves(self, rows: Named) -> int:
+        """Elements to be moved if rows are to have the order of C; kernels that fuse write them in
+        it."""
+        return 0 if self.whole.grouped.fuses else rows.data.numel()
 
     def _both(self, product: Product, grads: Named, operand: Named) -> Named:
         """The gradient of rows. That of the block, and the rows after it if they are read, wait for
         their turn."""
         name, after, block = value_of(product.result), value_of(product.first), product.second
-        before, shared = self.given(name), self.whole.shared
+        before, shared = self._given(name), self.whole.shared
         kept, met = _split(before.axes, operand.axes)
-        new = _split(self.whole.program.axes[after], operand.axes)[1]
-        rows, blocks, of_rows = (
-            before.matrices(kept, met),
-            operand.matrices(met, new),
-            grads.matrices(kept, new),
-        )
-
-        def memory(result: str, last: Axes) -> Tensor:
-            n, p, m = (
-                self.slots.count,
-                of_rows.shape[1],
-                math.prod(getattr(self.whole.call.dims, a) for a in last),
-            )
-            turned = self._turned(result, kept, last)
-            return rows.new_empty(n, m, p).transpose(1, 2) if turned else rows.new_empty(n, p, m)
-
-        found, again = memory(product.result, met), None
+        _, new = _split(self.whole.program.axes[after], operand.axes)
+        rows = before.matrices(kept, met)
+        of_rows = grads.matrices(kept, new)
+        drows = self._memory(product.result, rows, kept, met)
+        again = None
         products = self.whole.program.products
-        if any(each.result == after for each in products[products.index(product) :]):
-            again = memory(after, new)
+        if any(later.result == after for later in products[products.index(product) :]):
+            again = self._memory(after, rows, kept, new)
             shared[after] = self._named(again, (*kept, *new))
-        activation = self.whole.call.activation if after == "y" and self.whole.late else "none"
-        given = BlocksProduct(
-            rows, before.row_index, of_rows, self.slots, blocks, found, again, activation
+        dblocks = self.whole.grouped.blocks(
+            BlocksProduct(
+                rows,
+                before.row_index,
+                of_rows,
+                self.slots,
+                operand.matrices(met, new),
+                drows,
+                again,
+                self.whole.call.activation if after == "y" and self.whole.late else "none",
+            )
         )
-        shared[f"d {block}"] = self._named(self.whole.grouped.blocks(given), (*met, *new))
-        return self.whole.keep(product.result, self._named(found, (*kept, *met)))
+        shared[f"d {block}"] = self._named(dblocks, (*met, *new))
+        return self._named(drows, (*kept, *met))
+
+    def _memory(self, result: str, like: Tensor, kept: Axes, last: Axes) -> Tensor:
+        """``[N, kept, last]``, uninitialised."""
+        slots, p = self.slots.count, like.shape[1]
+        m = math.prod(_sizes(self.whole.call.dims, last))
+        if self._turned(result, kept, last):
+            return like.new_empty(slots, m, p).transpose(1, 2)
+        return like.new_empty(slots, p, m)
 
     def _turned(self, result: str, kept: Axes, new: Axes) -> bool:
         """Whether rows of a result had better be in memory with the axes that are new before those
@@ -373,107 +440,109 @@ class Chunk:
 
     def _follows(self, axes: Axes, order: Axes) -> bool:
         """Whether axes of more than one element are all in an order, and one after the other."""
-        places = [
-            order.index(a) if a in order else -1
-            for a in axes
-            if getattr(self.whole.call.dims, a) > 1
-        ]
-        return -1 not in places and places == sorted(places)
+        wide = [axis for axis in axes if getattr(self.whole.call.dims, axis) > 1]
+        return wide == [axis for axis in order if axis in wide]
 
-    def _finishing(self, product: Product, axes: Axes) -> Any:
+    def _finishing(self, product: Product, axes: Axes) -> ForwardCall | None:
         """The call if a grouped product gives ``y [N, F]`` as it is, so that it may do what comes
         last."""
-        call, dims = self.whole.call, self.whole.call.dims
-        is_whole = (
-            product.result == "y"
-            and not self.slots.is_part
-            and self._follows(axes, self._order("y"))
-        )
-        return call if is_whole and dims.out_features == dims.jL * dims.jC * dims.jR else None
+        dims = self.whole.call.dims
+        if product.result != "y" or self.slots.is_part:
+            return None
+        if dims.out_features != dims.jL * dims.jC * dims.jR:
+            return None
+        return self.whole.call if self._follows(axes, self._order("y")) else None  # type: ignore[return-value]
 
-    def gradient(self, product: Product, rows: Named, grads: Named) -> Named:
-        if product.result in self.whole.shared:
-            return self.whole.keep(product.result, self.whole.shared.pop(product.result))
+    def _gradient(self, product: Product, rows: Named, grads: Named) -> Named:
+        """An operand's gradient."""
         axes = self.whole.program.axes[product.result]
         shared, m = _split(rows.axes, axes)
-        n = _split(grads.axes, axes)[1]
+        _, n = _split(grads.axes, axes)
         if product.result == "d C":
-            rows, grads = self._only(product.first, rows), self._only(product.second, grads)
-            m, n = (
-                tuple(a for a in axes if a in some) for some in (m, n)
-            )  # as C has them: nothing is copied
-            a, g = rows.matrices(shared, m).flatten(0, 1), grads.matrices(shared, n).flatten(0, 1)
-            found = (float32_mm(a.T, g) if self.slots.is_part else a.T @ g).unsqueeze(0)
-        else:
-            before, after = rows.matrices(shared, m), grads.matrices(shared, n)
-            found = self.whole.grouped.blocks(
-                BlocksProduct(before, rows.row_index, after, self.slots)
-            )
-        return self.whole.keep(product.result, self._named(found, (*m, *n)))
+            rows, grads = self._owned(product.first, rows), self._owned(product.second, grads)
+            _, in_order_m = _split(axes, m)
+            _, in_order_n = _split(axes, n)
+            moved = (m != in_order_m) * self._moves(rows) + (n != in_order_n) * self._moves(grads)
+            if moved < math.prod(_sizes(self.whole.call.dims, axes)):
+                m, n = in_order_m, in_order_n  # as C has them: its gradient is no copy
+            before = rows.matrices(shared, m).flatten(0, 1)
+            after = grads.matrices(shared, n).flatten(0, 1)
+            data = float32_mm(before.T, after) if self.slots.is_part else before.T @ after
+            return self._named(data.unsqueeze(0), (*m, *n))
+        before, after = rows.matrices(shared, m), grads.matrices(shared, n)
+        data = self.whole.grouped.blocks(BlocksProduct(before, rows.row_index, after, self.slots))
+        return self._named(data, (*m, *n))
 
-    def merge(self, product: Product, first: Named, second: Named) -> Named:
+    def _merge(self, product: Product, first: Named, second: Named) -> Named:
+        """Two operands make a third."""
         axes = self.whole.program.axes[product.result]
-        met, m, n = (
-            _split(first.axes, second.axes)[1],
-            _split(axes, first.axes)[1],
-            _split(axes, second.axes)[1],
-        )
+        _, met = _split(first.axes, second.axes)
+        _, m = _split(axes, first.axes)
+        _, n = _split(axes, second.axes)
         if product.result == "d C":
-            p, q = first.matrices(met, m).flatten(0, 1), second.matrices(met, n).flatten(0, 1)
-            found = float32_mm(p.T, q).unsqueeze(0)
+            before = first.matrices(met, m).flatten(0, 1)
+            after = second.matrices(met, n).flatten(0, 1)
+            return self._named(float32_mm(before.T, after).unsqueeze(0), (*m, *n))
+        p, q = first.matrices(m, met), second.matrices(met, n)
+        if q.shape[0] == 1:
+            data = (p.flatten(0, 1) @ q[0]).view(p.shape[0], p.shape[1], -1)
         else:
-            p, q = first.matrices(m, met), second.matrices(met, n)
-            if q.shape[0] == 1:
-                found = (p.flatten(0, 1) @ q[0]).view(p.shape[0], p.shape[1], -1)
-            else:
-                found = torch.bmm(p.expand(q.shape[0], *p.shape[1:]), q)
-        return self.whole.keep(product.result, self._named(found, (*m, *n)))
+            data = torch.bmm(p.expand(q.shape[0], *p.shape[1:]), q)
+        return self._named(data, (*m, *n))
 
 
-def forward(call: ForwardCall, grouped: Grouped) -> Forward:
-    """``(y, h, z)``, see `ForwardCall`."""
+def forward(call: ForwardCall, grouped: Grouped, of_experts: list[int] | None = None) -> Forward:
+    """``(y, h, z)``, see `ForwardCall`.
+
+    Args:
+        call: of the op.
+        grouped: the products.
+        of_experts: slots of each, if every slot has an expert, and every one of which something is
+            built a slot.
+    """
     dims, x = call.dims, call.x
+    results: dict[str, list[Tensor]] = {"y": []}
+    if call.saves_h:
+        results[KEPT] = []
     program = program_of(dims, call.strategy, "forward")
-    whole = Pass(
-        call, program, grouped, {"x": x}, {"y": [], **({KEPT: []} if call.saves_h else {})}
-    )
-    run(program, whole.chunks())
-    h = whole.result(KEPT, dims.jC * dims.b).reshape(-1, dims.b) if call.saves_h else x.new_empty(0)
-    if whole.finished is None:
-        owned = Slots(call.expert_offsets, call.slots).owned
-        y, z = finished(call, whole.result("y", call.out_features), owned)
+    whole = Pass(call, program, grouped, {"x": x}, results, of_experts)
+    whole.run()
+    h = x.new_empty(0)
+    if call.saves_h:
+        h = whole.result(KEPT, dims.jC * dims.b).reshape(-1, dims.b)
+    if whole.finished is not None:
+        y, z = whole.finished
+    else:
+        slots = Slots(call.expert_offsets, call.slots, of_experts=of_experts)
+        y, z = finished(call, whole.result("y", call.out_features), slots)
         if call.out_index is not None:
             assert call.gates is not None, "out_index comes with gates"
-            gated = (y.float() * call.gates[call.out_index][:, None]).to(
-                y.dtype
-            )  # rounded first, as in `combine`
-            y = torch.empty_like(y).index_copy_(
-                0, call.out_index, torch.where(owned[:, None], gated, 0)
-            )
-    else:
-        y, z = whole.finished
+            gates = call.gates[call.out_index][:, None]
+            placed = slots.clear((y.float() * gates).to(y.dtype))  # rounded first, as in `combine`
+            y = torch.empty_like(y).index_copy_(0, call.out_index, placed)
     return y.contiguous(), h.contiguous(), x.new_empty(0) if z is None else z.contiguous()
 
 
-def backward(call: BackwardCall, grouped: Grouped) -> Backward:
-    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    dims, need, h = call.dims, call.need_of_plan, call.saved_h
-    program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
-    rows = {"x": call.x, **({} if h is None else {KEPT: h.view(call.slots, -1)})}
-    wanted = [
-        name for name, needed in zip(("d x", "d L", "d C", "d R"), need, strict=True) if needed
-    ]
-    whole = Pass(call, program, grouped, rows, {name: [] for name in wanted})
+def backward(call: BackwardCall, grouped: Grouped, of_experts: list[int] | None = None) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`; ``of_experts`` as in
+    `forward`."""
+    need, h = call.need_of_plan, call.saved_h
+    program = program_of(call.dims, call.strategy, "backward", need, kept=h is not None)
+    rows = {"x": call.x}
+    if h is not None:
+        rows[KEPT] = h.view(call.slots, -1)
+    names = ("d x", "d L", "d C", "d R")
+    results: dict[str, list[Tensor]] = {
+        name: [] for name, needed in zip(names, need, strict=True) if needed
+    }
+    whole = Pass(call, program, grouped, rows, results, of_experts)
 
     def gradients(dz: Tensor) -> Gradients:
         rows["d y"] = dz
-        run(program, whole.chunks())
+        whole.run()
         dx = whole.result("d x", call.in_features) if need[0] else None
-        return (
-            dx,
-            whole.block("L", call.left),
-            whole.block("C", call.central),
-            whole.block("R", call.right),
-        )
+        dleft = whole.block("L", call.left)
+        dcentral = whole.block("C", call.central)
+        return dx, dleft, dcentral, whole.block("R", call.right)
 
     return around_gradients(call, gradients, whole.late)

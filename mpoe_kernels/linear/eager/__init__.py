@@ -7,22 +7,39 @@ in `rows`, as the program says (`mpoe_kernels.contract.program`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import Candidate, lazily
 from mpoe_kernels.contract import Contraction
-from mpoe_kernels.contract.program import KEPT, backward_program, forward_program, run
-from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
+from mpoe_kernels.contract.orders import INDICES, SEPARABLE_ORDER, BlockDims, applications
+from mpoe_kernels.contract.program import recipe
+from mpoe_kernels.linear.activation import ACTIVATION, ACTIVATION_GRADIENT
 from mpoe_kernels.linear.eager.rebuild import rebuild_backward, rebuild_forward
-from mpoe_kernels.linear.eager.rows import Pass
+from mpoe_kernels.linear.eager.rows import ByExpert, accumulator
+from mpoe_kernels.linear.gradients import Backward, dense_gradients
+from mpoe_kernels.linear.grouped import backward, forward
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 
+Call = TypeVar("Call", "ForwardCall", "BackwardCall")
 LIBRARY = lazily("mpoe_kernels.linear.eager.library", "forward", "backward", "is_able")
+BY_EXPERT = ByExpert()
+# Half-built weights of a chunk of experts: at most this fraction of a weight. They exist up to
+# twice (the rows may need another layout than the one they are built in), and so do their
+# gradients.
+HALF_SHARE = 0.5
+# Rows between operands of a chunk of experts (one expert's may be larger): about the size of a
+# last-level cache.
+STATE_BYTES = 32 << 20
 Group = tuple[int, int, int]  # expert, first slot, last slot + 1
 BlockGradients = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None
@@ -72,24 +89,20 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
         found = (rebuild_backward if call.strategy == "rebuild" else _rows_backward)(
             call, upstream, groups
         )
-    dx, dleft, dcentral, dright = found
+    results = [*found, None if upstream.bias is None else upstream.bias.to(call.grad.dtype)]
+    for place, needed in enumerate(call.need):
+        if not needed:
+            results[place] = None
+    dx, dleft, _, dright, _ = results
     idle = sorted(set(range(call.num_experts)) - {expert for expert, _, _ in groups})
     for stacked in (dleft, dright):
         if stacked is not None and idle:  # an index, even an empty one, is copied to a GPU
             stacked[idle] = 0
     if dx is not None:
         dx[last:] = 0
-        dx = (
-            dx
-            if call.row_index is None
-            else torch.zeros_like(call.x).index_add_(0, call.row_index, dx)
-        )
-    dbias = None if upstream.bias is None else upstream.bias.to(call.grad.dtype)
-    results = (dx, dleft, dcentral, dright, dbias)
-    first, *others = (
-        call.grad.new_empty(0) if each is None else each.contiguous() for each in results
-    )
-    return first, others[0], others[1], others[2], others[3]
+        if call.row_index is not None:
+            results[0] = torch.zeros_like(call.x).index_add_(0, call.row_index, dx)
+    return dense_gradients(call, results)
 
 
 def _busy_experts(call: LinearCall) -> tuple[list[Group], int]:
@@ -108,45 +121,145 @@ def _busy_experts(call: LinearCall) -> tuple[list[Group], int]:
     return [(expert, start, stop) for expert, (start, stop) in ranges if stop > start], offsets[-1]
 
 
+class Chunk(NamedTuple):
+    """Consecutive busy experts and their slots.
+
+    Attributes:
+        experts: their numbers, ascending; with idle ones between them where nothing is built.
+        start, stop: their slots.
+        counts: slots of each.
+    """
+
+    experts: list[int]
+    start: int
+    stop: int
+    counts: list[int]
+
+    @property
+    def where(self) -> slice | list[int]:
+        """These experts of ``[E, ...]``: a view if they are consecutive."""
+        first, last = self.experts[0], self.experts[-1]
+        return slice(first, last + 1) if last - first + 1 == len(self.experts) else self.experts
+
+    def has_all(self, call: Call) -> bool:
+        """Whether these are all experts."""
+        return len(self.experts) == call.num_experts
+
+    def part(self, call: Call, **others: Any) -> Call:
+        """Of a call: the products for these experts alone."""
+        slots = slice(self.start, self.stop)
+        where = self.where
+        if call.row_index is None:
+            x = call.x[slots]
+        else:
+            x = call.x.index_select(0, call.row_index[slots])
+        part = replace(
+            call,
+            x=x,
+            left=call.left[where],
+            right=call.right[where],
+            expert_offsets=torch.tensor([0, *accumulate(self.counts)]),
+            bias=None,
+            row_index=None,
+            activation="none",
+            slot_of_token=None,
+            **others,
+        )
+        part.dims = call.dims
+        return part
+
+
+def _chunks(call: LinearCall, groups: list[Group]) -> Iterator[Chunk]:
+    """As many busy experts at once as the memory bounds for half-built weights and for rows
+    allow."""
+    merges, order = recipe(call.dims, call.strategy)
+    most_experts, most_slots = most_at_once(
+        call.dims, tuple(merge[0] for merge in merges), order, call.x.element_size()
+    )
+    first = 0
+    while first < len(groups):
+        start = groups[first][1]
+        last = first + 1
+        while last < min(len(groups), first + most_experts):
+            if groups[last][2] - start > most_slots:
+                break
+            last += 1
+        yield _chunk(groups[first:last], bool(merges))
+        first = last
+
+
+def _chunk(groups: list[Group], builds: bool) -> Chunk:
+    counts = {expert: stop - start for expert, start, stop in groups}
+    experts = list(counts) if builds else list(range(groups[0][0], groups[-1][0] + 1))
+    of_experts = [counts.get(expert, 0) for expert in experts]
+    return Chunk(experts, groups[0][1], groups[-1][2], of_experts)
+
+
+@lru_cache(maxsize=1024)
+def most_at_once(
+    dims: BlockDims, built: tuple[str, ...], order: tuple[str, ...], itemsize: int
+) -> tuple[int, int]:
+    """Experts and slots of a chunk, within the memory bounds for half-built weights and for rows;
+    separable's rows are no larger than its results."""
+    largest = max((dims.elements(INDICES[name]) for name in built), default=0)
+    experts = max(1, int(HALF_SHARE * dims.weight_elements / largest)) if largest else sys.maxsize
+    if dims.is_separable and order == SEPARABLE_ORDER:
+        return experts, sys.maxsize
+    widest = max(step.after for step in applications(dims, order))
+    return experts, max(1, STATE_BYTES // (widest * itemsize))
+
+
 def _rows_forward(call: ForwardCall, groups: list[Group]) -> tuple[Tensor, Tensor | None]:
     """``(z [N, F], h)``: pre-activation without bias, and the central step's result ``[N jC, b]``
     if separable is to save it; both are undefined in slots without an expert."""
-    x, dims = call.x, call.dims
-    program = forward_program(dims, call.strategy)
-    whole = Pass(program, call)
-    # A separable shape's last rows are padded in memory, so they can be written directly to their
-    # place.
-    padded = dims.jC * dims.jR if program.strategy == "separable" else dims.out_features
-    whole.rows["y"] = x.new_empty(call.slots, padded)
-    if call.save and program.strategy == "separable":
-        whole.rows[KEPT] = x.new_empty(call.slots, dims.jC * dims.b)
-    run(program, whole.chunks(groups))
-    h = whole.rows.get(KEPT)
-    return whole.rows["y"][:, : dims.out_features], None if h is None else h.view(-1, dims.b)
+    chunks = list(_chunks(call, groups))
+    if len(chunks) == 1 and chunks[0].stop == call.slots:
+        z, kept, _ = forward(chunks[0].part(call), BY_EXPERT, chunks[0].counts)
+        return z, kept if call.saves_h else None
+    z = call.x.new_empty(call.slots, call.out_features)
+    h = call.x.new_empty(call.slots, call.dims.jC, call.dims.b) if call.saves_h else None
+    for chunk in chunks:
+        rows, kept, _ = forward(chunk.part(call), BY_EXPERT, chunk.counts)
+        z[chunk.start : chunk.stop] = rows
+        if h is not None:
+            h[chunk.start : chunk.stop] = kept.view(len(rows), *h.shape[1:])
+    return z, None if h is None else h.flatten(0, 1)
 
 
 def _rows_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) -> BlockGradients:
     """Rows other than h, which the forward of separable saved, are computed again if they are
     read."""
-    x, dims, need, h = call.x, call.dims, call.need_of_plan, call.saved_h
-    program = backward_program(dims, call.strategy, need, h is not None)
-    whole = Pass(program, call, upstream)
-    if need[0]:
-        whole.rows["d x"] = x.new_empty(call.slots, dims.iL * dims.iC * dims.iR)
-    if h is not None:
-        whole.rows[KEPT] = h.view(call.slots, dims.jC * dims.b)
-    whole.aux = {
-        f"d {k}": x.new_empty(whole.blocks[k].shape)
-        for k, n in (("L", need[1]), ("R", need[3]))
-        if n
-    }
-    run(program, whole.chunks(groups))
-    dx = whole.rows["d x"][:, : dims.in_features] if need[0] else None
-    dcentral = None
-    if need[2]:
-        like = call.central
-        dcentral = torch.zeros_like(like) if whole.central is None else whole.central.to(like.dtype)
-    return dx, whole.aux.get("d L"), dcentral, whole.aux.get("d R")
+    chunks = list(_chunks(call, groups))
+    if len(chunks) == 1 and chunks[0].stop == call.slots and chunks[0].has_all(call):
+        dx, dleft, dcentral, dright, _ = _chunk_backward(call, upstream, chunks[0])
+        return dx, dleft, dcentral, dright
+    need_x, need_left, need_central, need_right = call.need_of_plan
+    dx = call.x.new_empty(call.slots, call.in_features)
+    dleft = torch.empty_like(call.left)
+    dright = torch.empty_like(call.right)
+    dcentral = accumulator(call.central)
+    for chunk in chunks:
+        of_x, of_left, of_central, of_right, _ = _chunk_backward(call, upstream, chunk)
+        if need_x:
+            dx[chunk.start : chunk.stop] = of_x
+        if need_left:
+            dleft[chunk.where] = of_left
+        if need_central:
+            dcentral += of_central
+        if need_right:
+            dright[chunk.where] = of_right
+    return dx, dleft, dcentral.to(call.central.dtype), dright
+
+
+def _chunk_backward(call: BackwardCall, upstream: Upstream, chunk: Chunk) -> Backward:
+    slots = slice(chunk.start, chunk.stop)
+    h = call.h
+    if call.saved_h is not None:
+        h = h.view(call.slots, -1)[slots].view(-1, call.dims.b)
+    grad = upstream.rows(chunk.start, chunk.stop)
+    need = [*call.need_of_plan, False]
+    part = chunk.part(call, grad=grad, h=h, saved=grad, need=need)
+    return backward(part, BY_EXPERT, chunk.counts)
 
 
 class Upstream:

@@ -9,38 +9,32 @@ from torch import Tensor
 from mpoe_kernels.contract import Contraction
 from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.gradients import Backward, Forward, Slots
-from mpoe_kernels.linear.grouped import BlocksProduct, RowsProduct, finished
+from mpoe_kernels.linear.grouped import BlocksProduct, RowsProduct
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 
 class Library:
     """See `mpoe_kernels.linear.grouped.Grouped`; by `torch.nn.functional.grouped_mm`."""
 
-    shares = False
+    fuses = False
 
-    def rows(self, given: RowsProduct) -> tuple[Tensor, Tensor | None]:
-        rows, row_index, blocks, slots, last, out, turned = given
-        (_, p, k), m = rows.shape, blocks.shape[2]
+    def rows(self, product: RowsProduct) -> tuple[Tensor, None]:
+        rows, row_index, blocks, slots, out, *_ = product
+        _, p, k = rows.shape
+        m = blocks.shape[2]
         a = _front(rows, row_index, slots).reshape(slots.count * p, k)
-        found = F.grouped_mm(_aligned(a, 1), _aligned(blocks, 1, 2), offs=_ends(slots) * p)[:, :m]
-        found = _back(found.reshape(slots.count, p * m), slots)
-        before = 0 if out is None else out.view(found.shape)
-        found = torch.where(slots.owned[:, None], found, before).view(slots.count, p, m)
-        if last is None:
-            return found if out is None else out.copy_(found), None
-        order = (0, 2, 1) if turned else (0, 1, 2)  # of F, in which bias is
-        found = found.permute(order)
-        y, z = finished(last, found.flatten(1), slots.owned)
-        return y.view(found.shape).permute(order), None if z is None else z.view(
-            found.shape
-        ).permute(order)
+        y = F.grouped_mm(_aligned(a, 1), _aligned(blocks, 1, 2), offs=_ends(slots) * p)[:, :m]
+        y = _back(y.reshape(slots.count, p * m), slots)
+        before = 0 if out is None else out.view(y.shape)
+        y = torch.where(slots.owned[:, None], y, before).view(slots.count, p, m)
+        return y if out is None else out.copy_(y), None
 
-    def blocks(self, given: BlocksProduct) -> Tensor:
-        rows, row_index, grads, slots, *_ = given
+    def blocks(self, product: BlocksProduct) -> Tensor:
+        rows, row_index, grads, slots, *_ = product
         a = _front(rows, row_index, slots).flatten(0, 1)
         g = _front(grads, None, slots).flatten(0, 1)
-        found = F.grouped_mm(_aligned(a, 1).T, _aligned(g, 1), offs=_ends(slots) * rows.shape[1])
-        return torch.where(slots.busy[:, None, None], found[:, : a.shape[1], : g.shape[1]], 0)
+        d = F.grouped_mm(_aligned(a, 1).T, _aligned(g, 1), offs=_ends(slots) * rows.shape[1])
+        return torch.where(slots.busy[:, None, None], d[:, : a.shape[1], : g.shape[1]], 0)
 
 
 def forward(call: ForwardCall) -> Forward:
@@ -91,4 +85,7 @@ def _aligned(t: Tensor, *dimensions: int) -> Tensor:
     padding = [0] * (2 * t.dim())
     for dimension in dimensions:
         padding[2 * (t.dim() - 1 - dimension) + 1] = -t.shape[dimension] % (16 // t.element_size())
-    return F.pad(t, padding) if any(padding) else t.contiguous()
+    if any(padding):
+        return F.pad(t, padding)
+    # Of blocks it takes both layouts.
+    return t if t.dim() == 3 and t.mT.is_contiguous() else t.contiguous()

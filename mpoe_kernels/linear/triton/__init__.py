@@ -18,7 +18,7 @@ from mpoe_kernels.triton import architecture
 MOST_EXPERTS = 4096  # every program of Triton's scans the offsets at once
 _FUSED = lazily("mpoe_kernels.linear.triton.fused_launch", "forward", "backward")
 _TRITON: Any = lazily("mpoe_kernels.linear.triton.grouped", "rows", "blocks")
-_TRITON.shares = True
+_TRITON.fuses = True
 # Every strategy, product by product, with Triton's grouped products.
 BY_PRODUCTS = SimpleNamespace(
     forward=lambda call: forward(prepared(call), _TRITON),

@@ -310,9 +310,9 @@ def _interleaved(rows: Tensor) -> bool:
     return rows.stride(1) == 1 and 1 < rows.shape[1] == rows.stride(2) < 8
 
 
-def rows(given: RowsProduct) -> tuple[Tensor, Tensor | None]:
+def rows(product: RowsProduct) -> tuple[Tensor, Tensor | None]:
     """See `mpoe_kernels.linear.grouped.Grouped`. One launch."""
-    rows, row_index, blocks, slots, last, out, turned = given
+    rows, row_index, blocks, slots, out, last, turned = product
     a, (experts, k, n), p = _loadable(rows), blocks.shape, rows.shape[1]
     if out is None:
         out = (
@@ -362,10 +362,15 @@ def rows(given: RowsProduct) -> tuple[Tensor, Tensor | None]:
     return out, pre
 
 
-def blocks(given: BlocksProduct) -> Tensor:
+def blocks(product: BlocksProduct) -> Tensor:
     """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and one for the sum if there are
     parts."""
-    a, g, b, slots = _loadable(given.rows), _loadable(given.grads), given.blocks, given.slots
+    a, g, b, slots = (
+        _loadable(product.rows),
+        _loadable(product.grads),
+        product.blocks,
+        product.slots,
+    )
     (_, p, m), n, experts = a.shape, g.shape[2], slots.offsets.shape[0] - 1
     target, rows = architecture.target_of(a.device), slots.count * p
     programs = target.multiprocessors
@@ -390,18 +395,18 @@ def blocks(given: BlocksProduct) -> Tensor:
         g=g,
         b=b,
         out=found,
-        da=given.drows,
-        again=given.again,
-        row_index=given.row_index,
+        da=product.drows,
+        again=product.again,
+        row_index=product.row_index,
         A=a.stride(),
         G=g.stride(),
         B=None if b is None else b.stride(),
-        DA=None if given.drows is None else given.drows.stride(),
-        RE=None if given.again is None else given.again.stride(),
+        DA=None if product.drows is None else product.drows.stride(),
+        RE=None if product.again is None else product.again.stride(),
         M=m,
         N=n,
         IN_PARTS=in_parts,
-        ACTIVATION=given.activation,
+        ACTIVATION=product.activation,
         PRECISION=precision(a.dtype),
         **where,
         **tile.options,

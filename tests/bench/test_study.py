@@ -448,10 +448,10 @@ def test_runs_and_success_of_quiet_experts() -> None:
     assert waiting[:4] == [
         "base",
         "neurons novels 40 0.012 0",
-        "lora novels 40 0.003 0",
         "quiet novels 0",
+        "neurons messages 40 0.012 0",
     ]
-    assert waiting[-1] == "tenants 10", "what needs replay's rate must wait"
+    assert waiting[-1] == "replay usage examples 20 0.006 0", "what needs replay's rate must wait"
     texts_of = [*plan.domains, *(f"{domain}, all" for domain in plan.domains), *plan.probes]
 
     def record(loss: float, answers: float = 0.0) -> dict[str, float]:
@@ -492,11 +492,20 @@ def test_runs_and_success_of_quiet_experts() -> None:
         "numpy": [4.0, 3.0, 3.05],
         "torch": [4.0, 3.0, 3.15],
     }
+    records["adapter attention: novels"] = {"neurons": 36, "losses": [4.0, 3.0, 3.1]}
+    records["adapter attention: reviews"] = {
+        "neurons": 36,
+        "losses": [4.0, 3.0],
+        "refused": "it keeps 70%",
+    }
     verdicts = {what: holds for what, _, holds in criteria(plan, records)}
     assert verdicts["four: nats ahead of Arrow, top 1"] == "**no**"
     assert verdicts["four: nats ahead of mean of LoRAs"] == "yes"
     assert verdicts["10 tenants: share of their own gains"] == "**no**"
-    assert "| quiet experts, seed 0 |" in study.table(records)
+    table = study.table(records)
+    assert "| quiet experts, seed 0 |" in table
+    assert "| attention | novels | 36 | 1.000 | 90.0% |" in table
+    assert "| attention | reviews | 36 | 1.000 | it keeps 70% |" in table
 
 
 @pytest.mark.slow

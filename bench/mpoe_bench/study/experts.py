@@ -41,18 +41,23 @@ def drawn(train_pieces: Sequence[Tensor], steps: int, seed: int) -> list[Tensor]
 
 
 def trained(
-    kind: str, base: Any, size: int, batches: Sequence[Tensor], rate: float, seed: int
+    kind: str,
+    base: Any,
+    size: int,
+    batches: Sequence[Tensor],
+    rate: float,
+    seed: int,
+    targets: str | Sequence[str] = PROJECTIONS,
 ) -> Any:
     """An expert (``kind`` "neurons") or a LoRA adapter beside ``base``, on its feed-forward
-    networks, trained by AdamW.
+    networks or on PEFT's ``targets``, trained by AdamW.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=size, lora_alpha=2 * size, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM"
-    )
+    modules = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(r=size, lora_alpha=2 * size, target_modules=modules, task_type="CAUSAL_LM")
     model = (
         start_expert(base, size)
         if kind == "neurons"

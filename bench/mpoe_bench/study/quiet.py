@@ -23,9 +23,11 @@ from mpoe.config import RouterConfig
 from mpoe.models import collect_statistics, compose_experts, save_expert, start_expert
 from mpoe.models.background import background_parts, pooled_background, token_batches
 from mpoe.models.composition import compose
+from mpoe.models.lora_fit import check_adapter, fit_adapter
 from mpoe.models.walk import routed_layers
 from mpoe_bench.study.arms import BETAS, train_steps
 from mpoe_bench.study.experts import (
+    BATCH,
     PROMPTS,
     SAMPLED,
     adapters,
@@ -41,6 +43,7 @@ from mpoe_bench.study.quiet_tables import quiet_table
 from mpoe_bench.study.texts import Split, domain_texts, pieces, probe_texts, split_of, tenant_texts
 
 SHOWN = 8  # pieces of a text that is not the domain's own
+FITTED = 256  # pieces that neurons are fitted to an adapter on, one batch in five held out
 REPLAY_SEED = 5
 ANSWER_TOKENS = 48
 MORE_PROMPTS = (
@@ -80,6 +83,7 @@ class QuietPlan:
     rank: int
     replay_rates: tuple[float, ...]
     rates: Mapping[str, float]
+    adapters: Mapping[str, str | list[str]]
     success: Mapping[str, float]
 
     @property
@@ -137,29 +141,34 @@ class QuietStudy:
         """Every run whose rate is known, in its order."""
         plan = self.plan
         yield "base"
+        for seed in plan.seeds:  # what success asks for, first
+            for domain in plan.domains:
+                yield run_key("neurons", domain, plan.steps, plan.rates["neurons"], seed)
+                yield f"quiet {domain} {seed}"
+            yield f"mixture {seed}"
+        yield "rivals"
+        yield "tenants 10"
+        yield "tenants 20"
+        for adapted in plan.adapters:
+            for domain in plan.domains:
+                yield f"adapter {adapted}: {domain}"
         for seed in plan.seeds:
             for domain in plan.domains:
-                for kind in ("neurons", "lora"):
-                    yield run_key(kind, domain, plan.steps, plan.rates[kind], seed)
-                yield f"quiet {domain} {seed}"
+                yield run_key("lora", domain, plan.steps, plan.rates["lora"], seed)
                 yield f"scaled {domain} {seed}"
-            yield f"mixture {seed}"
-            if seed == plan.seeds[0]:
-                for rate in plan.replay_rates:
-                    for domain in plan.domains:
-                        yield run_key("replay", domain, plan.equal_time, rate, seed)
-                yield "rivals"
-                yield "tenants 10"
-            if plan.replay_rate(records) is None:
-                return
+        for rate in plan.replay_rates:
             for domain in plan.domains:
-                for steps in (plan.equal_time, plan.steps):
-                    yield str(plan.key("replay", domain, steps, seed, records))
+                yield run_key("replay", domain, plan.equal_time, rate, plan.seeds[0])
+        if plan.replay_rate(records) is None:
+            return
         for steps in plan.lengths:
             for kind in ("neurons", "lora", "replay"):
                 yield str(plan.key(kind, plan.forgetting, steps, plan.seeds[0], records))
             yield f"quiet {plan.forgetting} {plan.seeds[0]} {steps}"
-        yield "tenants 20"
+        for seed in plan.seeds:
+            for domain in plan.domains:
+                for steps in (plan.equal_time, plan.steps):
+                    yield str(plan.key("replay", domain, steps, seed, records))
 
     def make(self, key: str, records: Records) -> dict[str, Any]:
         kind, _, rest = key.partition(" ")
@@ -179,6 +188,8 @@ class QuietStudy:
             record = self.tests(self.mixture(self.plan.domains, int(rest)), self.plan.domains)
         elif kind == "tenants":
             record = self.tenants(int(rest))
+        elif kind == "adapter":
+            record = self.adapter(*rest.split(": "))
         else:
             record = self.rivals()
         return record | {"cpu_seconds": round(time.process_time() - begin)}
@@ -438,6 +449,33 @@ class QuietStudy:
             alone = self.opened(self.file("neurons", name, seed))
             record[name] = [mean(losses(model, test)) for model in (self.base, alone, mixture)]
         return record
+
+    def adapter(self, adapted: str, domain: str) -> dict[str, Any]:
+        """Neurons fitted to a LoRA of the first seed in another place, with the package's defaults:
+        the test losses of base, adapter and neurons, or why the package refused it."""
+        train, _, test = self.split(domain)
+        seed = self.plan.seeds[0]
+        place = self.folder / f"adapter {adapted} {domain}".replace(" ", "-")
+        model = trained(
+            "lora",
+            self.base,
+            self.plan.rank,
+            drawn([train], self.plan.steps, seed),
+            self.plan.rates["lora"],
+            seed,
+            self.plan.adapters[adapted],
+        )
+        model.save_pretrained(str(place))
+        merged = model.merge_and_unload().eval()
+        neurons = check_adapter(self.base, place)
+        texts = [{"input_ids": rows, "labels": rows} for rows in train[:FITTED].split(BATCH)]
+        losses_of = [mean(losses(model, test)) for model in (self.base, merged)]
+        try:
+            fitted = fit_adapter(self.base, merged, texts, domain, neurons=neurons)
+        except ValueError as error:
+            return {"neurons": neurons, "losses": losses_of, "refused": str(error)}
+        losses_of.append(mean(losses(start_expert(self.base, expert=fitted).eval(), test)))
+        return {"neurons": neurons, "losses": losses_of}
 
 
 @torch.inference_mode()

@@ -240,6 +240,20 @@ def of_many(plan: QuietPlan, records: Records) -> list[list[Any]]:
     return rows
 
 
+def of_adapters(plan: QuietPlan, records: Records) -> list[list[Any]]:
+    """What neurons keep of a LoRA of attention, or of all linear layers, on the test text."""
+    rows = []
+    for adapted in plan.adapters:
+        for domain in plan.domains:
+            record = records.get(f"adapter {adapted}: {domain}")
+            if record is None:
+                continue
+            base, alone, *fitted = record["losses"]
+            kept = f"{(base - fitted[0]) / (base - alone):.1%}" if fitted else record["refused"]
+            rows.append([adapted, domain, record["neurons"], base - alone, kept])
+    return rows
+
+
 def of_lengths(plan: QuietPlan, records: Records) -> list[list[Any]]:
     """What one domain gains and what everything else loses, by steps."""
     base = records.get("base")
@@ -317,6 +331,12 @@ def quiet_table(plan: QuietPlan, records: Records) -> str:
             of_lengths(plan, records),
         ),
         ("Tenants", "", ("experts", "", "share of own gain"), tenants),
+        (
+            "Any LoRA",
+            "Neurons fitted to an adapter of the first seed, always on.",
+            ("modules", "", "neurons a layer", "the adapter's gain", "kept"),
+            of_adapters(plan, records),
+        ),
         ("Rates of replay", "Its own loss on validation texts.", ("", "loss"), rates),
     ]
     return page(plan.title, [plan.question], sections)

@@ -99,7 +99,8 @@ def check_device(reference_name: str, reference: Tensor, **others: Tensor | None
 def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
     """Require dtype and device of ``others`` to equal those of ``reference``; under autocast, after
     its casts."""
-    device, dtype = reference.device, reference.dtype
+    device = reference.device
+    dtype = reference.dtype
     for name, other in others.items():
         if other is None or (other.dtype == dtype and other.device == device):
             continue
@@ -125,10 +126,8 @@ def check_integer(
     if isinstance(value, bool) or not isinstance(value, INTEGERS):
         raise TypeError(f"{name} must be an integer; got {describe(value)}")
     if value < low or (high is not None and value > high):
-        least, between = (
-            f"be at least {low}",
-            f"lie between {low} and {what + ' = ' if what else ''}{high}",
-        )
+        least = f"be at least {low}"
+        between = f"lie between {low} and {what + ' = ' if what else ''}{high}"
         raise ValueError(
             f"{name} must {least if value < low and not what else between}; got {value}"
         )

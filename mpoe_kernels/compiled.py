@@ -90,7 +90,8 @@ def load_library(
         reason = f"{path} does not load on {platform.system()} {platform.machine()}: {error}"
         return CompiledLibrary(path, (reason,))
     info = dict(line.split("=", 1) for line in text.splitlines())
-    ours, built = mpoe_kernels.version.__version__, info.get("version")
+    ours = mpoe_kernels.version.__version__
+    built = info.get("version")
     is_old = (
         bindings is not None and bindings.is_dir() and info.get("bindings") != _digest(bindings)
     )

@@ -63,13 +63,11 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
     """
     for name in architectures.split():
         number, _, kind = name.partition("-")
-        own = divmod(int(number.rstrip("af")), 10)
-        ptx, machine_code = (
-            kind != "real" and own <= (major, minor),
-            kind != "virtual" and own[0] == major,
-        )
-        if own == (major, minor) or (
-            number.isdigit() and (ptx or (machine_code and own[1] <= minor))
+        target = divmod(int(number.rstrip("af")), 10)
+        ptx = kind != "real" and target <= (major, minor)
+        machine_code = kind != "virtual" and target[0] == major
+        if target == (major, minor) or (
+            number.isdigit() and (ptx or (machine_code and target[1] <= minor))
         ):
             return True
     return False

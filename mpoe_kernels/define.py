@@ -70,7 +70,8 @@ def use_backend(name: str) -> Iterator[None]:
         reasons = BACKENDS[name].unavailable_reasons()
         if reasons:
             raise BackendError(f"backend {name!r} cannot run here: {'; '.join(reasons)}")
-    previous, _requested.name = _requested.name, name
+    previous = _requested.name
+    _requested.name = name
     try:
         yield
     finally:
@@ -315,8 +316,8 @@ def define_differentiable(
         need = [bool(ctx.needs_input_grad[position]) for position in positions]
         kept = getattr(ctx, "kept", None)
         grads = backward_op(*ctx.saved_tensors, *ctx.settings, grad.contiguous(), need, kept=kept)
-        found = {p: g for p, g, wanted in zip(positions, grads, need, strict=True) if wanted}
-        return tuple(found.get(position) for position in range(len(names)))
+        by_position = {p: g for p, g, wanted in zip(positions, grads, need, strict=True) if wanted}
+        return tuple(by_position.get(position) for position in range(len(names)))
 
     return define_op(
         name, signature, 1, kernels[name], fake, backward=backward, saves=names, autocast=autocast
@@ -353,7 +354,8 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
                     return False
                 # The first questions of `holds_values` alone answer for most tensors, without a
                 # call.
-                size, begins = value.nbytes, value.is_contiguous() and not value.storage_offset()
+                size = value.nbytes
+                begins = value.is_contiguous() and not value.storage_offset()
                 fits = (
                     size
                     and begins

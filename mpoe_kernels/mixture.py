@@ -87,33 +87,54 @@ def routed_ffn(
     """
     if x.shape[1] != chains.up.in_features or weight.shape[0] != chains.up.num_experts:
         return None
-    x, weight = dense("x", x), dense("weight", weight)
-    tokens, asked = x.shape[0], requested_backend(backend)
+    x = dense("x", x)
+    weight = dense("weight", weight)
+    tokens = x.shape[0]
+    requested = requested_backend(backend)
     # A choice depends on the number of slots alone.
     rows = x if rule.top_k == 1 else x.new_empty(tokens * rule.top_k, 0)
     projections: list[Any] = []
-    kept = []
+    kept = []  # until the library returns
     for blocks, bias, formula in (*chains.of_rows, (chains.down, chains.down_bias, "none")):
-        sizes = (blocks.in_features, blocks.out_features, formula, "auto", asked, False)
         call = ForwardCall(
-            rows, blocks.left, blocks.central, blocks.right, rows, bias, None, *sizes
+            rows,
+            blocks.left,
+            blocks.central,
+            blocks.right,
+            rows,
+            bias,
+            None,
+            blocks.in_features,
+            blocks.out_features,
+            formula,
+            "auto",
+            requested,
+            False,
         )
+        if not all(block.dtype == x.dtype for block in call.blocks):
+            return None
         candidate = chosen_for("grouped_mpo_linear", call, call.slots, ALL_GRADIENTS, False)
         if candidate.backend != "native" or candidate.strategy == "half_right":
             return None
-        left, central, right = own = dense_blocks(call)
-        own_bias = (
-            None if bias is None else dense_like("bias", bias, (call.out_features,), call.x.dtype)
-        )
-        kept.append((own, own_bias))
-        memory = (left.data_ptr(), central.data_ptr(), right.data_ptr(), address(own_bias))
+        left, central, right = dense_blocks(call)
+        if bias is not None:
+            bias = dense_like("bias", bias, (call.out_features,), x.dtype)
+        kept.append((left, central, right, bias))
+        memory = (left.data_ptr(), central.data_ptr(), right.data_ptr(), address(bias))
         projections.append((linear_sizes(call), memory))
     *of_rows, down = projections
     mask = None if token_mask is None else dense("token_mask", token_mask)
     slots = (tokens, rule.top_k, -1 if rule.capacity is None else rule.capacity)
     y = torch.empty_like(x)
     NATIVE_LIBRARY.functions.routed_ffn(
-        *(name_of(weight.dtype), slots, rule.raw, x.data_ptr(), weight.data_ptr(), address(mask)),
-        *(of_rows, down, y.data_ptr()),
+        name_of(weight.dtype),
+        slots,
+        rule.raw,
+        x.data_ptr(),
+        weight.data_ptr(),
+        address(mask),
+        of_rows,
+        down,
+        y.data_ptr(),
     )
     return y

@@ -90,18 +90,16 @@ def one_after_the_other(op: Any) -> Callable[..., Any]:
     """A rule for `torch.vmap` that calls the op once for each entry."""
 
     def run(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        found = [
-            op(
-                *(
-                    v.select(dim, k) if isinstance(dim, int) else v
-                    for v, dim in zip(arguments, in_dims, strict=True)
-                )
-            )
-            for k in range(info.batch_size)
-        ]
-        if isinstance(found[0], Tensor):
-            return torch.stack(found), 0
-        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+        results = []
+        for k in range(info.batch_size):
+            entry = [
+                value.select(dim, k) if isinstance(dim, int) else value
+                for value, dim in zip(arguments, in_dims, strict=True)
+            ]
+            results.append(op(*entry))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
     return run
 

@@ -20,7 +20,8 @@ from mpoe_kernels.checks import FLOATING, check_choice, check_integer, check_mem
 from mpoe_kernels.contract import STRATEGIES
 
 # Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
-MOST_PAIRS, MOST_EXPERTS = 2**31 - 1, 2**20
+MOST_PAIRS = 2**31 - 1
+MOST_EXPERTS = 2**20
 FORMULAS = ("none", "relu", "gelu", "gelu_tanh", "gelu_new", "silu")
 
 _DTYPES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
@@ -78,12 +79,12 @@ class _Argument(NamedTuple):
 
 @lru_cache
 def _arguments(op: str) -> tuple[_Argument, ...]:
-    found = []
+    arguments = []
     for part in filter(None, ARGUMENTS.get(op, "").split("; ")):
         first, *axes = part.split()
         name, dtype = first.split(":")
-        found.append(_Argument(name, dtype, tuple(axes)))
-    return tuple(found)
+        arguments.append(_Argument(name, dtype, tuple(axes)))
+    return tuple(arguments)
 
 
 def check_tensors(names: Sequence[str], values: Sequence[Any], required: Collection[str]) -> None:
@@ -188,6 +189,7 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
     saved = given.get("saved")
     if saved is not None and given["activation"] != "none" and saved.shape != given["grad"].shape:
         raise ValueError(f"saved must be [N, F], as grad is; got {describe(saved)}")
-    need, gradients = given.get("need"), _GRADIENTS.get(op)
+    need = given.get("need")
+    gradients = _GRADIENTS.get(op)
     if need is not None and len(need) != gradients:
         raise ValueError(f"need must name every gradient, {gradients}; got {need}")

@@ -39,11 +39,13 @@ from mpoe_kernels.version import __version__
 SETTING = "MPOE_AUTOTUNE"
 # Most rows and FLOPs of a timed call, of each CPU thread and of a GPU. The FLOPs are the best
 # strategy's.
-ROWS, FLOPS = {"cpu": 256, "cuda": 16384}, {"cpu": 2e9, "cuda": 2e12}
+ROWS = {"cpu": 256, "cuda": 16384}
+FLOPS = {"cpu": 2e9, "cuda": 2e12}
 SECONDS, MOST_ROUNDS = 0.2, 20  # of all interleaved repetitions together
 # A strategy of this many times the fewest FLOPs is not timed, a candidate this many times as slow
 # is not repeated.
-MOST_FLOPS, HOPELESS = 8, 2.5
+MOST_FLOPS = 8
+HOPELESS = 2.5
 MOST_BYTES = (
     1 << 28
 )  # of rebuilt weights and rows of a timed candidate, unless the first of the ranking holds more
@@ -118,8 +120,8 @@ def adopt(choices: Mapping[str, str]) -> None:
 def forget() -> None:
     """Choose everything again; the file stays."""
     with _LOCK:
-        for each in (_CHOSEN, _MADE, _TIMED, _ADOPTED, _ADOPTED_BY_RANKS):
-            each.clear()
+        for table in (_CHOSEN, _MADE, _TIMED, _ADOPTED, _ADOPTED_BY_RANKS):
+            table.clear()
 
 
 def _key(problem: Problem) -> str:
@@ -165,7 +167,8 @@ def _timed_sizes(problem: Problem) -> tuple[int, int]:
 
     At least as many experts as threads, over which some kernels divide their work.
     """
-    kind, experts = problem.device_type, problem.num_experts
+    kind = problem.device_type
+    experts = problem.num_experts
     threads = torch.get_num_threads() if kind == "cpu" else 1
     share = min(
         1.0,
@@ -178,7 +181,7 @@ def _timed_sizes(problem: Problem) -> tuple[int, int]:
 
 def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
     """The shortest time of each, interleaved; infinite for what fails."""
-    found = [math.inf] * len(runs)
+    shortest = [math.inf] * len(runs)
     on_gpu = device.startswith("cuda")
     # One thread's own clock does not count what other processes do on its core.
     clock = time.thread_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
@@ -195,7 +198,7 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
     able = []
     for k in range(len(runs)):
         try:
-            found[k] = sample(k)  # compiles, and brings in memory what later ones find there
+            shortest[k] = sample(k)  # compiles, and brings in memory what later ones find there
         except (
             RuntimeError,
             MemoryError,
@@ -203,15 +206,17 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
             _LOG.info("a candidate failed when it was timed: %s", error)
         else:
             able.append(k)
-    spent, rounds = 0.0, 0
+    spent = 0.0
+    rounds = 0
     while len(able) > 1 and rounds < MOST_ROUNDS and spent < SECONDS:
         if rounds or not on_gpu:  # a GPU's first call may have compiled
-            able = [k for k in able if found[k] < HOPELESS * min(found)]
+            able = [k for k in able if shortest[k] < HOPELESS * min(shortest)]
         for k in able:
             took = sample(k)
-            found[k], spent = min(found[k], took), spent + took
+            shortest[k] = min(shortest[k], took)
+            spent = spent + took
         rounds += 1
-    return found
+    return shortest
 
 
 def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
@@ -220,7 +225,8 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
     whole = {name: plan.flops for name, plan in plans.items()}
     held = {name: plan.temporary_bytes + plan.activation_bytes for name, plan in plans.items()}
     first = able[0].strategy
-    flops, memory = MOST_FLOPS * whole[first], max(MOST_BYTES, held[first])
+    flops = MOST_FLOPS * whole[first]
+    memory = max(MOST_BYTES, held[first])
     listed = [
         c for c in shortlist(able) if whole[c.strategy] <= flops and held[c.strategy] <= memory
     ]
@@ -230,7 +236,10 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
     sample = problem._replace(num_experts=experts, slots=slots)
     with torch.no_grad():
         call = EXAMPLES[problem.op](problem, experts, slots)
-        runs = [partial(each.run, replace(call, strategy=each.strategy)) for each in listed]
+        runs = [
+            partial(candidate.run, replace(call, strategy=candidate.strategy))
+            for candidate in listed
+        ]
         seconds = _seconds(runs, problem.device)
     part = {plan.strategy: plan.flops for plan in sample.plans()}
     scaled = [
@@ -241,7 +250,9 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
 
 
 def _named(value: str | None, able: list[Candidate]) -> Candidate | None:
-    return next((each for each in able if f"{each.backend} {each.name}" == value), None)
+    return next(
+        (candidate for candidate in able if f"{candidate.backend} {candidate.name}" == value), None
+    )
 
 
 def resolve_contraction(problem: Problem) -> Candidate:
@@ -259,16 +270,16 @@ def resolve_contraction(problem: Problem) -> Candidate:
     key = _key(problem)
     with _LOCK:
         adopted = _ADOPTED_BY_RANKS.get(str(problem)) if several_ranks() else _ADOPTED.get(key)
-        found = _named(adopted, able)
-        if found is None and _may_time(problem):
-            found = _named(_TIMED.get(key) or read_choices().get(key), able)
-            if found is None:
-                found = _fastest(problem, able)
-                add_choices({key: f"{found.backend} {found.name}"})
-            _TIMED[key] = f"{found.backend} {found.name}"
-        found = found or able[0]
-        _MADE[key] = f"{found.backend} {found.name}"
-    return found
+        candidate = _named(adopted, able)
+        if candidate is None and _may_time(problem):
+            candidate = _named(_TIMED.get(key) or read_choices().get(key), able)
+            if candidate is None:
+                candidate = _fastest(problem, able)
+                add_choices({key: f"{candidate.backend} {candidate.name}"})
+            _TIMED[key] = f"{candidate.backend} {candidate.name}"
+        candidate = candidate or able[0]
+        _MADE[key] = f"{candidate.backend} {candidate.name}"
+    return candidate
 
 
 def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candidate:
@@ -282,45 +293,42 @@ def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candi
         need: which gradients a backward computes.
         keeps: the forward saves rows for its backward, so it is ``separable``.
     """
-    x, left, central, right = call.x, call.left, call.central, call.right
+    x = call.x
+    left = call.left
+    central = call.central
+    right = call.right
     on_gpu = x.device.type == "cuda"
     key = (
-        *(
-            op,
-            left.shape,
-            central.shape,
-            right.shape,
-            call.in_features,
-            call.out_features,
-            slots,
-            x.dtype,
-            x.device,
-        ),
-        *(
-            need,
-            keeps,
-            call.backend,
-            call.strategy,
-            torch.are_deterministic_algorithms_enabled(),
-            _has_ranks(),
-        ),
-        *(
-            torch.get_num_threads(),
-            on_gpu and torch.backends.cuda.matmul.fp32_precision,
-            *BACKENDS.values(),
-        ),
+        op,
+        left.shape,
+        central.shape,
+        right.shape,
+        call.in_features,
+        call.out_features,
+        slots,
+        x.dtype,
+        x.device,
+        need,
+        keeps,
+        call.backend,
+        call.strategy,
+        torch.are_deterministic_algorithms_enabled(),
+        _has_ranks(),
+        torch.get_num_threads(),
+        on_gpu and torch.backends.cuda.matmul.fp32_precision,
+        *BACKENDS.values(),
     )
-    found = _CHOSEN.get(key)
-    if found is None:
+    choice = _CHOSEN.get(key)
+    if choice is None:
         sizes = (call.dims, call.num_experts, slots, x.dtype, str(x.device))
-        found = (
+        choice = (
             resolve_contraction(Problem(op, *sizes, need, keeps, call.backend, call.strategy)),
             call.dims,
         )
         if len(_CHOSEN) >= _MOST_CHOSEN:
             _CHOSEN.clear()
         if not is_traced():
-            _CHOSEN[key] = found
-    candidate, call.dims = found
+            _CHOSEN[key] = choice
+    candidate, call.dims = choice
     call.strategy = candidate.strategy
     return candidate

@@ -27,7 +27,8 @@ _LOG = logging.getLogger(__name__)
 def choices_file() -> Path:
     """Where choices are kept: in this user's cache; below the temporary folder for a user without a
     home."""
-    base, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = os.path.expanduser("~")
     if not os.path.isabs(base):  # the specification ignores relative paths
         # Without HOME and with an unknown user, as in containers, there is no home.
         base = os.path.join(home, ".cache") if os.path.isabs(home) else tempfile.gettempdir()
@@ -61,10 +62,10 @@ def read_json(path: Path) -> Any:
             JSON.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return None
-    if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_FILE:
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
         raise ValueError(f"it is not a regular file of at most {LARGEST_FILE} bytes")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -101,13 +102,13 @@ def read_choices() -> dict[str, str]:
     return {key: value for key, value in choices.items() if isinstance(value, str)}
 
 
-def add_choices(found: Mapping[str, str]) -> None:
+def add_choices(choices: Mapping[str, str]) -> None:
     """Keep choices beside those that other processes have written meanwhile."""
     path = choices_file()
     merged = read_choices()
-    for key in found:
+    for key in choices:
         merged.pop(key, None)
-    merged.update(found)
+    merged.update(choices)
     kept = dict(list(merged.items())[-MOST_CHOICES:])
     try:
         write_json(path, {"version": VERSION, "choices": kept})

@@ -30,7 +30,8 @@ AXES = {
     "CR": ("a", "iC", "jC", "iR", "jR"),
     "W": ("iL", "iC", "iR", "jL", "jC", "jR"),
 }
-X_AXES, Y_AXES = ("iL", "iC", "iR"), ("jL", "jC", "jR")
+X_AXES = ("iL", "iC", "iR")
+Y_AXES = ("jL", "jC", "jR")
 INDICES = {name: frozenset(axes) for name, axes in AXES.items()}
 X_INDICES = frozenset(X_AXES)
 
@@ -177,9 +178,11 @@ def applications(dims: BlockDims, order: tuple[str, ...]) -> tuple[Application, 
     """The products of x with the operands in ``order``; together the operands make the whole
     weight."""
     if order == ("W",):  # the whole weight is cropped to its true size before it is used
-        i, f = dims.in_features, dims.out_features
+        i = dims.in_features
+        f = dims.out_features
         return (Application("W", i, f, 1, f, i),)
-    state, steps = X_INDICES, []
+    state = X_INDICES
+    steps = []
     for operand in order:
         met = INDICES[operand]
         m, n, k = (dims.elements(indices) for indices in (state - met, met - state, state & met))

@@ -85,8 +85,8 @@ def _product_flops(
     kind, result, first, second, _ = product
     of_weight = "W" in (value_of(second), value_of(result)) and kind != MERGE
     axes = frozenset(program.axes[first]) | frozenset(program.axes[second])
-    each = dims.in_features * dims.out_features if of_weight else dims.elements(axes)
-    return 2 * each * (busy if kind == MERGE else slots)
+    elements = dims.in_features * dims.out_features if of_weight else dims.elements(axes)
+    return 2 * elements * (busy if kind == MERGE else slots)
 
 
 def _temporary_elements(dims: BlockDims, strategy: str, phase: str, need: Need) -> int:

@@ -37,7 +37,9 @@ COMPOSITES = ("LC", "CR", "W")
 
 # Kinds of products. Rows meet an operand; rows before and gradients of rows after give an operand's
 # gradient; two operands make a third.
-ROWS, GRADIENT, MERGE = "rows", "gradient", "merge"
+ROWS = "rows"
+GRADIENT = "gradient"
+MERGE = "merge"
 
 
 class Product(NamedTuple):
@@ -109,20 +111,23 @@ def _axes_of(order: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     state: tuple[str, ...] = X_AXES
     for position, operand in enumerate(order[:-1], start=1):
         met = AXES[operand]
-        kept, new = [a for a in state if a not in met], [a for a in met if a not in state]
+        kept = [a for a in state if a not in met]
+        new = [a for a in met if a not in state]
         state = (*kept, *new)
         axes[f"rows{position}"] = state
-    return {**axes, **{f"d {name}": found for name, found in axes.items()}}
+    return {**axes, **{f"d {name}": of_value for name, of_value in axes.items()}}
 
 
 def _with_last_reads(products: list[Product]) -> tuple[Product, ...]:
     read: set[str] = set()
-    found = []
+    marked = []
     for product in reversed(products):
         names = dict.fromkeys((product.first, product.second))
-        found.append(product._replace(last_reads=tuple(name for name in names if name not in read)))
+        marked.append(
+            product._replace(last_reads=tuple(name for name in names if name not in read))
+        )
         read |= set(names)
-    return tuple(reversed(found))
+    return tuple(reversed(marked))
 
 
 def _parts(operand: str) -> str:
@@ -135,17 +140,17 @@ def _merge_gradients(merges: tuple[tuple[str, str, str], ...], wanted: set[str])
     A plain block's comes first: after it, nobody reads the value of the built one, whose memory can
     be used again.
     """
-    found = []
+    products = []
     for result, first, second in reversed(merges):
         if result in wanted:
             pair = [
                 (first, Product(MERGE, f"d {first}", f"d {result}", second)),
                 (second, Product(MERGE, f"d {second}", first, f"d {result}")),
             ]
-            found += [
+            products += [
                 product for name, product in sorted(pair, key=lambda p: len(p[0])) if name in wanted
             ]
-    return found
+    return products
 
 
 def _read_values(
@@ -236,7 +241,8 @@ def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> 
     late = again if kept else []
     products += [] if kept else again
     for k in reversed(range(count)):
-        after, before = f"d {_rows_name(k + 1, count)}", _rows_name(k, count)
+        after = f"d {_rows_name(k + 1, count)}"
+        before = _rows_name(k, count)
         # Towards x first: then nobody reads the value of a built operand, whose gradient takes its
         # memory.
         if before_needed[k]:

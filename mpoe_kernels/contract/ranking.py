@@ -22,7 +22,9 @@ from mpoe_kernels.contract.plan import Contraction, contraction, contractions
 from mpoe_kernels.contract.precision import may_round_to_tf32
 from mpoe_kernels.contract.program import ALL_GRADIENTS, Need
 
-STRATEGIES_TIMED, BACKENDS_TIMED, MOST_TIMED = 2, 2, 4
+STRATEGIES_TIMED = 2
+BACKENDS_TIMED = 2
+MOST_TIMED = 4
 
 
 class Problem(NamedTuple):
@@ -84,7 +86,8 @@ class Problem(NamedTuple):
         )
 
     def __str__(self) -> str:
-        need, keeps = "".join(str(int(n)) for n in self.need), ", keeps" * self.keeps
+        need = "".join(str(int(n)) for n in self.need)
+        keeps = ", keeps" * self.keeps
         sizes = f"{'x'.join(map(str, self.dims))} E{self.num_experts} N{self.slots}"
         kind = str(self.dtype).removeprefix("torch.") + " tf32" * self.may_round
         problem = f"{self.op} {self.device_type} {kind} {sizes} need {need}{keeps}"
@@ -123,7 +126,9 @@ def rank(problem: Problem) -> list[Candidate]:
         return able
     # Those that wait for the device come last, and only if their backend is named or there are no
     # others.
-    going, waiting = ([each for each in able if each.waits == waits] for waits in (False, True))
+    going, waiting = (
+        [candidate for candidate in able if candidate.waits == waits] for waits in (False, True)
+    )
     return going + waiting if named or not going else going
 
 

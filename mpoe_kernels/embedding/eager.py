@@ -67,20 +67,24 @@ def _parts(ids: Tensor, dims: BlockDims, pairs: bool) -> Iterator[_Part]:
     group = ids % (d.iC * d.iR) if pairs else ids // d.iR % d.iC
     order = torch.argsort(group, stable=True)
     numbers, counts = (
-        found.tolist() for found in torch.unique_consecutive(group[order], return_counts=True)
+        values.tolist() for values in torch.unique_consecutive(group[order], return_counts=True)
     )
     most = max(1, _ELEMENTS // (d.jL * max(d.a, d.jC * (d.jR if pairs else d.b))))
-    first, start = 0, 0
+    first = 0
+    start = 0
     while first < len(numbers):
-        end, last = start + counts[first], first + 1
+        end = start + counts[first]
+        last = first + 1
         while last < len(numbers) and end + counts[last] - start <= most:
-            end, last = end + counts[last], last + 1
+            end = end + counts[last]
+            last = last + 1
         tokens = order[start:end]
         here = ids[tokens]
         yield _Part(
             tokens, numbers[first:last], counts[first:last], here // (d.iC * d.iR), here % d.iR
         )
-        first, start = last, end
+        first = last
+        start = end
 
 
 def _slices(central: Tensor, right: Tensor, dims: BlockDims, pairs: bool) -> Tensor:
@@ -105,7 +109,10 @@ def _check_ids(call: EmbeddingCall | EmbeddingBackwardCall) -> None:
 
 def forward(call: EmbeddingCall) -> Tensor:
     """Computed in the cheapest way."""
-    ids, left, central, right = call.ids, call.left[0], call.central, call.right[0]
+    ids = call.ids
+    left = call.left[0]
+    central = call.central
+    right = call.right[0]
     dims = BlockDims.of_blocks(
         call.left, central, call.right, call.num_embeddings, call.embedding_dim
     )
@@ -130,16 +137,20 @@ def forward(call: EmbeddingCall) -> Tensor:
 def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
     """Those that are needed of all gradients."""
     _check_ids(call)
-    found = zip((call.left, call.central, call.right), _gradients(call), call.need, strict=True)
+    gradients = zip((call.left, call.central, call.right), _gradients(call), call.need, strict=True)
     return tuple(
         gradient.reshape(like.shape) if needed and gradient is not None else like.new_empty(0)
-        for like, gradient, needed in found
+        for like, gradient, needed in gradients
     )
 
 
 def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Computed in the same way as the forward, for one expert."""
-    grad, ids, left, central, right = call.grad, call.ids, call.left[0], call.central, call.right[0]
+    grad = call.grad
+    ids = call.ids
+    left = call.left[0]
+    central = call.central
+    right = call.right[0]
     dims = BlockDims.of_blocks(
         call.left, central, call.right, call.num_embeddings, call.embedding_dim
     )
@@ -150,11 +161,13 @@ def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor | None, Tensor | Non
         return table.of_blocks(left, central, right, call.need)
     padded = torch.nn.functional.pad(grad, (0, dims.jL * dims.jC * dims.jR - call.embedding_dim))
     slices = _slices(central, right, dims, way == "pairs")
-    dleft, dslices = torch.zeros_like(left), torch.zeros_like(slices)
+    dleft = torch.zeros_like(left)
+    dslices = torch.zeros_like(slices)
     right_by_digit = right.transpose(0, 1)  # [iR, b, jR]
     dright_by_digit = torch.zeros_like(right_by_digit, memory_format=torch.contiguous_format)
     for part in _parts(ids, dims, way == "pairs"):
-        rows, weights = left[part.left_digit].flatten(0, 1), [slices[n] for n in part.groups]
+        rows = left[part.left_digit].flatten(0, 1)
+        weights = [slices[n] for n in part.groups]
         drows = padded[part.tokens]
         if way == "gather":
             half = grouped_mm(rows, weights, part.counts).view(-1, dims.jL * dims.jC, dims.b)
@@ -171,5 +184,6 @@ def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor | None, Tensor | Non
     # [(a iC jC), (iR jR)], like the product of the two blocks.
     dboth = dslices.view(dims.iC, dims.iR, dims.a, dims.jC, dims.jR).permute(2, 0, 3, 1, 4)
     dboth = dboth.reshape(-1, dims.iR * dims.jR)
-    dcentral, dright = dboth @ right.reshape(dims.b, -1).T, central.reshape(-1, dims.b).T @ dboth
+    dcentral = dboth @ right.reshape(dims.b, -1).T
+    dright = central.reshape(-1, dims.b).T @ dboth
     return dleft, dcentral, dright

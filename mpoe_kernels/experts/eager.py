@@ -79,7 +79,8 @@ class Piece(NamedTuple):
 def _pieces(index: Tensor, experts: int, per_row: int, per_expert: int) -> Iterator[Piece]:
     """All slots with an expert, in the order of experts and tokens. ``per_row`` and ``per_expert``:
     elements that a piece gathers."""
-    top_k, flat = index.shape[1], index.reshape(-1)
+    top_k = index.shape[1]
+    flat = index.reshape(-1)
     _, order = torch.sort(flat, stable=True)
     counts = torch.bincount(flat + 1, minlength=experts + 1)
     starts = counts.cumsum(0) - counts
@@ -134,7 +135,8 @@ def _by_blocks(x: Tensor, blocks: Tensor, onto: Tensor | None = None) -> Tensor:
         x = x.view(n, -1, groups, size).transpose(1, 2)
         product = torch.matmul(x, blocks).transpose(1, 2).reshape(n, x.shape[2], groups * out)
         return product if onto is None else onto + product
-    rows, blocks = x.reshape(n, -1, size), blocks[:, 0]
+    rows = x.reshape(n, -1, size)
+    blocks = blocks[:, 0]
     if onto is None:
         product = torch.bmm(rows, blocks)
     else:
@@ -149,7 +151,8 @@ def _back_by_blocks(grad: Tensor, blocks: Tensor, onto: Tensor | None = None) ->
 def _block_gradient(x: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     """``sum over rows x^T grad`` per block: ``[n, rows, G p], [n, rows, G q]`` to ``[n, G', p, q]``
     or ``[n, p, q]``, as ``like`` is."""
-    n, (size, out) = x.shape[0], like.shape[-2:]
+    n = x.shape[0]
+    size, out = like.shape[-2:]
     if like.dim() == 3 or like.shape[1] == 1:
         return torch.bmm(x.reshape(n, -1, size).transpose(1, 2), grad.reshape(n, -1, out))
     groups = like.shape[1]
@@ -260,7 +263,9 @@ def _add_gradients(
     """Add those of a piece to ``totals``, in the order of the operands; None: not wanted."""
     x, gates, _, right, left, _, x_gate, right_gate = _operands(call)
     dx, dgates, _, dright, dleft, dbias, dx_gate, dright_gate = totals
-    grad, gate, hidden = piece.rows(call.grad), piece.gates(gates), _hidden(call, piece)
+    grad = piece.rows(call.grad)
+    gate = piece.gates(gates)
+    hidden = _hidden(call, piece)
     dh = _back_by_blocks(grad, _left(piece, left))
     if dgates is not None:
         _add(dgates, piece.slots, (hidden.h.to(dgates.dtype) * dh.to(dgates.dtype)).sum(-1))
@@ -271,7 +276,8 @@ def _add_gradients(
     of_act = dh if hidden.value is None else dh * hidden.value
     dvalue = dz = _activation_gradient(call.activation, of_act, hidden.z)
     if hidden.value is not None:
-        dvalue, dz = piece.clear(dh * hidden.act), piece.clear(dz)
+        dvalue = piece.clear(dh * hidden.act)
+        dz = piece.clear(dz)
     if dx is not None:
         back = _back_by_blocks(dvalue, _right(piece, right))
         if right_gate is not None and x_gate is None:

@@ -61,26 +61,24 @@ SM_100_TILE = Tile(
 
 
 def _tiles(kernel: str, u: Tensor, block: int) -> tuple[Tile, ...]:
-    found = (TILES if block <= LARGEST_BLOCK else LARGE_TILES)[kernel][u.element_size()]
+    tiles = (TILES if block <= LARGEST_BLOCK else LARGE_TILES)[kernel][u.element_size()]
     if kernel == "blocks" and u.element_size() == 2:
         name = architecture.target_of(u.device).architecture
         if name in IN_REGISTERS:
             return (SMALL_TILE,)
         if name == "sm_100" and block <= LARGEST_BLOCK:
             return (SM_100_TILE,)
-    return found
+    return tiles
 
 
 def _common(call: HiddenCall) -> dict[str, Any]:
     """Arguments of every kernel. Missing tensors get placeholders that are never read."""
-    u, right, left, bias, u_gate, right_gate = (
-        call.u,
-        call.right,
-        call.left,
-        call.bias,
-        call.u_gate,
-        call.right_gate,
-    )
+    u = call.u
+    right = call.right
+    left = call.left
+    bias = call.bias
+    u_gate = call.u_gate
+    right_gate = call.right_gate
     right = right.contiguous()
     return {
         "u": u.contiguous(),
@@ -114,8 +112,12 @@ def _rows(
     """Writes `hidden_rows_kernel`'s results ``outs [T, F]``, of a backward du and du_gate, those
     that are needed; returns the shares ``[shares, T, K]`` of the gates' gradients. Without
     ``slots`` a program has a pair."""
-    u, index, block = call.u, call.top_k_index.contiguous(), call.block
-    tiles, groups, pairs = _tiles(kernel, u, block), u.shape[1] // block, index.numel()
+    u = call.u
+    index = call.top_k_index.contiguous()
+    block = call.block
+    tiles = _tiles(kernel, u, block)
+    groups = u.shape[1] // block
+    pairs = index.numel()
     ways = fitted(tuple(tiles[-1:] if slots is None else slots.among(tiles)), block, block)
 
     def tiles_of(way: Options) -> int:
@@ -158,7 +160,8 @@ def _rows(
 
 def forward(call: HiddenCall) -> Tensor:
     """See `hidden_experts`."""
-    u, index = call.u, call.top_k_index
+    u = call.u
+    index = call.top_k_index
     if index.numel() == 0:
         return torch.zeros_like(u, memory_format=torch.contiguous_format)
     check_range(
@@ -173,7 +176,8 @@ def forward(call: HiddenCall) -> Tensor:
 
 def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall`."""
-    index, wanted = call.top_k_index, call.wanted
+    index = call.top_k_index
+    wanted = call.wanted
     need_u, need_gates, *_, need_u_gate, _ = wanted
     results = new_gradients(call, wanted)
     if index.numel() == 0:
@@ -199,16 +203,20 @@ def _blocks(call: HiddenBackwardCall, common: dict[str, Any], results: list[Tens
     the groups."""
     _, _, dright, dleft, dbias, _, dright_gate = results
     kept = [dright, dright_gate, dleft]
-    if not any(each.numel() for each in (*kept, dbias)):
+    if not any(block.numel() for block in (*kept, dbias)):
         return
     (way,) = fitted(_tiles("blocks", call.u, call.block), call.block, call.block)
-    experts, parts = call.num_experts, cdiv(call.block, way["BN"]) ** 2
-    groups, share = call.u.shape[1] // call.block, 1
+    experts = call.num_experts
+    parts = cdiv(call.block, way["BN"]) ** 2
+    groups = call.u.shape[1] // call.block
+    share = 1
     if common["OWN"] == 1:
         enough = 4 * architecture.target_of(call.u.device).multiprocessors
         share = cdiv(groups, min(groups, cdiv(enough, experts * parts)))
         if share < groups:
-            sizes = [(cdiv(groups, share), *each.shape) if each.numel() else (0,) for each in kept]
+            sizes = [
+                (cdiv(groups, share), *block.shape) if block.numel() else (0,) for block in kept
+            ]
             kept = [call.u.new_empty(size, dtype=torch.float32) for size in sizes]
     start(
         hidden_blocks_kernel,

@@ -209,8 +209,10 @@ def hidden_blocks_kernel(
             pair = tl.load(order + EXPERTS + 2 + place, mask=used, other=0)
             weight = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)
             start = (pair // TOP_K).to(tl.int64) * F + group * B
-            rows, rows_gate = u + start, u_gate + start
-            blocks, blocks_gate = right + at, right_gate + at
+            rows = u + start
+            rows_gate = u_gate + start
+            blocks = right + at
+            blocks_gate = right_gate + at
             value, z = pre_activation(
                 rows,
                 rows_gate,

@@ -67,7 +67,8 @@ def forward(call: HiddenCall | NeuronCall) -> Tensor:
 def backward(call: HiddenBackwardCall | NeuronBackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall` and `NeuronBackwardCall`."""
     operands = _operands(call)
-    rows, grad = operands[0], dense("grad", call.grad)
+    rows = operands[0]
+    grad = dense("grad", call.grad)
     results: list[Tensor] = []
     for name, operand in zip(call.OPERANDS, operands, strict=True):
         if name in call.DIFFERENTIABLE:
@@ -116,13 +117,16 @@ def routed_hidden(
         ``o [..., F]`` and the decision; None if the op must be called instead.
     """
     # None where it is parametrized.
-    right, left, right_gate = blocks.get("right"), blocks.get("left"), blocks.get("right_gate")
+    right = blocks.get("right")
+    left = blocks.get("left")
+    right_gate = blocks.get("right_gate")
     if right is None or left is None or (u_gate is None) != (right_gate is None):
         return None
     if right.dim() != 4 or right.shape[2] != right.shape[3]:
         return None
     experts, groups, block, _ = right.shape
-    tokens, features = x.shape[0], u.shape[-1]
+    tokens = x.shape[0]
+    features = u.shape[-1]
     if (
         tokens == 0
         or u.numel() != tokens * features
@@ -153,7 +157,8 @@ def routed_hidden(
         u_gate,
         right_gate,
     )
-    x, router_weight = dense("x", x), dense("weight", router_weight)
+    x = dense("x", x)
+    router_weight = dense("weight", router_weight)
     NATIVE_LIBRARY.functions.routed_hidden_experts(
         name_of(u.dtype),
         activation,
@@ -197,12 +202,15 @@ def routed_neurons(
     Returns:
         ``o [T, O]``; None if the op must be called instead.
     """
-    up, down, gate_up = neurons.get("up"), neurons.get("down"), neurons.get("gate_proj")
+    up = neurons.get("up")
+    down = neurons.get("down")
+    gate_up = neurons.get("gate_proj")
     bias = neurons.get("bias")
     if up is None or down is None or rows.dim() != 2 or up.dim() != 3 or down.dim() != 3:
         return None
     experts, size, width = up.shape
-    out_features, tokens = down.shape[2], x.shape[0]
+    out_features = down.shape[2]
+    tokens = x.shape[0]
     shapes = (
         (rows, (tokens, width)),
         (up, up.shape),
@@ -212,7 +220,8 @@ def routed_neurons(
     )
     if router_weight.shape != (experts, x.shape[1]) or not _fit(shapes, rows.dtype):
         return None
-    x, router_weight = dense("x", x), dense("weight", router_weight)
+    x = dense("x", x)
+    router_weight = dense("weight", router_weight)
     mask = None if token_mask is None else dense("token_mask", token_mask)
     operands = (rows, None, None, up, down, bias, None, gate_up)
     out = rows.new_empty(tokens, out_features)

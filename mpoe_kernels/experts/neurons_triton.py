@@ -83,11 +83,9 @@ class _Call:
 
     def __init__(self, call: NeuronCall) -> None:
         self.experts, self.neurons, self.width = call.up.shape
-        self.out_width, self.like, self.index = (
-            call.down.shape[2],
-            call.x,
-            call.top_k_index.contiguous(),
-        )
+        self.out_width = call.down.shape[2]
+        self.like = call.x
+        self.index = call.top_k_index.contiguous()
         self.tokens, self.top_k = self.index.shape
         self.size = call.x.element_size()
         check_range(
@@ -329,7 +327,8 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
     results = new_gradients(call, wanted)
     if call.top_k_index.numel() == 0 or not any(wanted):
         return tuple(results)
-    this, grad = _Call(call), call.grad.contiguous()
+    this = _Call(call)
+    grad = call.grad.contiguous()
     slots = sort_slots(this.index, this.experts) if call.kept is None else call.kept
     need_x, need_gates, *of_weights = wanted
     h, dvalue, dz, gate_parts = this.hidden(slots, grad)

@@ -221,11 +221,11 @@ def neurons_rows_kernel(
     c = first + tl.program_id(1) * BN + tl.arange(0, BN)
     size = tl.where(expert == EXPERTS, 0, neurons)  # no expert: zeros
     at = place * neurons
-    own = expert.to(tl.int64) * neurons * columns
-    acc = rows_times(rows + at, used, size, weights + own, c, columns, False, BK, PRECISION)
+    at_weights = expert.to(tl.int64) * neurons * columns
+    acc = rows_times(rows + at, used, size, weights + at_weights, c, columns, False, BK, PRECISION)
     if GATED:
         acc += rows_times(
-            more_rows + at, used, size, more_weights + own, c, columns, False, BK, PRECISION
+            more_rows + at, used, size, more_weights + at_weights, c, columns, False, BK, PRECISION
         )
     if gates is not None:
         gate = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)

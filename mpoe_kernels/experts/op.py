@@ -265,10 +265,13 @@ def hidden_experts(
             what was expected.
         BackendError: the named backend cannot run it.
     """
-    right, left = _blocks("right", right), _blocks("left", left)
+    right = _blocks("right", right)
+    left = _blocks("left", left)
     right_gate = None if right_gate is None else _blocks("right_gate", right_gate)
     index = _check_choices("u", u, "F", gates, top_k_index)
-    features, groups, size = u.shape[1], right.shape[1], right.shape[2]
+    features = u.shape[1]
+    groups = right.shape[1]
+    size = right.shape[2]
     if features % size or groups not in (1, features // size):
         raise ValueError(
             f"right must be [E, G', b, b] with b a divisor of F = {features} and G' = 1 or F / b; "

@@ -22,14 +22,15 @@ def hidden_experts_reference(
     right_gate: Tensor | None = None,
 ) -> Tensor:
     """See `mpoe_kernels.hidden_experts`; blocks are ``[E, G', b, b]``."""
-    size, own_groups = right.shape[-1], right.shape[1]
+    size = right.shape[-1]
+    own_groups = right.shape[1]
     # Views of all blocks are taken at once: the gradient of each taken alone would be as large as
     # the whole.
     blocks = [
-        None if x is None else [own.unbind() for own in x.unbind()]
+        None if x is None else [part.unbind() for part in x.unbind()]
         for x in (right, left, right_gate)
     ]
-    (rights, lefts, right_gates) = blocks
+    rights, lefts, right_gates = blocks
     assert rights is not None
     assert lefts is not None
     rows = []
@@ -40,16 +41,17 @@ def hidden_experts_reference(
                 continue
             parts = []
             for g in range(u.shape[1] // size):
-                units, own = slice(g * size, (g + 1) * size), g if own_groups > 1 else 0
-                value = u[t, units] @ rights[e][own]
+                units = slice(g * size, (g + 1) * size)
+                part = g if own_groups > 1 else 0
+                value = u[t, units] @ rights[e][part]
                 z = (
                     value
                     if u_gate is None or right_gates is None
-                    else u_gate[t, units] @ right_gates[e][own]
+                    else u_gate[t, units] @ right_gates[e][part]
                 )
                 h = activation_reference(activation, z if bias is None else z + bias[e, units])
                 h = h if u_gate is None else h * value
-                parts.append(h @ lefts[e][own])
+                parts.append(h @ lefts[e][part])
             row = row + gates[t, k].to(u.dtype) * torch.cat(parts)
         rows.append(row)
     return torch.stack(rows) if rows else torch.zeros_like(u)
@@ -69,7 +71,8 @@ def neuron_experts_reference(
     """See `mpoe_kernels.neuron_experts`."""
     # Views of all experts are taken at once: the gradient of each taken alone would be as large as
     # the whole.
-    ups, downs = up.unbind(), down.unbind()
+    ups = up.unbind()
+    downs = down.unbind()
     gate_ups = ups if gate_up is None else gate_up.unbind()
     rows = []
     for t, choices in enumerate(top_k_index.tolist()):

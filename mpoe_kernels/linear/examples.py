@@ -49,7 +49,8 @@ def example_forward(problem: Problem, experts: int, slots: int) -> ForwardCall:
 def example_backward(problem: Problem, experts: int, slots: int) -> BackwardCall:
     """A backward to time."""
     common = _made_up(problem, experts, slots)
-    x, d = common["x"], problem.dims
+    x = common["x"]
+    d = problem.dims
     grad = x.new_full((slots, d.out_features), 0.01)
     h = x.new_full((slots * d.jC, d.b) if d.is_separable else (0,), 0.01)
     return BackwardCall(**common, grad=grad, h=h, saved=x.new_empty(0), need=[*problem.need, False])

@@ -67,8 +67,8 @@ def mpo_ffn(
         )
     else:
         if not isinstance(up, MPOBlocks) or not isinstance(gate_proj, MPOBlocks):
-            found = gate_proj if isinstance(up, MPOBlocks) else up
-            raise TypeError(f"up and gate_proj must be MPOBlocks (see fold); got {describe(found)}")
+            other = gate_proj if isinstance(up, MPOBlocks) else up
+            raise TypeError(f"up and gate_proj must be MPOBlocks (see fold); got {describe(other)}")
         if up.out_features != gate_proj.out_features:
             raise ValueError(
                 f"gate_proj must have {up.out_features} out_features like up; got "
@@ -118,20 +118,22 @@ def placed_mpo_linear(
             f"x must be [N, I] with N = {routing.token_of_slot.shape[0]}; got {describe(x)}"
         )
     y, _, _ = forward_op(
-        *(x, blocks.left, blocks.central, blocks.right, expert_offsets, bias, None),
-        *(
-            blocks.in_features,
-            blocks.out_features,
-            "none",
-            strategy,
-            requested_backend(backend),
-            False,
-        ),
-        *(
-            routing.slot_of_token.long(),
-            routing.token_of_slot.long(),
-            top_k_weights.float().flatten(),
-        ),
+        x,
+        blocks.left,
+        blocks.central,
+        blocks.right,
+        expert_offsets,
+        bias,
+        None,
+        blocks.in_features,
+        blocks.out_features,
+        "none",
+        strategy,
+        requested_backend(backend),
+        False,
+        routing.slot_of_token.long(),
+        routing.token_of_slot.long(),
+        top_k_weights.float().flatten(),
     )
     return y
 

@@ -179,12 +179,11 @@ def block_gradients(
             jC, b]`` of some experts, whether it is the latter, and their slots; returns the product
             in the shape of the other one.
     """
-    d, experts, (_, need_left, need_central, need_right) = (
-        call.dims,
-        call.num_experts,
-        call.need_of_plan,
-    )
-    central, parts = call.central.reshape(d.a, -1), {name: list[Tensor]() for name in "LCR"}
+    d = call.dims
+    experts = call.num_experts
+    _, need_left, need_central, need_right = call.need_of_plan
+    central = call.central.reshape(d.a, -1)
+    parts = {name: list[Tensor]() for name in "LCR"}
     size = experts_at_once(d, ("LC",), experts, copies=1)
     for first in range(0, experts if need_left or need_central or need_right else 0, size):
         last = min(first + size, experts)

@@ -229,7 +229,9 @@ class Pass:
         multiplied them."""
         if not self.grouped.fuses:
             return False
-        program, before, block = self.program, value_of(product.result), product.second
+        program = self.program
+        before = value_of(product.result)
+        block = product.second
         if product.result == before or before not in self.rows or block == "C" or program.built:
             return False
         if self.call.x.element_size() != 2:  # without tensor cores, the kernel spills registers
@@ -299,7 +301,8 @@ class Chunk:
             for name in (product.first, product.second):
                 if name not in values:
                     values[name] = self._given(name)
-            first, second = values[product.first], values[product.second]
+            first = values[product.first]
+            second = values[product.second]
             if product.result in self.whole.shared:
                 result = self.whole.shared.pop(product.result)
             elif product.kind == ROWS:
@@ -315,7 +318,8 @@ class Chunk:
 
     def _given(self, name: str) -> Named:
         """What is not the result of a product."""
-        call, axes = self.whole.call, self.whole.program.axes[name]
+        call = self.whole.call
+        axes = self.whole.program.axes[name]
         if name == "C":
             return Named(call.central.unsqueeze(0), axes)
         if name in ("L", "R"):
@@ -360,7 +364,8 @@ class Chunk:
             (block,) = operand.matrices(met, new)
             data = (matrix.flatten(0, 1) @ block).view(*matrix.shape[:2], block.shape[1])
             return self._named(data, (*kept, *new))
-        matrix, blocks = rows.matrices(kept, met), operand.factors(met, new)
+        matrix = rows.matrices(kept, met)
+        blocks = operand.factors(met, new)
         out = None
         if self.slots.is_part:
             size = (self.slots.count, matrix.shape[1], blocks.shape[2])
@@ -392,8 +397,11 @@ class Chunk:
     def _both(self, product: Product, grads: Named, operand: Named) -> Named:
         """The gradient of rows. That of the block, and the rows after it if they are read, wait for
         their turn."""
-        name, after, block = value_of(product.result), value_of(product.first), product.second
-        before, shared = self._given(name), self.whole.shared
+        name = value_of(product.result)
+        after = value_of(product.first)
+        block = product.second
+        before = self._given(name)
+        shared = self.whole.shared
         kept, met = _split(before.axes, operand.axes)
         _, new = _split(self.whole.program.axes[after], operand.axes)
         rows = before.matrices(kept, met)
@@ -421,7 +429,8 @@ class Chunk:
 
     def _memory(self, result: str, like: Tensor, kept: Axes, last: Axes) -> Tensor:
         """``[N, kept, last]``, uninitialised."""
-        slots, p = self.slots.count, like.shape[1]
+        slots = self.slots.count
+        p = like.shape[1]
         m = math.prod(_sizes(self.whole.call.dims, last))
         if self._turned(result, kept, last):
             return like.new_empty(slots, m, p).transpose(1, 2)
@@ -459,7 +468,8 @@ class Chunk:
         shared, m = _split(rows.axes, axes)
         _, n = _split(grads.axes, axes)
         if product.result == "d C":
-            rows, grads = self._owned(product.first, rows), self._owned(product.second, grads)
+            rows = self._owned(product.first, rows)
+            grads = self._owned(product.second, grads)
             _, in_order_m = _split(axes, m)
             _, in_order_n = _split(axes, n)
             moved = (m != in_order_m) * self._moves(rows) + (n != in_order_n) * self._moves(grads)
@@ -469,7 +479,8 @@ class Chunk:
             after = grads.matrices(shared, n).flatten(0, 1)
             data = float32_mm(before.T, after) if self.slots.is_part else before.T @ after
             return self._named(data.unsqueeze(0), (*m, *n))
-        before, after = rows.matrices(shared, m), grads.matrices(shared, n)
+        before = rows.matrices(shared, m)
+        after = grads.matrices(shared, n)
         data = self.whole.grouped.blocks(BlocksProduct(before, rows.row_index, after, self.slots))
         return self._named(data, (*m, *n))
 
@@ -483,7 +494,8 @@ class Chunk:
             before = first.matrices(met, m).flatten(0, 1)
             after = second.matrices(met, n).flatten(0, 1)
             return self._named(float32_mm(before.T, after).unsqueeze(0), (*m, *n))
-        p, q = first.matrices(m, met), second.matrices(met, n)
+        p = first.matrices(m, met)
+        q = second.matrices(met, n)
         if q.shape[0] == 1:
             data = (p.flatten(0, 1) @ q[0]).view(p.shape[0], p.shape[1], -1)
         else:
@@ -500,7 +512,8 @@ def forward(call: ForwardCall, grouped: Grouped, of_experts: list[int] | None = 
         of_experts: slots of each, if every slot has an expert, and every one of which something is
             built a slot.
     """
-    dims, x = call.dims, call.x
+    dims = call.dims
+    x = call.x
     results: dict[str, list[Tensor]] = {"y": []}
     if call.saves_h:
         results[KEPT] = []
@@ -526,7 +539,8 @@ def forward(call: ForwardCall, grouped: Grouped, of_experts: list[int] | None = 
 def backward(call: BackwardCall, grouped: Grouped, of_experts: list[int] | None = None) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`; ``of_experts`` as in
     `forward`."""
-    need, h = call.need_of_plan, call.saved_h
+    need = call.need_of_plan
+    h = call.saved_h
     program = program_of(call.dims, call.strategy, "backward", need, kept=h is not None)
     rows = {"x": call.x}
     if h is not None:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _Call = TypeVar("_Call", bound="LinearCall")
 # Axes of the mirrored blocks in those of right, central and left.
-_LEFT, _CENTRAL, _RIGHT = (0, 2, 3, 1), (3, 1, 2, 0), (0, 3, 1, 2)
+_LEFT = (0, 2, 3, 1)
+_CENTRAL = (3, 1, 2, 0)
+_RIGHT = (0, 3, 1, 2)
 
 
 def _in_sides(call: LinearCall) -> tuple[int, int, int]:
@@ -48,7 +50,8 @@ def _restored(rows: Tensor, sides: tuple[int, int, int], features: int) -> Tenso
 
 def _mirrored(call: _Call, **others: Any) -> _Call:
     """The mirrored call; ``others``: its other tensors."""
-    ins, outs = _in_sides(call), _out_sides(call)
+    ins = _in_sides(call)
+    outs = _out_sides(call)
     return replace(
         call,
         x=_turned(call.x, ins),

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import Candidate
-from mpoe_kernels.checks import describe
 from mpoe_kernels.contract.orders import BlockDims, exchanged, meets_half_first
 from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.linear.mirrored import mirrored_backward, mirrored_forward
@@ -49,19 +48,11 @@ def _sizes(
     right: tuple[int, ...],
 ) -> Any:
     """What does not change from call to call, checked once: the library's LinearSizes."""
-    if not (len(left) == len(central) == len(right) == 4):
-        raise ValueError(
-            f"left, central and right must have 4 axes; got {len(left)}, {len(central)}, "
-            f"{len(right)}"
-        )
     if 0 in (*left, *central, *right):
         raise ValueError("blocks must not have an axis of size 0")
-    (experts, iL, jL, a), (iC, jC, b), (iR, jR) = left, central[1:], right[2:]
-    if central[0] != a or right[:2] != (experts, b):
-        raise ValueError(
-            "blocks must be left [E, iL, jL, a], central [a, iC, jC, b], right [E, b, iR, jR]; "
-            f"got {list(left)}, {list(central)}, {list(right)}"
-        )
+    experts, iL, jL, a = left
+    _, iC, jC, b = central
+    _, _, iR, jR = right
     dims = BlockDims(iL, jL, a, iC, jC, b, iR, jR, in_features, out_features)
     chain = [OPERANDS.index(operand) for operand in dims.chain_order]
     half_first = meets_half_first(dims, strategy), meets_half_first(exchanged(dims), strategy)
@@ -70,20 +61,15 @@ def _sizes(
 
 
 def linear_sizes(call: LinearCall) -> Any:
-    """The library's LinearSizes for a call whose strategy is chosen.
-
-    Raises:
-        ValueError: blocks of another dtype than x's, or that do not fit.
-    """
-    left, central, right, dtype = call.left, call.central, call.right, call.x.dtype
-    if not left.dtype == central.dtype == right.dtype == dtype:
-        given = (("left", left), ("central", central), ("right", right))
-        name, block = next((name, block) for name, block in given if block.dtype != dtype)
-        raise ValueError(
-            f"{name} must have the dtype of x, {name_of(dtype)}; got {describe(block)}"
-        )
-    sizes = (call.in_features, call.out_features, left.shape, central.shape, right.shape)
-    return _sizes(dtype, call.activation, call.strategy, *sizes)
+    """The library's LinearSizes for a call whose strategy is chosen."""
+    sizes = (
+        call.in_features,
+        call.out_features,
+        call.left.shape,
+        call.central.shape,
+        call.right.shape,
+    )
+    return _sizes(call.x.dtype, call.activation, call.strategy, *sizes)
 
 
 def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +80,9 @@ def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
 def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     """Arguments of both passes; the tensors that they point to, which the caller must keep until
     the call returns; the number of slots."""
-    sizes, (left, central, right), x = linear_sizes(call), dense_blocks(call), dense("x", call.x)
+    sizes = linear_sizes(call)
+    left, central, right = dense_blocks(call)
+    x = dense("x", call.x)
     offsets = dense("expert_offsets", call.expert_offsets)
     rows = None if call.row_index is None else dense_index("row_index", call.row_index)
     tokens = len(x)
@@ -143,13 +131,12 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     if call.strategy == "half_right":
         return mirrored_backward(call, linear_backward)
     arguments, (x, left, central, right, *_kept), slots = _inputs(call)
-    shape = (slots, call.out_features)
     grad = dense("grad", call.grad)
     h = saved = None
     if call.strategy == "separable":
         h = dense_like("h", call.h, (slots * central.shape[2], central.shape[3]), x.dtype)
     if call.activation != "none":
-        saved = dense_like("saved", call.saved, shape, x.dtype)
+        saved = dense("saved", call.saved)
     *needed, needs_bias = call.need
     results = [
         torch.empty_like(each) if need else x.new_empty(0)

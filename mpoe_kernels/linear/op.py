@@ -53,7 +53,8 @@ CANDIDATES = {
     "cuda": (_CUDA.candidates, _CUDA.contraction_reasons),
 }
 for _name, (_candidates, _reasons) in CANDIDATES.items():
-    BACKENDS[_name].candidates, BACKENDS[_name].contraction_reasons = _candidates, _reasons
+    BACKENDS[_name].candidates = _candidates
+    BACKENDS[_name].contraction_reasons = _reasons
 
 
 @dataclass
@@ -198,7 +199,9 @@ def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    x, central, slots = call.x, call.central, call.slots
+    x = call.x
+    central = call.central
+    slots = call.slots
     y = x.new_empty(slots, call.out_features)
     h = x.new_empty(slots * central.shape[2], central.shape[3]) if call.saves_h else x.new_empty(0)
     return y, h, torch.empty_like(y) if call.saves_z else x.new_empty(0)
@@ -221,7 +224,9 @@ def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, ctx.settings, activation = (*inputs[:7], inputs[13]), inputs[7:12], inputs[9]
+    tensors = (*inputs[:7], inputs[13])
+    ctx.settings = inputs[7:12]
+    activation = inputs[9]
     y, h, z = output
     ctx.set_materialize_grads(False)
     # relu's backward reads the output, other activations' the pre-activation; without an activation
@@ -356,7 +361,9 @@ def grouped_mpo_linear(
     check_choice("strategy", strategy, CHOICES)
     if strategy == "separable" and not (blocks.left.shape[2] == 1 and blocks.right.shape[2] == 1):
         raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
-    left, central, right = blocks.left, blocks.central, blocks.right
+    left = blocks.left
+    central = blocks.central
+    right = blocks.right
     has_gradient = (
         x.requires_grad or left.requires_grad or central.requires_grad or right.requires_grad
     )

@@ -73,7 +73,8 @@ def _short_side_basis(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]
         # resolved, below what float32 can hold; and the basis is orthonormal whatever the rank.
         wide = matrix.double()
         squared, basis = torch.linalg.eigh(wide @ wide.T)
-        squared, basis = squared.flip(0).clamp_min(0), basis.flip(1)
+        squared = squared.flip(0).clamp_min(0)
+        basis = basis.flip(1)
     else:
         basis, singular, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
         squared = singular.square()
@@ -166,14 +167,14 @@ def decompose_with_errors(
     if not bool(torch.isfinite(work).all()):
         raise ValueError("weight must be finite; it holds NaN or Inf")
     with no_autocast(work.device):
-        found = _decompose(work, shape, gauge)
-    cores = tuple(core.to(weight.dtype).contiguous() for core in found.cores)
+        decomposition = _decompose(work, shape, gauge)
+    cores = tuple(core.to(weight.dtype).contiguous() for core in decomposition.cores)
     if not all(bool(torch.isfinite(core).all()) for core in cores):
         raise ValueError(
             f"weight is too large: with the gauge {gauge!r} its cores pass the range of "
-            f"{weight.dtype}; its norm is {found.norm:.3g}"
+            f"{weight.dtype}; its norm is {decomposition.norm:.3g}"
         )
-    return replace(found, cores=cores)
+    return replace(decomposition, cores=cores)
 
 
 def _range_scale(work: Tensor) -> float:
@@ -189,7 +190,9 @@ def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
     if scale != 1.0:
         work = work / scale
     norm = float(work.norm()) * scale
-    n, centre, bonds = shape.num_cores, shape.central, shape.bond_dims
+    n = shape.num_cores
+    centre = shape.central
+    bonds = shape.bond_dims
     sizes = [i * j for i, j in zip(shape.in_factors, shape.out_factors, strict=True)]
     remainder = _interleave(work, shape).reshape(-1)
     if gauge == "identity":

@@ -40,7 +40,8 @@ def divisors(size: int) -> list[int]:
 
 
 def _prime_factors(size: int) -> list[int]:
-    primes, p = [], 2
+    primes = []
+    p = 2
     while p * p <= size:
         while size % p == 0:
             primes.append(p)

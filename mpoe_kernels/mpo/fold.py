@@ -206,5 +206,6 @@ def fold(
         in_features = left.shape[1] * middle.shape[1] * right.shape[2]
         out_features = left.shape[2] * middle.shape[2] * right.shape[3]
     else:
-        in_features, out_features = shape.in_features, shape.out_features
+        in_features = shape.in_features
+        out_features = shape.out_features
     return MPOBlocks(left, middle, right, in_features, out_features, shape)

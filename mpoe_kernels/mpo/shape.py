@@ -335,7 +335,8 @@ class MPOShape:
                 f"an MPOShape is described by a mapping; got {type(values).__name__} {values!r}"
             )
         known = {"in_factors", "out_factors", "max_bond", "central", "in_features", "out_features"}
-        unknown, missing = set(values) - known, {"in_factors", "out_factors"} - set(values)
+        unknown = set(values) - known
+        missing = {"in_factors", "out_factors"} - set(values)
         if unknown or missing:
             raise ValueError(
                 f"an MPOShape has the keys {sorted(known)}; unknown: {sorted(unknown)}, missing: "

@@ -57,7 +57,8 @@ class RoutingKernels:
 
     def combine_backward(self, call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
         """Gradients of rows and gates, each by a launch."""
-        where, gates = map(_index, (call.token_of_slot, call.slot_of_token)), call.top_k_weights
+        where = map(_index, (call.token_of_slot, call.slot_of_token))
+        gates = call.top_k_weights
         given = (
             call.grad.contiguous(),
             call.y_sorted.contiguous(),

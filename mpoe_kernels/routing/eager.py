@@ -29,12 +29,10 @@ def _stable_order(keys: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     """Key E marks a pair that is masked or dropped."""
-    top_k_index, num_experts, capacity, token_mask = (
-        call.top_k_index,
-        call.num_experts,
-        call.capacity,
-        call.token_mask,
-    )
+    top_k_index = call.top_k_index
+    num_experts = call.num_experts
+    capacity = call.capacity
+    token_mask = call.token_mask
     tokens, top_k = top_k_index.shape
     keys = top_k_index
     if token_mask is not None:
@@ -94,10 +92,13 @@ def combine(call: CombineCall) -> Tensor:
 
 def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     """The gradient of the rows by slot, that of the gates by pair."""
-    grad, y_sorted, slot_of_token = call.grad, call.y_sorted, call.slot_of_token
+    grad = call.grad
+    y_sorted = call.y_sorted
+    slot_of_token = call.slot_of_token
     check_range("slot_of_token", slot_of_token, -1, y_sorted.shape[0] - 1)
     dropped = slot_of_token < 0
-    dy, dweights = grad.new_empty(0), grad.new_empty(0)
+    dy = grad.new_empty(0)
+    dweights = grad.new_empty(0)
     if call.need_y:
         # Weight of every slot; slots that no pair kept stay at zero.
         slots = y_sorted.shape[0]

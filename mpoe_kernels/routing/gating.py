@@ -74,12 +74,13 @@ def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
     """Decide where `can_route_natively`; ``raw``: gates are probabilities, otherwise they sum to
     1."""
     arguments, _kept = _inputs(x, weight)
-    found = new_gating(x, weight.shape[0], top_k)
-    names_and_sizes, memory = arguments[:3], arguments[3:]
+    gating = new_gating(x, weight.shape[0], top_k)
+    names_and_sizes = arguments[:3]
+    memory = arguments[3:]
     NATIVE_LIBRARY.functions.gating(
-        *names_and_sizes, top_k, raw, *memory, *[each.data_ptr() for each in found]
+        *names_and_sizes, top_k, raw, *memory, *[result.data_ptr() for result in gating]
     )
-    return found
+    return gating
 
 
 def gating_on_gpu(
@@ -93,8 +94,9 @@ def gating_on_gpu(
     """
     if torch.compiler.is_dynamo_compiling() or weight.shape[0] > MOST_GATED:
         return None
-    asked, on_gpu = requested_backend(backend), BACKENDS["triton"]
-    if asked not in ((AUTO, "triton") if x.is_cuda else ("triton",)) or not is_plain_call(
+    requested = requested_backend(backend)
+    on_gpu = BACKENDS["triton"]
+    if requested not in ((AUTO, "triton") if x.is_cuda else ("triton",)) or not is_plain_call(
         (x, weight)
     ):
         return None
@@ -192,13 +194,14 @@ def _differentiable(
     pairs = [(logits, dlogits), (gates_of(logits, index, *rule), dgates)]
     outputs, grads = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
     wanted = [value for value, needed in zip((x, weight), needs, strict=True) if needed]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
-    return next(found) if needs[0] else None, next(found) if needs[1] else None
+    gradients = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    return next(gradients) if needs[0] else None, next(gradients) if needs[1] else None
 
 
 def _inputs(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
     """Dtypes, sizes and addresses, and the tensors that must live until the call returns."""
-    x, weight = dense("x", x), dense("weight", weight)
+    x = dense("x", x)
+    weight = dense("weight", weight)
     sizes = (*x.shape, weight.shape[0])
     return (name_of(x.dtype), name_of(weight.dtype), sizes, x.data_ptr(), weight.data_ptr()), (
         x,

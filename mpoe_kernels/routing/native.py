@@ -26,20 +26,23 @@ def _gates(top_k_weights: Tensor, like: Tensor) -> Tensor:
 
 def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     """On the CPU looking at the entries costs no waiting, so they are checked."""
-    index, mask = dense_index("top_k_index", call.top_k_index), call.token_mask
+    index = dense_index("top_k_index", call.top_k_index)
+    mask = call.token_mask
     tokens, top_k = index.shape
     mask = None if mask is None else dense("token_mask", mask)
     offsets = index.new_empty(call.num_experts + 1, dtype=torch.int32)
-    token_of_slot, slot_of_token = index.new_empty(tokens * top_k), torch.empty_like(index)
+    token_of_slot = index.new_empty(tokens * top_k)
+    slot_of_token = torch.empty_like(index)
     NATIVE_LIBRARY.functions.route(
-        *(tokens, top_k, call.num_experts, -1 if call.capacity is None else call.capacity),
-        *(
-            index.data_ptr(),
-            address(mask),
-            offsets.data_ptr(),
-            token_of_slot.data_ptr(),
-            slot_of_token.data_ptr(),
-        ),
+        tokens,
+        top_k,
+        call.num_experts,
+        -1 if call.capacity is None else call.capacity,
+        index.data_ptr(),
+        address(mask),
+        offsets.data_ptr(),
+        token_of_slot.data_ptr(),
+        slot_of_token.data_ptr(),
     )
     return offsets, token_of_slot, slot_of_token
 
@@ -52,22 +55,23 @@ def dispatch(call: DispatchCall) -> Tensor:
         if call.x.is_cpu and (call.x.stride(1) == 1 or call.x.shape[1] == 1)
         else dense("x", call.x)
     )
-    index, offsets = (
-        dense_index("token_of_slot", call.token_of_slot),
-        dense("expert_offsets", call.expert_offsets),
-    )
-    (tokens, features), slots, element = x.shape, len(index), x.itemsize
+    index = dense_index("token_of_slot", call.token_of_slot)
+    offsets = dense("expert_offsets", call.expert_offsets)
+    tokens, features = x.shape
+    slots = len(index)
+    element = x.itemsize
     out = x.new_empty(slots, features)
     NATIVE_LIBRARY.functions.dispatch(
-        *(
-            tokens,
-            slots,
-            len(offsets) - 1,
-            features * element,
-            x.stride(0) * element,
-            offsets.itemsize,
-        ),
-        *(x.data_ptr(), index.data_ptr(), offsets.data_ptr(), out.data_ptr()),
+        tokens,
+        slots,
+        len(offsets) - 1,
+        features * element,
+        x.stride(0) * element,
+        offsets.itemsize,
+        x.data_ptr(),
+        index.data_ptr(),
+        offsets.data_ptr(),
+        out.data_ptr(),
     )
     return out
 
@@ -88,17 +92,20 @@ def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
 
 def combine(call: CombineCall) -> Tensor:
     """The gates keep their float32, the sum is rounded once."""
-    rows, index = dense("y_sorted", call.y_sorted), dense_index("slot_of_token", call.slot_of_token)
+    rows = dense("y_sorted", call.y_sorted)
+    index = dense_index("slot_of_token", call.slot_of_token)
     return _combined(rows, index, _gates(call.top_k_weights, rows))
 
 
 def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     """Gradients of rows and gates in one pass."""
-    rows, index = dense("y_sorted", call.y_sorted), dense_index("slot_of_token", call.slot_of_token)
-    grad, gates = dense("grad", call.grad), _gates(call.top_k_weights, rows)
+    rows = dense("y_sorted", call.y_sorted)
+    index = dense_index("slot_of_token", call.slot_of_token)
+    grad = dense("grad", call.grad)
+    gates = _gates(call.top_k_weights, rows)
     dy = torch.empty_like(rows) if call.need_y else rows.new_empty(0)
     dweights = torch.empty_like(gates) if call.need_weights else gates.new_empty(0)
-    memory = [each.data_ptr() for each in (index, gates, rows, grad, dy, dweights)]
+    memory = [tensor.data_ptr() for tensor in (index, gates, rows, grad, dy, dweights)]
     NATIVE_LIBRARY.functions.combine_backward(
         name_of(rows.dtype), (*index.shape, *rows.shape), *memory
     )

@@ -351,7 +351,8 @@ def _combine_backward_fake(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
 
 
 def _combine_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need_y, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    need_y = ctx.needs_input_grad[0]
+    need_weights = ctx.needs_input_grad[4]
     dy, dweights = _combine_backward(
         grad.contiguous(), *ctx.saved_tensors, need_y, need_weights, *ctx.settings
     )

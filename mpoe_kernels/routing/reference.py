@@ -26,7 +26,8 @@ def route_reference(
             if capacity is None or used[e] < capacity:
                 used[e] += 1
                 kept.add((t, k))
-    offsets, order = [0], []
+    offsets = [0]
+    order = []
     for e in range(num_experts):
         order += [
             (t, k)

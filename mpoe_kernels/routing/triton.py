@@ -55,7 +55,7 @@ def sort_pairs(
         "EXPERTS": num_experts,
         "TOP_K": top_k,
     }
-    found = {"offsets": offsets, "token_of_slot": token_of_slot, "slot_of_token": slot_of_token}
+    results = {"offsets": offsets, "token_of_slot": token_of_slot, "slot_of_token": slot_of_token}
     if pairs <= FEW:
         start(
             kernels.route_few_kernel,
@@ -66,7 +66,7 @@ def sort_pairs(
             BLOCK=max(16, power_of_two(pairs)),
             num_warps=8,
             **given,
-            **found,
+            **results,
         )
         return offsets, token_of_slot, slot_of_token
     given |= _counted(pairs, num_experts)
@@ -74,7 +74,7 @@ def sort_pairs(
         keys = index.new_empty(pairs, dtype=torch.int32)
         _two(given, True, kernels.drop_kernel, keys=keys, capacity=capacity)
         given |= {"index": keys, "mask": None}
-    _two(given, False, kernels.scatter_kernel, OFFSETS=num_experts + 1, **found)
+    _two(given, False, kernels.scatter_kernel, OFFSETS=num_experts + 1, **results)
     return offsets, token_of_slot, slot_of_token
 
 
@@ -137,7 +137,8 @@ class SortedSlots(NamedTuple):
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
     """Sort the pairs of ``top_k_index [T, K]``; an entry outside ``0..E-1``: no expert. In one
     launch, of more pairs in two."""
-    index, pairs = top_k_index.contiguous(), top_k_index.numel()
+    index = top_k_index.contiguous()
+    pairs = top_k_index.numel()
     order = index.new_empty(num_experts + 2 + pairs, dtype=torch.int32)
     if pairs <= MOST_AT_ONCE:
         start(
@@ -245,7 +246,9 @@ def combine(call: CombineCall) -> Tensor:
 
 def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     """Gradients of rows and gates. One launch."""
-    y_sorted, grad, weights = call.y_sorted, call.grad.contiguous(), call.top_k_weights
+    y_sorted = call.y_sorted
+    grad = call.grad.contiguous()
+    weights = call.top_k_weights
     slots, columns = y_sorted.shape
     dy = grad.new_empty(y_sorted.shape if call.need_y else 0)
     dweights = weights.new_zeros(weights.shape if call.need_weights else 0)

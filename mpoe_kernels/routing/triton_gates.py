@@ -101,7 +101,8 @@ def gate_kernel(
     ``SCAN`` and ``KP`` are powers of two that are at least ``EXPERTS`` and ``TOP_K``.
     """
     token = tl.program_id(0) * BM + tl.arange(0, BM)
-    expert, choice = tl.arange(0, SCAN), tl.arange(0, KP)
+    expert = tl.arange(0, SCAN)
+    choice = tl.arange(0, KP)
     known = (expert < EXPERTS)[None, :]
     inside = (token < tokens)[:, None] & known
     at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
@@ -114,20 +115,20 @@ def gate_kernel(
         tl.store(logits + at, z, mask=inside)
     p = probabilities(tl.where(known, z, float("-inf")))
     left = tl.where(known, tl.where(p == p, p, 2.0), -1.0)  # -1: not to be chosen
-    found = tl.zeros((BM, KP), dtype=tl.float32)
+    gates = tl.zeros((BM, KP), dtype=tl.float32)
     numbers = tl.zeros((BM, KP), dtype=tl.int64)
     for k in tl.static_range(TOP_K):
         best = tl.argmax(left, 1)
         chosen = expert[None, :] == best[:, None]
         value = tl.sum(tl.where(chosen, p, 0.0), 1)
-        found = tl.where(choice[None, :] == k, value[:, None], found)
+        gates = tl.where(choice[None, :] == k, value[:, None], gates)
         numbers = tl.where(choice[None, :] == k, best[:, None].to(tl.int64), numbers)
         left = tl.where(chosen, -1.0, left)
     if not RAW:
-        found = found / tl.sum(found, 1)[:, None]
+        gates = gates / tl.sum(gates, 1)[:, None]
     where = token.to(tl.int64)[:, None] * TOP_K + choice[None, :]
     of_choice = (token < tokens)[:, None] & (choice < TOP_K)[None, :]
-    tl.store(weights + where, found * scale, mask=of_choice)
+    tl.store(weights + where, gates * scale, mask=of_choice)
     tl.store(index + where, numbers, mask=of_choice)
 
 
@@ -152,7 +153,8 @@ def gate_backward_kernel(
     ones; a single one then is 1 with the gradient of log p. With c_j, the gradient of log p_j, that
     of a logit is ``c - p sum c``."""
     token = tl.program_id(0) * BM + tl.arange(0, BM)
-    expert, choice = tl.arange(0, SCAN), tl.arange(0, KP)
+    expert = tl.arange(0, SCAN)
+    choice = tl.arange(0, KP)
     known = (expert < EXPERTS)[None, :]
     inside = (token < tokens)[:, None] & known
     at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
@@ -242,10 +244,8 @@ def gate(parts: Tensor, top_k: int, raw: bool, scale: float) -> Gating:
     they sum to 1; both times ``scale``."""
     count, tokens, experts = parts.shape
     logits = parts[0] if count == 1 else parts.new_empty(tokens, experts)
-    weights, index = (
-        parts.new_empty(tokens, top_k),
-        parts.new_empty(tokens, top_k, dtype=torch.int64),
-    )
+    weights = parts.new_empty(tokens, top_k)
+    index = parts.new_empty(tokens, top_k, dtype=torch.int64)
     grid, options = _gated(tokens, experts, top_k)
     start(
         gate_kernel,
@@ -274,9 +274,11 @@ def gate_backward(
     """The gradient of the logits ``[T, E]`` from those of both results, of which one may be
     missing; ``in_parts``: as three bfloat16 numbers whose sum it is, the first of them the nearest,
     ``[T, 3 E]``. One launch."""
-    logits, index = decided.logits, decided.top_k_index
-    (tokens, experts), top_k = logits.shape, index.shape[1]
-    found = (
+    logits = decided.logits
+    index = decided.top_k_index
+    tokens, experts = logits.shape
+    top_k = index.shape[1]
+    gradient = (
         logits.new_empty(tokens, 3 * experts, dtype=torch.bfloat16)
         if in_parts
         else logits.new_empty(tokens, experts)
@@ -289,11 +291,11 @@ def gate_backward(
         index=index,
         dweights=None if dweights is None else dweights.contiguous(),
         given=None if dlogits is None else dlogits.contiguous(),
-        dlogits=found,
+        dlogits=gradient,
         tokens=tokens,
         scale=scale,
         RAW=raw,
         IN_PARTS=in_parts,
         **options,
     )
-    return found
+    return gradient

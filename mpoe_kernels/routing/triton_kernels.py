@@ -21,8 +21,8 @@ from mpoe_kernels.triton.device_functions import COUNTS
 def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
     """Expert of a pair, ``EXPERTS`` if it has none or its token is masked, ``EXPERTS + 1``
     outside."""
-    found = tl.load(index + pair, mask=inside, other=0)
-    key = tl.where((found >= 0) & (found < EXPERTS), found, EXPERTS).to(tl.int32)
+    expert = tl.load(index + pair, mask=inside, other=0)
+    key = tl.where((expert >= 0) & (expert < EXPERTS), expert, EXPERTS).to(tl.int32)
     if mask is not None:
         key = tl.where(tl.load(mask + pair // TOP_K, mask=inside, other=0) != 0, key, EXPERTS)
     return tl.where(inside, key, EXPERTS + 1)
@@ -307,10 +307,10 @@ def combine_backward_kernel(
     owned = slot < 0
     for choice in tl.static_range(TOP_K):
         at = token * TOP_K + choice
-        own = tl.load(slot_of_token + at, mask=slot < slots, other=-1) == slot
-        weight += tl.load(weights + at, mask=own, other=0.0).to(tl.float32)
-        pair = tl.where(own, at, pair)
-        owned = owned | own
+        is_slot = tl.load(slot_of_token + at, mask=slot < slots, other=-1) == slot
+        weight += tl.load(weights + at, mask=is_slot, other=0.0).to(tl.float32)
+        pair = tl.where(is_slot, at, pair)
+        owned = owned | is_slot
     total = tl.zeros((BM,), dtype=tl.float32)
     for first in tl.range(0, F, BN):
         column = first + tl.arange(0, BN)

@@ -48,7 +48,8 @@ def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
     Raises:
         ValueError: an unknown architecture.
     """
-    target, launches = architecture.target_named(name), list[Launch]()
+    target = architecture.target_named(name)
+    launches = list[Launch]()
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         # Other objects of the same memory: autograd copies a gradient that somebody else holds.

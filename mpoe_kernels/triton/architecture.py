@@ -80,13 +80,13 @@ def target_named(architecture: str) -> Target:
 def _gpu(index: int) -> Target:
     """A GPU of this machine, which may have less shared memory than the architecture its tables
     were made for."""
-    named, properties = (
-        target_named(_gpu_architecture(index)),
-        torch.cuda.get_device_properties(index),
-    )
-    own = getattr(properties, "shared_memory_per_block_optin", 0) or named.shared_memory
+    named = target_named(_gpu_architecture(index))
+    properties = torch.cuda.get_device_properties(index)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 0) or named.shared_memory
     return Target(
-        named.architecture, min(named.shared_memory, own), properties.multi_processor_count
+        named.architecture,
+        min(named.shared_memory, shared_memory),
+        properties.multi_processor_count,
     )
 
 
@@ -121,8 +121,8 @@ def triton_reasons() -> tuple[str, ...]:
     """Why Triton itself cannot be used."""
     if not triton_installed():
         return ("the package triton is not installed",)
-    found = version("triton")
-    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
+    installed = version("triton")
+    numbers = tuple(int(part) for part in installed.split("+")[0].split(".")[:2] if part.isdigit())
     if numbers < OLDEST:
-        return (f"it needs triton {'.'.join(map(str, OLDEST))} or newer; found {found}",)
+        return (f"it needs triton {'.'.join(map(str, OLDEST))} or newer; found {installed}",)
     return ()

@@ -148,21 +148,21 @@ def _problem(kernel: Any, ways: Sequence[Options], arguments: Mapping[str, Any])
     """Everything that decides which way is the fastest: the card, dtypes, widths and constants as
     they are, and by their power of two the tensors' rows and other numbers that grow with the
     tokens."""
-    found: list[Any] = [kernel, _device_of(arguments)]
+    key: list[Any] = [kernel, _device_of(arguments)]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            found += value.dtype, value.shape[0].bit_length()
+            key += value.dtype, value.shape[0].bit_length()
         else:
-            found.append(value.bit_length() if name in COUNTS else value)
-    found += [tuple(way.values()) for way in ways]
-    return tuple(found)
+            key.append(value.bit_length() if name in COUNTS else value)
+    key += [tuple(way.values()) for way in ways]
+    return tuple(key)
 
 
 def _milliseconds(run: Callable[[], None]) -> float:
     """Of a launch on the current stream: the shortest of some, after one that compiles and
     loads."""
     run()
-    found = math.inf
+    shortest = math.inf
     for _ in range(RUNS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(HOLD)
@@ -170,8 +170,8 @@ def _milliseconds(run: Callable[[], None]) -> float:
         run()
         end.record()
         end.synchronize()
-        found = min(found, begin.elapsed_time(end))
-    return found
+        shortest = min(shortest, begin.elapsed_time(end))
+    return shortest
 
 
 def _fastest(
@@ -222,9 +222,9 @@ def start_best(
     chosen = _first(ways)
     if len(ways) > 1 and _may_time() and 0 not in grid(chosen):
         problem = _problem(kernel, ways, arguments)
-        found = _FASTEST.get(problem)
-        if found is None and not is_traced():
-            found = _FASTEST[problem] = _fastest(kernel, grid, ways, arguments)
-        chosen = found or chosen
+        fastest = _FASTEST.get(problem)
+        if fastest is None and not is_traced():
+            fastest = _FASTEST[problem] = _fastest(kernel, grid, ways, arguments)
+        chosen = fastest or chosen
     arguments.update(chosen)
     _start(kernel, grid(chosen), arguments)

@@ -50,20 +50,21 @@ def candidates(plan: Contraction) -> list[Candidate]:
     """Expert by expert, which needs the offsets on the CPU; on a GPU also by grouped products,
     which need not."""
     compute = linear_forward if plan.phase == "forward" else linear_backward
-    found = [Candidate("eager", plan.strategy, plan.strategy, compute, waits=True)]
+    offered = [Candidate("eager", plan.strategy, plan.strategy, compute, waits=True)]
     if plan.device_type == "cuda" and LIBRARY.is_able(plan):
         by_gemms = getattr(LIBRARY, plan.phase)
-        found.append(
+        offered.append(
             Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, by_gemms)
         )
-    return found
+    return offered
 
 
 def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h, z)``, see `ForwardCall`."""
     groups, last = _busy_experts(call)
     if call.strategy == "rebuild":
-        z, h = rebuild_forward(call, groups), None
+        z = rebuild_forward(call, groups)
+        h = None
     else:
         z, h = _rows_forward(call, groups)
     if call.bias is not None:
@@ -82,14 +83,14 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
     groups, last = _busy_experts(call)
     upstream = Upstream(call)
-    found: BlockGradients = (None,) * 4
+    gradients: BlockGradients = (None,) * 4
     if not any(call.need_of_plan):
         upstream.rows(0, last)
     else:
-        found = (rebuild_backward if call.strategy == "rebuild" else _rows_backward)(
+        gradients = (rebuild_backward if call.strategy == "rebuild" else _rows_backward)(
             call, upstream, groups
         )
-    results = [*found, None if upstream.bias is None else upstream.bias.to(call.grad.dtype)]
+    results = [*gradients, None if upstream.bias is None else upstream.bias.to(call.grad.dtype)]
     for place, needed in enumerate(call.need):
         if not needed:
             results[place] = None
@@ -107,7 +108,8 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 def _busy_experts(call: LinearCall) -> tuple[list[Group], int]:
     """The experts that have slots, and the number of filled slots."""
-    offsets, slots = call.expert_offsets.tolist(), call.slots
+    offsets = call.expert_offsets.tolist()
+    slots = call.slots
     if offsets[0] != 0 or offsets[-1] > slots or offsets != sorted(offsets):
         raise ValueError(
             f"expert_offsets must start at 0, not fall, and end at {slots} at most; got {offsets}"
@@ -138,7 +140,8 @@ class Chunk(NamedTuple):
     @property
     def where(self) -> slice | list[int]:
         """These experts of ``[E, ...]``: a view if they are consecutive."""
-        first, last = self.experts[0], self.experts[-1]
+        first = self.experts[0]
+        last = self.experts[-1]
         return slice(first, last + 1) if last - first + 1 == len(self.experts) else self.experts
 
     def has_all(self, call: Call) -> bool:
@@ -272,7 +275,9 @@ class Upstream:
     """
 
     def __init__(self, call: BackwardCall) -> None:
-        self._grad, self._activation, self._saved = call.grad, call.activation, call.saved
+        self._grad = call.grad
+        self._activation = call.activation
+        self._saved = call.saved
         dtype = torch.promote_types(call.grad.dtype, torch.float32)
         self.bias = call.grad.new_zeros(call.out_features, dtype=dtype) if call.need[4] else None
 

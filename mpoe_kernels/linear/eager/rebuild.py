@@ -31,7 +31,8 @@ class Weights:
     """
 
     def __init__(self, like: Tensor, dims: BlockDims) -> None:
-        self.dims, core = dims, dims.iC * dims.jC
+        self.dims = dims
+        core = dims.iC * dims.jC
         half = (
             dims.iL * dims.jL * core * dims.b
             if dims.left_first
@@ -48,9 +49,9 @@ class Weights:
         """One place as a weight, the other as one in block order, both ``[iL, iC, iR, jL, jC,
         jR]``."""
         d = self.dims
-        own, blocks = self._memory[:, : self._size]
+        weight, blocks = self._memory[:, : self._size]
         blocks = blocks.view(d.iL, d.jL, d.iC, d.jC, d.iR, d.jR).permute(0, 2, 4, 1, 3, 5)
-        return own.view(blocks.shape), blocks
+        return weight.view(blocks.shape), blocks
 
     def _true(self, weight: Tensor) -> Tensor:
         d = self.dims
@@ -66,16 +67,16 @@ class Weights:
         else:
             half = self._product(0, central.reshape(-1, d.b), right.reshape(d.b, -1))
             self._product(1, left.reshape(-1, d.a), half.view(d.a, -1))
-        own, blocks = self._orders()
-        return self._true(own.copy_(blocks))
+        weight, blocks = self._orders()
+        return self._true(weight.copy_(blocks))
 
     def gradient(self) -> Tensor:
         """``[I, F]``, where a weight's gradient is to be written; what pads it is zero."""
-        own = self._orders()[0]
-        found = self._true(own)
-        if found.numel() < own.numel():
-            own.zero_()
-        return found
+        weight = self._orders()[0]
+        true = self._true(weight)
+        if true.numel() < weight.numel():
+            weight.zero_()
+        return true
 
     def of_blocks(
         self, left: Tensor, central: Tensor, right: Tensor, need: Sequence[bool]
@@ -86,14 +87,18 @@ class Weights:
         overwritten since: for a backward that also needs x's gradient this is one merge more than
         the program counts.
         """
-        d, (need_left, need_central, need_right) = self.dims, need
-        own, blocks = self._orders()
-        blocks.copy_(own)
-        left, right, shape = left.reshape(-1, d.a), right.reshape(d.b, -1), central.shape
+        d = self.dims
+        need_left, need_central, need_right = need
+        weight, blocks = self._orders()
+        blocks.copy_(weight)
+        left = left.reshape(-1, d.a)
+        right = right.reshape(d.b, -1)
+        shape = central.shape
         whole = self._memory[1, : self._size].view(len(left), -1)
         dleft = dcentral = dright = None
         if d.left_first:
-            whole, central = whole.view(-1, d.iR * d.jR), central.reshape(d.a, -1)
+            whole = whole.view(-1, d.iR * d.jR)
+            central = central.reshape(d.a, -1)
             if need_right:
                 dright = self._product(0, left, central).view(-1, d.b).T @ whole
             if need_left or need_central:
@@ -121,7 +126,8 @@ def _rows(x: Tensor, row_index: Tensor | None, start: int, stop: int) -> Tensor:
 
 def rebuild_forward(call: ForwardCall, groups: list[Group]) -> Tensor:
     """Pre-activation without bias, ``[N, F]``; undefined in slots without an expert."""
-    z, weights = call.x.new_empty(call.slots, call.out_features), Weights(call.x, call.dims)
+    z = call.x.new_empty(call.slots, call.out_features)
+    weights = Weights(call.x, call.dims)
     for e, start, stop in groups:
         weight = weights.weight(call.left[e], call.central, call.right[e])
         torch.mm(_rows(call.x, call.row_index, start, stop), weight, out=z[start:stop])
@@ -135,7 +141,8 @@ def rebuild_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]
     The weight is rebuilt rather than saved. The sum over experts is accumulated in at least
     float32.
     """
-    (need_x, *need), weights = call.need_of_plan, Weights(call.x, call.dims)
+    (need_x, *need) = call.need_of_plan
+    weights = Weights(call.x, call.dims)
     dx = call.x.new_empty(call.slots, call.in_features) if need_x else None
     dleft, dright = (
         torch.empty(block.shape, dtype=block.dtype, device=block.device) if wanted else None
@@ -143,15 +150,16 @@ def rebuild_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]
     )
     total = accumulator(call.central) if need[1] else None
     for e, start, stop in groups:
-        grad, blocks = upstream.rows(start, stop), (call.left[e], call.central, call.right[e])
+        grad = upstream.rows(start, stop)
+        blocks = (call.left[e], call.central, call.right[e])
         if dx is not None:
             torch.mm(grad, weights.weight(*blocks).T, out=dx[start:stop])
         if any(need):
             torch.mm(_rows(call.x, call.row_index, start, stop).T, grad, out=weights.gradient())
             left, central, right = weights.of_blocks(*blocks, need)
-            for stacked, found in ((dleft, left), (dright, right)):
-                if stacked is not None and found is not None:
-                    stacked[e] = found
+            for stacked, gradient in ((dleft, left), (dright, right)):
+                if stacked is not None and gradient is not None:
+                    stacked[e] = gradient
             if total is not None and central is not None:
                 total += central
     return dx, dleft, None if total is None else total.to(call.central.dtype), dright

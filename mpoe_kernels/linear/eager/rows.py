@@ -17,14 +17,16 @@ class ByExpert:
     fuses = False
 
     def rows(self, product: RowsProduct) -> tuple[Tensor, None]:
-        rows, blocks = product.rows, product.blocks
+        rows = product.rows
+        blocks = product.blocks
         busy, counts = _busy(product.slots)
         of_experts = blocks.unbind()
         y = grouped_mm(rows.flatten(0, 1), [of_experts[expert] for expert in busy], counts)
         return y.view(rows.shape[0], rows.shape[1], blocks.shape[2]), None
 
     def blocks(self, product: BlocksProduct) -> Tensor:
-        rows, grads = product.rows, product.grads
+        rows = product.rows
+        grads = product.grads
         busy, counts = _busy(product.slots)
         experts = product.slots.offsets.shape[0] - 1
         new = rows.new_empty if len(busy) == experts else rows.new_zeros

@@ -28,11 +28,11 @@ BY_PRODUCTS = SimpleNamespace(
 
 def candidates(plan: Contraction) -> list[Candidate]:
     """Triton's: with weights that stay on chip where their bonds allow, and product by product."""
-    found = [Candidate("triton", plan.strategy, plan.strategy, getattr(BY_PRODUCTS, plan.phase))]
+    offered = [Candidate("triton", plan.strategy, plan.strategy, getattr(BY_PRODUCTS, plan.phase))]
     target = architecture.target_of(torch.device(plan.device))
     if plan.strategy == "rebuild" and not fused_reasons(plan.dims, plan.dtype, target):
-        found.insert(0, Candidate("triton", ON_CHIP, plan.strategy, getattr(_FUSED, plan.phase)))
-    return found
+        offered.insert(0, Candidate("triton", ON_CHIP, plan.strategy, getattr(_FUSED, plan.phase)))
+    return offered
 
 
 def contraction_reasons(plan: Contraction) -> list[str]:

@@ -82,7 +82,8 @@ def rows_times_weight(
     """See `mpoe_kernels.linear.gradients.Product`: ``out[s] = activation(rows[row_index[s]] W_e +
     bias)``, or ``rows W_e^T``. One launch. Columns are contiguous; empty slots of ``out`` become
     zero."""
-    slots, experts = out.shape[0], call.num_experts
+    slots = out.shape[0]
+    experts = call.num_experts
     row_index, bias, activation, out_index, gates = call.around
     sides = Sides.of(call.dims, transposed)
 
@@ -128,7 +129,10 @@ def weight_gradient_times(
     call: BackwardCall, grad: Tensor, other: Tensor, of_right: bool, slots: Slots
 ) -> Tensor:
     """See `mpoe_kernels.linear.gradients.block_gradients`. One launch."""
-    x, d, row_index, sides = call.x, call.dims, call.row_index, Sides.of(call.dims)
+    x = call.x
+    d = call.dims
+    row_index = call.row_index
+    sides = Sides.of(call.dims)
     experts = other.shape[0]
     ((tile, extents),) = fused_choice(x, sides, grad.shape[0] / call.num_experts, "gradient")
     if of_right:
@@ -138,7 +142,8 @@ def weight_gradient_times(
         part, expert, bond, k, n = out.stride()
         strides = other.stride()  # of left · central
     else:
-        tiles, parts = cdiv(d.iL, extents.kl) * cdiv(d.jL, extents.nl), d.iC * d.jC
+        tiles = cdiv(d.iL, extents.kl) * cdiv(d.jL, extents.nl)
+        parts = d.iC * d.jC
         out = grad.new_empty(experts, d.iL, d.jL, d.iC, d.jC, d.b)
         expert, k, n, _, part, bond = out.stride()
         right = other.stride()
@@ -170,7 +175,8 @@ def weight_gradient_times(
 
 def parts_of(device: torch.device, programs: int, most: int) -> int:
     """Parts of a sum, a power of two: enough programs for half of the multiprocessors."""
-    units, parts = architecture.target_of(device).multiprocessors, 1
+    units = architecture.target_of(device).multiprocessors
+    parts = 1
     while 2 * programs * parts <= units and 2 * parts <= min(most, MOST_PARTS):
         parts *= 2
     return parts

@@ -93,7 +93,8 @@ class Sides(NamedTuple):
     @classmethod
     def of(cls, dims: BlockDims, transposed: bool = False) -> Sides:
         """Of ``x W``, or of ``dy W^T`` if ``transposed``."""
-        i, j = (dims.iL, dims.iC, dims.iR), (dims.jL, dims.jC, dims.jR)
+        i = (dims.iL, dims.iC, dims.iR)
+        j = (dims.jL, dims.jC, dims.jR)
         return cls(j, i, dims.a, dims.b) if transposed else cls(i, j, dims.a, dims.b)
 
 
@@ -132,50 +133,54 @@ def filled_up(bond: int) -> int:
     return max(LEAST, 1 << max(bond - 1, 0).bit_length())
 
 
-def rebuild_work(sides: Sides, found: Cut) -> float:
+def rebuild_work(sides: Sides, extents: Cut) -> float:
     """Multiply-adds per element of W to compute a tile: its cost in equivalent rows of tokens."""
-    a, b = filled_up(sides.a), filled_up(sides.b)
-    return b + a * b / found.columns
+    a = filled_up(sides.a)
+    b = filled_up(sides.b)
+    return b + a * b / extents.columns
 
 
-def shared_bytes(sides: Sides, found: Cut, tile: FusedTile, itemsize: int, purpose: str) -> int:
+def shared_bytes(sides: Sides, extents: Cut, tile: FusedTile, itemsize: int, purpose: str) -> int:
     """Estimate of a program's shared memory: the operands of all stages, resident data, and the
     tile of W."""
-    a, b = filled_up(sides.a), filled_up(sides.b)
+    a = filled_up(sides.a)
+    b = filled_up(sides.b)
     if purpose == "gradient":
-        step, stays = tile.m * (found.k + found.n), b * max(found.rows, found.columns)
+        step = tile.m * (extents.k + extents.n)
+        stays = b * max(extents.rows, extents.columns)
     else:
-        step = tile.m * found.k + found.rows * a + a * b
-        stays = b * found.columns
-    return itemsize * (tile.stages * step + stays + found.k * found.n)
+        step = tile.m * extents.k + extents.rows * a + a * b
+        stays = b * extents.columns
+    return itemsize * (tile.stages * step + stays + extents.k * extents.n)
 
 
-def _accumulators(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> int:
+def _accumulators(sides: Sides, extents: Cut, tile: FusedTile, purpose: str) -> int:
     if purpose == "gradient":
-        return found.k * found.n + filled_up(sides.b) * max(found.rows, found.columns)
-    return tile.m * found.n + found.rows * found.columns
+        return extents.k * extents.n + filled_up(sides.b) * max(extents.rows, extents.columns)
+    return tile.m * extents.n + extents.rows * extents.columns
 
 
-def step_operands(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> int:
+def step_operands(sides: Sides, extents: Cut, tile: FusedTile, purpose: str) -> int:
     """Elements that a step reads from the cache."""
     if purpose == "gradient":
-        return tile.m * (found.k + found.n)
-    a, b = filled_up(sides.a), filled_up(sides.b)
-    return tile.m * found.k + found.rows * a + a * b
+        return tile.m * (extents.k + extents.n)
+    a = filled_up(sides.a)
+    b = filled_up(sides.b)
+    return tile.m * extents.k + extents.rows * a + a * b
 
 
-def row_tile_work(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> float:
+def row_tile_work(sides: Sides, extents: Cut, tile: FusedTile, purpose: str) -> float:
     """Multiply-adds for a tile of tokens' rows: those of the GEMM, of computing W, and the cost of
     reading operands.
 
     Reads count as work because the cache is no faster; pieces shorter than 8 cost more.
     """
-    k_tiles, n_tiles = found.tiles(sides)
-    area = found.k * found.n
-    reading = READING * step_operands(sides, found, tile, purpose) * max(1.0, 8 / found.kr)
-    work = tile.m * area + reading * (max(1.0, 8 / found.nr) if purpose == "gradient" else 1.0)
+    k_tiles, n_tiles = extents.tiles(sides)
+    area = extents.k * extents.n
+    reading = READING * step_operands(sides, extents, tile, purpose) * max(1.0, 8 / extents.kr)
+    work = tile.m * area + reading * (max(1.0, 8 / extents.nr) if purpose == "gradient" else 1.0)
     if purpose != "gradient":
-        work += area * rebuild_work(sides, found)
+        work += area * rebuild_work(sides, extents)
     return k_tiles * n_tiles * (work + STEP)
 
 
@@ -192,18 +197,18 @@ def cut(sides: Sides, tile: FusedTile, itemsize: int, limit: int, purpose: str) 
     for extents in product(
         *(_powers(size) for size in (sides.k[0], sides.n[0], sides.k[2], sides.n[2]))
     ):
-        found = Cut(*extents)
-        if not (LEAST <= found.rows <= tile.rows and LEAST <= found.columns <= tile.columns):
+        extent = Cut(*extents)
+        if not (LEAST <= extent.rows <= tile.rows and LEAST <= extent.columns <= tile.columns):
             continue
-        if not (LEAST <= found.k <= WIDEST and LEAST <= found.n <= WIDEST):
+        if not (LEAST <= extent.k <= WIDEST and LEAST <= extent.n <= WIDEST):
             continue
-        if _accumulators(sides, found, tile, purpose) > tile.accumulators:
+        if _accumulators(sides, extent, tile, purpose) > tile.accumulators:
             continue
-        if shared_bytes(sides, found, tile, itemsize, purpose) > limit:
+        if shared_bytes(sides, extent, tile, itemsize, purpose) > limit:
             continue
-        key = (row_tile_work(sides, found, tile, purpose), -found.nr, -found.kr, -found.nl)
+        key = (row_tile_work(sides, extent, tile, purpose), -extent.nr, -extent.kr, -extent.nl)
         if best is None or key < best[0]:
-            best = (key, found)
+            best = (key, extent)
     return None if best is None else best[1]
 
 
@@ -240,10 +245,12 @@ def fused_choice(
     """
     target = architecture.target_of(like.device)
     tiles = shipped_fused(purpose, target.architecture, like.dtype)
-    found = best_tiles(tiles, sides, rows, like.dtype.itemsize, target.shared_memory, purpose)
-    if not found:
+    tiles_and_cuts = best_tiles(
+        tiles, sides, rows, like.dtype.itemsize, target.shared_memory, purpose
+    )
+    if not tiles_and_cuts:
         raise ValueError(f"no tile of the fused kernels fits {sides} on {target.architecture}")
-    return found
+    return tiles_and_cuts
 
 
 def fused_reasons(dims: BlockDims, dtype: torch.dtype, target: Target) -> list[str]:
@@ -256,10 +263,8 @@ def fused_reasons(dims: BlockDims, dtype: torch.dtype, target: Target) -> list[s
     if reasons:
         return reasons
     for transposed, purpose in ((False, "rows"), (True, "rows"), (False, "gradient")):
-        tiles, sides = (
-            shipped_fused(purpose, target.architecture, dtype),
-            Sides.of(dims, transposed),
-        )
+        tiles = shipped_fused(purpose, target.architecture, dtype)
+        sides = Sides.of(dims, transposed)
         if not best_tiles(tiles, sides, 1.0, dtype.itemsize, target.shared_memory, purpose):
             reasons.append(
                 f"no {purpose} tile fits bonds {dims.a} and {dims.b} on {target.architecture}"

@@ -95,7 +95,7 @@ def tiles_of(like: Tensor, m: float, n: float, k: float, interleaved: bool) -> l
     columns, inner = (
         min(_side(size), most) if interleaved else _side(size) for size, most in ((n, 64), (k, 32))
     )
-    found = (
+    tiles = (
         Tile(
             min(tile.rows, _side(m)),
             min(tile.columns, columns),
@@ -105,7 +105,7 @@ def tiles_of(like: Tensor, m: float, n: float, k: float, interleaved: bool) -> l
         )
         for tile in able[first : first + 2]
     )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(tiles))
 
 
 def _side(size: float) -> int:
@@ -259,9 +259,9 @@ def grouped_blocks_kernel(
             gt = through_activation(gt.to(tl.float32), z, ACTIVATION).to(g.dtype.element_ty)
         if b is not None:
             da_at = slot[:, None] * (P * M) + (r % P)[:, None] * DA[1] + (m * DA[2])[None, :]
-            found = tl.dot(gt, tl.trans(bt), input_precision=PRECISION)
+            dat = tl.dot(gt, tl.trans(bt), input_precision=PRECISION)
             tl.store(
-                da + da_at, found.to(da.dtype.element_ty), mask=inside[:, None] & (m < M)[None, :]
+                da + da_at, dat.to(da.dtype.element_ty), mask=inside[:, None] & (m < M)[None, :]
             )
         acc = tl.dot(at, gt, acc, input_precision=PRECISION)
     at_out = tl.program_id(1).to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
@@ -287,10 +287,10 @@ def grouped_sum_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     first = pick(ends, e - 1)
-    found = parts + first.to(tl.int64) * SIZE + at
+    at_part = parts + first.to(tl.int64) * SIZE + at
     for _part in tl.range(first, pick(ends, e)):
-        total += tl.load(found, mask=at < SIZE, other=0.0)
-        found += SIZE
+        total += tl.load(at_part, mask=at < SIZE, other=0.0)
+        at_part += SIZE
     tl.store(out + e.to(tl.int64) * SIZE + at, total.to(out.dtype.element_ty), mask=at < SIZE)
 
 
@@ -313,7 +313,9 @@ def _interleaved(rows: Tensor) -> bool:
 def rows(product: RowsProduct) -> tuple[Tensor, Tensor | None]:
     """See `mpoe_kernels.linear.grouped.Grouped`. One launch."""
     rows, row_index, blocks, slots, out, last, turned = product
-    a, (experts, k, n), p = _loadable(rows), blocks.shape, rows.shape[1]
+    a = _loadable(rows)
+    experts, k, n = blocks.shape
+    p = rows.shape[1]
     if out is None:
         out = (
             a.new_empty(slots.count, n, p).transpose(1, 2)
@@ -365,14 +367,15 @@ def rows(product: RowsProduct) -> tuple[Tensor, Tensor | None]:
 def blocks(product: BlocksProduct) -> Tensor:
     """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and one for the sum if there are
     parts."""
-    a, g, b, slots = (
-        _loadable(product.rows),
-        _loadable(product.grads),
-        product.blocks,
-        product.slots,
-    )
-    (_, p, m), n, experts = a.shape, g.shape[2], slots.offsets.shape[0] - 1
-    target, rows = architecture.target_of(a.device), slots.count * p
+    a = _loadable(product.rows)
+    g = _loadable(product.grads)
+    b = product.blocks
+    slots = product.slots
+    _, p, m = a.shape
+    n = g.shape[2]
+    experts = slots.offsets.shape[0] - 1
+    target = architecture.target_of(a.device)
+    rows = slots.count * p
     programs = target.multiprocessors
     if b is None:  # what more parts would save, their sum would take
         programs = cdiv(programs, 2)
@@ -383,18 +386,18 @@ def blocks(product: BlocksProduct) -> Tensor:
     tiles = cdiv(m, tile.rows) * cdiv(n, tile.columns)
     size = max(LEAST_STEPS, cdiv(rows * tiles, programs * tile.inner)) * tile.inner
     in_parts = b is not None or (tiles * experts <= programs and rows > size * experts)
-    out = found = a.new_empty(experts, m, n)
+    out = sums = a.new_empty(experts, m, n)
     if in_parts:
-        found = a.new_empty(cdiv(rows, size) + experts + (b is not None), m, n, dtype=torch.float32)
+        sums = a.new_empty(cdiv(rows, size) + experts + (b is not None), m, n, dtype=torch.float32)
     where: dict[str, Any] = {"offsets": slots.offsets, "slots": slots.count, "size": size, "P": p}
     where |= {"EXPERTS": experts, "SCAN": power_of_two(experts + 1)}
     start(
         grouped_blocks_kernel,
-        (tiles, found.shape[0]),
+        (tiles, sums.shape[0]),
         a=a,
         g=g,
         b=b,
-        out=found,
+        out=sums,
         da=product.drows,
         again=product.again,
         row_index=product.row_index,
@@ -416,7 +419,7 @@ def blocks(product: BlocksProduct) -> Tensor:
         start(
             grouped_sum_kernel,
             grid,
-            parts=found,
+            parts=sums,
             out=out,
             SIZE=m * n,
             BLOCK=SUM_BLOCK,

@@ -177,7 +177,7 @@ class Worth:
         tokens: that were predicted.
         loss: of the mixture.
         oracle: if every token had the expert that predicts it best, in all layers alike.
-        share: of the router's choices, over all layers, by expert.
+        share: of the gates, over all tokens and layers, by expert.
         load: tokens per expert, ``[layers][E]``.
         alone: the loss if every token goes to this expert; *none* is the base.
         removed: the loss of the mixture composed without this expert.
@@ -233,13 +233,13 @@ def composed_worth(
             with without(mixture, number, routers):
                 removed[name].append(float(token_losses(mixture, batches).mean()))
     worths = {}
-    for name, (losses, load) in composed.items():
+    for name, (losses, load, shares) in composed.items():
         worths[name] = Worth(
             names,
             len(losses),
             float(losses.mean()),
             float(torch.stack(alone[name]).amin(0).mean()),
-            (load.sum(0) / load.sum()).tolist(),
+            shares.tolist(),
             load.tolist(),
             [float(expert_losses.mean()) for expert_losses in alone[name]],
             removed[name],
@@ -247,14 +247,33 @@ def composed_worth(
     return worths
 
 
-def _counted_losses(mixture: Any, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Losses of every token, and tokens per expert ``[layers, E]``."""
+def _counted_losses(mixture: Any, batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of every token, tokens per expert ``[layers, E]``, and the experts' shares of the
+    gates ``[E]``."""
     loads: list[Tensor] = []
-    counting = mixture.register_forward_hook(
-        lambda module, given, output: loads.append(output.expert_load)
-    )
+    gates: list[Tensor] = []
+    routers = [layer.router for _, layer in routed_layers(mixture)]
+
+    def count(module: Any, args: Any, given: Mapping[str, Tensor], output: Any) -> None:
+        loads.append(output.expert_load)
+        mask = given.get("attention_mask")
+        for router, logits in zip(routers, output.router_logits, strict=True):
+            rows = _gates(router, logits.float())
+            if mask is not None and mask.numel() == len(rows):  # not in a decoder with an encoder
+                rows = rows[mask.flatten().bool()]
+            gates.append(rows)
+
+    counting = mixture.register_forward_hook(count, with_kwargs=True)
     try:
         losses = token_losses(mixture, batches)
     finally:
         counting.remove()
-    return losses, torch.stack(loads).sum(0)
+    return losses, torch.stack(loads).sum(0), torch.cat(gates).mean(0)
+
+
+def _gates(router: Any, logits: Tensor) -> Tensor:
+    """Of the chosen experts, 0 for the others; they add up to 1, ``[T, E]``."""
+    index = router.scores(logits)[1].topk(router.top_k).indices
+    probabilities = torch.softmax(logits, -1).gather(-1, index)
+    gates = probabilities / probabilities.sum(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter(-1, index, gates)

@@ -53,9 +53,9 @@ _WORDS = {
         "equal tokens show whether a layer sorts by word or by context."
     ),
     "What each expert is worth": (
-        "Losses in nats per predicted token. \"Alone\": all tokens go to this expert ('none' is "
-        "the "
-        'base). "Without": the mixture composed without it; what that adds is the price of '
+        "Weight is the expert's share of what the router gives out. Losses in nats per predicted "
+        "token. \"Alone\": all tokens go to this expert ('none' is the base). "
+        '"Without": the mixture composed without it; what that adds is the price of '
         "removing the expert. The oracle gives every token the single expert that predicts it "
         "best, so it is a bound that no router reaches."
     ),
@@ -224,7 +224,7 @@ def num_items(batches: Batches) -> int:
 
 
 def worth_table(worth: Worth, text: str) -> report.Table:
-    """Share of tokens, loss alone, loss without and what removing adds, by expert."""
+    """Share of the router's weights, loss alone, loss without and what removing adds, by expert."""
     parts = zip(worth.names, worth.share, worth.alone, worth.removed, strict=True)
     rows = [
         [n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts
@@ -234,7 +234,7 @@ def worth_table(worth: Worth, text: str) -> report.Table:
         ["oracle", "", f"{worth.oracle:.3f}", "", ""],
     ]
     return report.Table(
-        ("expert", "tokens", "alone", "without", "removed"), rows, f"{text}, {worth.tokens} tokens"
+        ("expert", "weight", "alone", "without", "removed"), rows, f"{text}, {worth.tokens} tokens"
     )
 
 

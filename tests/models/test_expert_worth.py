@@ -63,6 +63,7 @@ def test_worth(domains: SimpleNamespace, composed: SimpleNamespace) -> None:
     assert list(worths) == ["both", "first"]
     assert worths["first"].loss == pytest.approx(loss(composed.mixture, 0), abs=1e-4)
     assert worths["first"].alone[0] < worths["first"].alone[1]
+    assert worths["first"].share[0] > 0.6
     found = worths["both"]
     assert [layer.router for layer in neuron_modules(composed.mixture).values()] == before
     assert found.names == ["domain0", "domain1", "none"]

@@ -86,10 +86,10 @@ def facts_of(place: Path) -> Iterator[dict[str, Any]]:
 def mixture_facts(place: Path, experts: Sequence[Any]) -> dict[str, Any]:
     """JSON-able facts of a composed mixture, of which the experts say the rest."""
     from mpoe.models.composition import NONE
-    from mpoe.models.expert_mixture import BACKGROUND_FILE
+    from mpoe.models.expert_mixture import BACKGROUND_FILE, mixture_config
 
     values = read_mapping(place / "config.json", "configuration")
-    names = values["mpoe_experts"]
+    names, config, _ = mixture_config(place)
     background = place / BACKGROUND_FILE
     routing = {
         name: value
@@ -109,6 +109,6 @@ def mixture_facts(place: Path, experts: Sequence[Any]) -> dict[str, Any]:
         "background": f"{BACKGROUND_FILE}, {background.stat().st_size:,} bytes"
         if NONE in names
         else "absent",
-        "experts_per_token": values["mpoe"]["router"]["top_k"],
+        "experts_per_token": config.top_k,
         "routing": routing or "defaults",
     }

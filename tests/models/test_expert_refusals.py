@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mpoe import compose_experts, load_expert, load_mpoe, start_expert
+from mpoe.cli.info import facts_of
 from mpoe.models import push_expert
 from mpoe.models.expert_files import _checksum, write_expert
 from mpoe.models.expert_mixture import experts_in, keep_experts, mixture_config
@@ -256,6 +257,16 @@ def test_a_mixtures_config_is_of_one_schema(mixture: Path) -> None:
     del values["mpoe"]
     file.write_text(json.dumps(values))
     refuses(ValueError, "must hold a valid field 'mpoe'", mixture_config, mixture)
+
+
+def test_a_mixture_without_a_number_of_experts_per_token_has_the_default(mixture: Path) -> None:
+    file = mixture / "config.json"
+    values = json.loads(file.read_text())
+    assert next(facts_of(mixture))["experts_per_token"] == 3
+    del values["mpoe"]["router"]["top_k"]
+    file.write_text(json.dumps(values))
+    default = load_mpoe(mixture).mpoe_config.top_k
+    assert next(facts_of(mixture))["experts_per_token"] == default == 1
 
 
 LETTERS = "a" * 5000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("repeatable")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    atexit.register(gc.unfreeze)  # after pytest's own collections, which would look at everything
 
 
 @pytest.hookimpl(trylast=True)
@@ -55,10 +57,6 @@ def _what_a_module_leaves_stays() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
 
 
 def skip_or_fail(reason: str) -> None:

@@ -189,11 +189,16 @@ def tokens_of_code(path: Path) -> int:
 def test_a_file_is_read_at_once() -> None:
     folders = (*PACKAGES, "tests", "examples", "tools", "bench")
     paths = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    # At least as many words and signs as tokens: most files need not be taken apart.
+    candidates = [
+        path for path in paths if len(re.findall(r"\w+|[^\w\s]", path.read_text("utf-8"))) > 4_800
+    ]
     long = {
         str(path.relative_to(ROOT)): count
-        for path in paths
+        for path in candidates
         if (count := tokens_of_code(path)) > 4_900
     }
+    assert candidates
     assert not long, f"more than 4,900 tokens: {long}"
 
 

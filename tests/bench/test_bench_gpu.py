@@ -197,25 +197,21 @@ def test_what_gave_a_wrong_result_is_left_out_afterwards(tmp_path: Path) -> None
         "MPOE_TEST_WRONG": str(path),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-o",
-        "addopts=",
-    ]
-    command += [f"--rootdir={tmp_path}", str(tmp_path)]
-    for counts in ("2 failed, 1 passed, 1 skipped", "1 failed, 1 passed, 2 skipped"):
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-        )
-        assert counts in done.stdout, done.stdout + done.stderr
-        assert path.read_text() == "eager combine\n"
+    program = tmp_path / "twice.py"
+    program.write_text(
+        "import os, sys\nimport pytest\nfor _ in range(2):\n    pytest.main(sys.argv[1:])\n"
+        "    with open(os.environ['MPOE_TEST_WRONG']) as file:\n"
+        "        print('kept:', file.read(), flush=True)\n"
+    )
+    command = [sys.executable, str(program), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-o", "addopts=", f"--rootdir={tmp_path}", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    first, second, end = done.stdout.split("kept: eager combine\n")
+    assert "2 failed, 1 passed, 1 skipped" in first, done.stdout + done.stderr
+    assert "1 failed, 1 passed, 2 skipped" in second, done.stdout + done.stderr
+    assert not end.strip()
 
 
 def test_what_has_no_time_is_left_for_the_next_call(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from mpoe.cli.main import main
 from ..models.tiny_models import shorten_documentation
 from .cli_data import write_sentiment
 
+FEW = {"SAMPLES": 2, "TEXT_LENGTH": 8, "CHAT_LENGTH": 8, "GENERAL_PIECES": 2}
+
 
 class Answer(NamedTuple):
     """What a run of the command line printed."""
@@ -35,9 +37,15 @@ def drawn() -> None:
 def _what_takes_long_is_short(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plots, which would take as long as a short training, are painted on nothing, and
-    documentation is short."""
+    """Plots, which would take as long as a short training, are painted on nothing; documentation
+    is short, and so are the few samples of what a base says itself."""
     shorten_documentation(monkeypatch)
+    for name, value in FEW.items():
+        monkeypatch.setattr(f"mpoe.models.background.{name}", value)
+    monkeypatch.setattr(
+        "mpoe.models.background.domain_text", lambda name, held_out: f"Terms of {name}. " * 20
+    )
+    monkeypatch.setattr("mpoe.models.quiet.HELD_OUT", 2)
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr(
             report, "_new", lambda panels, *_: (MagicMock(), [MagicMock() for _ in range(panels)])

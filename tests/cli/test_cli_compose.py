@@ -43,19 +43,6 @@ BASE = str(stand_in_path("gpt2"))
 SMALL = ["--max_texts", "4", "--max_length", "16"]
 
 
-@pytest.fixture(autouse=True)
-def _short_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few and short samples of the base."""
-    for name, value in {
-        "SAMPLES": 2,
-        "TEXT_LENGTH": 8,
-        "CHAT_LENGTH": 8,
-        "GENERAL_PIECES": 2,
-    }.items():
-        monkeypatch.setattr(f"mpoe.models.background.{name}", value)
-    monkeypatch.setattr("mpoe.models.quiet.HELD_OUT", 2)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the tiny GPT-2 two fine-tunes with their texts, and three experts; a text of no domain;
@@ -478,8 +465,8 @@ def test_an_adapter_as_an_expert(
     ids = torch.tensor(tokenizer((tmp_path / "sea.txt").read_text())["input_ids"][:256]).view(4, 64)
     fit(model, [{"input_ids": ids, "labels": ids}] * 6)
     model.save_pretrained(tmp_path / "sea")
-    words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "20", "--max_length", "32"]
-    words += ["--steps", "30"]
+    words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "10", "--max_length", "16"]
+    words += ["--steps", "50"]
     command.command(
         [
             BASE,
@@ -495,13 +482,13 @@ def test_an_adapter_as_an_expert(
     assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["sea", "none"]
     (expert,) = experts_in(tmp_path / "mix")[0]
     assert expert.facts["training"]["kept"] >= 0.8
-    monkeypatch.setattr("mpoe.models.lora_fit.SAMPLED", 24)
+    monkeypatch.setattr("mpoe.models.lora_fit.SAMPLED", 16)
     words = [BASE, str(tmp_path / "sea"), "--output_dir", str(tmp_path / "x")]
     with pytest.raises(ValueError, match="'sea' must keep 80% of its gain as 10 neurons"):
         command.command([*words, "--steps", "1"])
     assert not (tmp_path / "x").exists()
-    command.command([*words, "--steps", "60", "--neurons", "64"])
-    assert "fitted to 24 texts that the adapted model itself writes" in capsys.readouterr().out
+    command.command([*words, "--steps", "40", "--neurons", "64"])
+    assert "fitted to 16 texts that the adapted model itself writes" in capsys.readouterr().out
     (expert,) = experts_in(tmp_path / "x")[0]
     assert expert.facts["training"]["kept"] >= 0.8
 

@@ -30,6 +30,7 @@ from mpoe_kernels.triton.device_functions import (
     rows_times,
     slopes,
     slots_of_program,
+    store_rows,
 )
 
 
@@ -265,20 +266,8 @@ def hidden_blocks_kernel(
             tl.store(dbias + e * F + group * B + n, total.to(dbias.dtype.element_ty), mask=n < stop)
     block = (tl.program_id(1) * EXPERTS + e if OWN == 1 else e * OWN + first) * B * B
     if NEED_RIGHT:
-        inside = (m < B)[:, None] & (n < B)[None, :]
-        tl.store(
-            dright + block + m[:, None] * B + n[None, :],
-            acc.to(dright.dtype.element_ty),
-            mask=inside,
-        )
+        store_rows(dright + block, m, acc, m < B, n, B)
     if NEED_RIGHT_GATE:
-        inside = (m < B)[:, None] & (n < B)[None, :]
-        at_gate = dright_gate + block + m[:, None] * B + n[None, :]
-        tl.store(at_gate, acc_gate.to(dright_gate.dtype.element_ty), mask=inside)
+        store_rows(dright_gate + block, m, acc_gate, m < B, n, B)
     if NEED_LEFT:
-        inside = (n < B)[:, None] & (m < B)[None, :]
-        tl.store(
-            dleft + block + n[:, None] * B + m[None, :],
-            acc_left.to(dleft.dtype.element_ty),
-            mask=inside,
-        )
+        store_rows(dleft + block, n, acc_left, n < B, m, B)

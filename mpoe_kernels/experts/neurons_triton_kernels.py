@@ -300,12 +300,7 @@ def weight_gradient(
             row = row_tile(rows + place.to(tl.int64) * neurons, used, n, neurons)
             right = row_tile(tokens + token * columns, used, c, columns)
             acc = tl.dot(tl.trans(row), right, acc, input_precision=PRECISION)
-        where = out + n[:, None] * columns + c[None, :]
-        tl.store(
-            where,
-            acc.to(out.dtype.element_ty),
-            mask=(n < neurons)[:, None] & (c < columns)[None, :],
-        )
+        store_rows(out, n, acc, n < neurons, c, columns)
 
 
 @triton.jit

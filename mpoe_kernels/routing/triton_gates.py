@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mpoe_kernels.routing.gating import Gating
-from mpoe_kernels.triton.device_functions import COUNTS
+from mpoe_kernels.triton.device_functions import COUNTS, row_tile, store_rows
 from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
 GATED = 512  # logits of one program
@@ -43,16 +43,14 @@ def logits_kernel(
     loaded, so no parts of it are kept."""
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     expert = tl.program_id(1) * BN + tl.arange(0, BN)
-    rows = x + token.to(tl.int64)[:, None] * width
+    rows = x + token.to(tl.int64) * width
     columns = weight + expert.to(tl.int64)[None, :] * width
     begin = tl.program_id(2) * share
     end = tl.minimum(begin + share, width)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k0 in tl.range(begin, end, BK):
         k = k0 + tl.arange(0, BK)
-        row = tl.load(
-            rows + k[None, :], mask=(token < tokens)[:, None] & (k < end)[None, :], other=0.0
-        )
+        row = row_tile(rows, token < tokens, k, end)
         column = tl.load(
             columns + k[:, None], mask=(expert < EXPERTS)[None, :] & (k < end)[:, None], other=0.0
         )
@@ -64,12 +62,8 @@ def logits_kernel(
             acc = tl.dot(row, third, acc)
             acc = tl.dot(row, second, acc)
         acc = tl.dot(row, first, acc)
-    at = (
-        parts
-        + (tl.program_id(2).to(tl.int64) * tokens + token[:, None]) * EXPERTS
-        + expert[None, :]
-    )
-    tl.store(at, acc, mask=(token < tokens)[:, None] & (expert < EXPERTS)[None, :])
+    place = tl.program_id(2).to(tl.int64) * tokens + token
+    store_rows(parts, place, acc, token < tokens, expert, EXPERTS)
 
 
 @triton.jit
@@ -126,10 +120,9 @@ def gate_kernel(
         left = tl.where(chosen, -1.0, left)
     if not RAW:
         gates = gates / tl.sum(gates, 1)[:, None]
-    where = token.to(tl.int64)[:, None] * TOP_K + choice[None, :]
-    of_choice = (token < tokens)[:, None] & (choice < TOP_K)[None, :]
-    tl.store(weights + where, gates * scale, mask=of_choice)
-    tl.store(index + where, numbers, mask=of_choice)
+    rows = token.to(tl.int64)
+    store_rows(weights, rows, gates * scale, token < tokens, choice, TOP_K)
+    store_rows(index, rows, numbers, token < tokens, choice, TOP_K)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.triton.device_functions import COUNTS
+from mpoe_kernels.triton.device_functions import COUNTS, row_tile, store_rows
 
 
 @triton.jit
@@ -232,16 +232,15 @@ def sum_choices_kernel(
     columns from ``first`` to ``last``."""
     token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask = (token < tokens)[:, None] & (column < last - first)[None, :]
-    at = rows + token[:, None] * TOP_K * (last - first) + column[None, :]
+    used = token < tokens
+    width = last - first
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for choice in tl.static_range(TOP_K):
-        total += tl.load(at + choice * (last - first), mask=mask, other=0.0).to(tl.float32)
-    tl.store(
-        out + token[:, None] * columns + first + column[None, :],
-        total.to(out.dtype.element_ty),
-        mask=mask,
-    )
+        pair = rows + (token * TOP_K + choice) * width
+        total += row_tile(pair, used, column, width).to(tl.float32)
+    inside = used[:, None] & (column < width)[None, :]
+    at = token[:, None] * columns + first + column[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -265,22 +264,12 @@ def collect_kernel(
     with_rows = token < (tokens if filled is None else tl.load(filled))
     for choice in tl.static_range(TOP_K):
         slot = tl.load(slot_of_token + token * TOP_K + choice, mask=with_rows, other=-1)
-        kept = (slot >= 0)[:, None] & (column < F)[None, :]
-        value = tl.load(rows + slot[:, None] * F + column[None, :], mask=kept, other=0.0).to(
-            tl.float32
-        )
+        value = row_tile(rows + slot * F, slot >= 0, column, F).to(tl.float32)
         if weights is not None:
-            weight = tl.load(weights + token * TOP_K + choice, mask=slot >= 0, other=0.0).to(
-                tl.float32
-            )
-            value = value * weight[:, None]
+            weight = tl.load(weights + token * TOP_K + choice, mask=slot >= 0, other=0.0)
+            value = value * weight.to(tl.float32)[:, None]
         total += value
-    at = token.to(tl.int64)[:, None] * F + column[None, :]
-    tl.store(
-        out + at,
-        total.to(out.dtype.element_ty),
-        mask=(token < tokens)[:, None] & (column < F)[None, :],
-    )
+    store_rows(out, token.to(tl.int64), total, token < tokens, column, F)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -314,15 +303,11 @@ def combine_backward_kernel(
     total = tl.zeros((BM,), dtype=tl.float32)
     for first in tl.range(0, F, BN):
         column = first + tl.arange(0, BN)
-        kept = owned[:, None] & (column < F)[None, :]
-        at_row = slot.to(tl.int64)[:, None] * F + column[None, :]
-        g = tl.load(grad + token[:, None] * F + column[None, :], mask=kept, other=0.0).to(
-            tl.float32
-        )
+        g = row_tile(grad + token * F, owned, column, F).to(tl.float32)
         if dweights is not None:
-            total += tl.sum(g * tl.load(rows + at_row, mask=kept, other=0.0).to(tl.float32), 1)
+            row = row_tile(rows + slot.to(tl.int64) * F, owned, column, F)
+            total += tl.sum(g * row.to(tl.float32), 1)
         if dy is not None:
-            inside = (slot < slots)[:, None] & (column < F)[None, :]
-            tl.store(dy + at_row, (g * weight[:, None]).to(dy.dtype.element_ty), mask=inside)
+            store_rows(dy, slot.to(tl.int64), g * weight[:, None], slot < slots, column, F)
     if dweights is not None:
         tl.store(dweights + pair, total.to(dweights.dtype.element_ty), mask=owned)

@@ -3,6 +3,7 @@ become one mixture.
 
 An EXPERT is a file of `mpoe train --expert`, composed without any texts, or the folder of a LoRA
 adapter, fitted as `--neurons` on its text, or on what the adapted model itself writes.
+`mpoe compose RECIPE.yaml` has all of it in a file: `base`, `experts`, and options by name.
 `--add MIXTURE` starts with the experts of a mixture, `--remove` leaves some out, `--merge` makes
 one dense network. Of fine-tunes (saved models, adapters) in place of experts, every network becomes
 a dense expert; these need `--texts`."""
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mpoe.cli import models
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, close_matches, option
 from mpoe.cli.outputs import Output, check_model_output, model_folder
 from mpoe.cli.quiet import background_beside, show_composition
 from mpoe.cli.short_help import SHORT
 from mpoe.config import RouterConfig
+from mpoe.config.checks import quoted
 from mpoe.data.batches import read_batches
+from mpoe.data.mappings import read_mapping
 from mpoe.models import expert_mixture, lora_fit
 from mpoe.models.background import pooled_background
 from mpoe.models.composition import NONE, compose, train_routers
@@ -75,8 +78,44 @@ class ComposeOptions:
     LEAST: ClassVar[dict[str, int]] = {"top_k": 1, "max_texts": 2, "max_length": 2, "steps": 1}
 
 
+def recipe_words(file: str) -> list[str]:
+    """A recipe, a YAML mapping of ``base``, ``experts`` and options, as words of a command line.
+
+    Raises:
+        CommandError: an unknown key, or a value that is no text, number or list of texts.
+        ValueError: a file that cannot be read.
+    """
+    recipe = read_mapping(file, "recipe")
+    known = ["base", "experts", *(field.name for field in dataclasses.fields(ComposeOptions))]
+    lists = ("experts", "texts", "remove", "background")
+    for key, value in recipe.items():
+        if key not in known:
+            raise CommandError(f"{file}: unknown key {key!r}{close_matches(str(key), known)}")
+        is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
+        if key in lists and not (is_list and value):
+            raise CommandError(f"{file}: {key} must be a list of texts; got {quoted(value)}")
+        if key not in lists and not isinstance(value, str | int | float):
+            raise CommandError(f"{file}: {key} must be a text or a number; got {quoted(value)}")
+    if "base" not in recipe:
+        raise CommandError(f"{file}: base must name the model of the experts; it is missing")
+    words = [str(recipe["base"]), *recipe.get("experts", [])]
+    for key, value in recipe.items():
+        if key in lists[1:]:
+            words += [f"--{key}", *value]
+        elif key not in ("base", "experts"):
+            words.append(f"--{key}={value}")
+    return words
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Compose as words and options say, or as a recipe does; options win over the recipe's."""
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        arguments = [*recipe_words(arguments[0]), *arguments[1:]]
+    _compose(arguments)
+
+
 @as_command(USAGE, ComposeOptions, words=(1, MOST))
-def command(request: Request) -> None:
+def _compose(request: Request) -> None:
     """Compose the experts or fine-tunes of the base, and save the mixture or the merged network."""
     (options,), (base, *names) = request.options, request.words
     # About experts: it names files of some, or a mixture of them, or adapters to be neurons.

@@ -1,5 +1,5 @@
-"""`mpoe demo`: three experts are trained apart beside one small model and composed into a mixture
-without their texts.
+"""`mpoe demo`: three quiet experts beside one small model: what each gains on its domain, what the
+model forgets, and all three in one model.
 
 Model and texts come with the installation. `--compare` instead compares a dense model, a wider one,
 Switch and MPO experts that are trained alike: gain and size."""
@@ -7,10 +7,10 @@ Switch and MPO experts that are trained alike: gain and size."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mode
+from statistics import fmean, mode
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging
 
-from mpoe.cli import compare, train
 from mpoe.cli.command import CommandError, Request, as_command, check_installed, option
 from mpoe.cli.outputs import (
     MODEL_OR_RUN,
@@ -30,21 +29,21 @@ from mpoe.cli.outputs import (
     model_folder,
     write_json,
 )
-from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
+from mpoe.cli.report import Table, bars_html, expert_colours, section, tokens_html, write_page
 from mpoe.cli.short_help import SHORT
 from mpoe.config.checks import check_seed
 from mpoe.data.documentation import load_documentation
 from mpoe.data.domains import DOMAINS, domain_text
 from mpoe.data.predict import token_losses
 from mpoe.data.stand_in_models import load_stand_in
-from mpoe.inspection import Route, route_text
-from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert, start_expert
-from mpoe.models.background import own_texts, pooled_background, token_batches
+from mpoe.inspection import route_text
+from mpoe.models import collect_statistics, compose_experts, save_expert, start_expert
+from mpoe.models.background import own_texts, pooled_background, save_background, token_batches
 from mpoe.models.expert_mixture import (
     AT_ONCE,
+    BACKGROUND_FILE,
     EXPERTS_FOLDER,
     batches,
-    documentation_batches,
     keep_experts,
     pieces,
 )
@@ -138,6 +137,8 @@ _COMPARED = (
 
 def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> None:
     """Train the arms alike, each in a folder of its own, and put them side by side."""
+    from mpoe.cli import compare, train
+
     settings, of_baselines, of_mixtures = SETTINGS[kind]
     settings += f" --model {kind} --seed {seed} {_ALIKE}" + (
         f" --max_steps {steps}" if steps else ""
@@ -153,100 +154,106 @@ def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> N
     print(_COMPARED)
 
 
-# ------------------------------------------------------------------------------ experts, trained
-# apart
+# ------------------------------------------------------------------------------ quiet experts
 
 STEPS = 60
 LENGTH = 128
 NEURONS = 64
 RATE = 0.01
+MOST = 2000  # pieces of a domain's text that are trained on
+OF_STATISTICS = 256  # of these
 TESTED = 24  # pieces of each held-out text
-SHOWN = 22  # tokens of each domain in the picture
+SHOWN = 48  # tokens of each text in the picture
+PROMPT, NEW = 16, 24  # tokens of a held-out text, and of its continuation
 FOREIGN = "documentation"
-COLUMNS = ("base", "own", "composed", "merged")
-HEADER = ("held-out text", "base", "own expert", "composed", "merged")
-_MEANING = (
-    "Nats per token, lower is better. Own expert: the right one is named for every text, and is "
-    f"always on (for {FOREIGN}, which no expert saw: the mean of the three). Composed: one "
-    "mixture, whose routers were solved from the experts' files alone, and nobody says which text "
-    "is which. Merged: one dense network with the neurons of all experts at a third of their "
-    "weight."
+_APART_HEADER = ("domain", "base", "always on", "quiet", "kept", "lost, always on", "lost, quiet")
+_APART = (
+    "Loss in nats per token on held-out text of the domain, lower is better; kept: the part of the "
+    "expert's gain that is left when it is quiet; lost: how much worse the model is on "
+    f"{FOREIGN}, held out too, which it knew before. Neither an expert nor the background has seen "
+    "any: the background of 'none' is what the model itself says."
 )
-_PICTURE = (
-    "Every token of a text that changes its domain, coloured by the expert that most layers "
-    "sent it to."
+_TOGETHER_HEADER = ("held-out text", "base", "the three composed", "kept")
+_TOGETHER = (
+    "One model with the three files, whose routers were solved from the files alone; nobody says "
+    "which text is which."
+)
+_PICTURE = "Every token in the colour of the expert that most layers of this model sent it to."
+_CONTINUED = (
+    "The most probable tokens after the beginning of each held-out text: before of the base, after "
+    f"with the quiet expert of the domain, of {FOREIGN} with all three."
 )
 
 
 def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Experts of three domains, trained apart, become a mixture that sorts by itself; returns the
+    """Train experts of three domains apart, make each quiet, and compose them; returns the
     results."""
     logging.disable_progress_bar()
     start = time.perf_counter()
     base, tokenizer = load_stand_in("gpt2")
     tokenizer.model_max_length = 10**9  # texts are cut into pieces
 
-    def cut(text: str, most: int = 10**4) -> Any:
+    def cut(text: str, most: int) -> Any:
         return pieces(text, tokenizer, LENGTH, most, "the text")
 
     def loss(model: Any, text: str) -> float:
         return float(token_losses(model, held_out[text]).mean())
 
-    held_out = {name: batches(cut(domain_text(name, True), TESTED)) for name in DOMAINS}
     foreign = "\n\n".join(record.text for record in load_documentation("test")[::7])
-    held_out[FOREIGN] = batches(cut(foreign, TESTED))
+    texts = {name: domain_text(name, True) for name in DOMAINS} | {FOREIGN: foreign}
+    held_out = {name: batches(cut(text, TESTED)) for name, text in texts.items()}
     losses = {text: {"base": loss(base, text)} for text in held_out}
+    lost: dict[str, dict[str, float]] = {}
     files = []
-    always_on = []
+    after: dict[str, Any] = {}
     (output_dir / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    # Without the general text of the default background, which is a domain here.
+    background = pooled_background(base, [token_batches(own_texts(base, tokenizer))])
+    save_background(background, base, output_dir / EXPERTS_FOLDER / BACKGROUND_FILE)
     for number, name in enumerate(DOMAINS):
         started = time.perf_counter()
-        domain_pieces = cut(domain_text(name, False))
+        domain_pieces = cut(domain_text(name, False), MOST)
         model = _train(base, domain_pieces, steps, seed + number)
         files.append(output_dir / EXPERTS_FOLDER / f"{name}.expert")
-        statistics = collect_statistics(model, batches(domain_pieces[:256]))
+        # of all of its files
+        taken = torch.randperm(len(domain_pieces))[:OF_STATISTICS]
+        statistics = collect_statistics(model, batches(domain_pieces[taken]))
         save_expert(
             model, files[-1], statistics=statistics, tokenizer=tokenizer, training={"steps": steps}
         )
-        losses[name]["own"] = loss(model, name)
-        always_on.append(loss(model, FOREIGN))
+        quiet = compose_experts(base, files[-1:], background=background)
+        after[name] = quiet
+        lost[name] = {}
+        for way, tested in (("always_on", model), ("quiet", quiet)):
+            losses[name][way] = loss(tested, name)
+            lost[name][way] = loss(tested, FOREIGN) - losses[FOREIGN]["base"]
         seconds = time.perf_counter() - started
-        print(
-            f"trained {files[-1]} on {domain_pieces.numel():,} tokens in {seconds:.0f} s: "
-            f"{losses[name]['base']:.2f} -> {losses[name]['own']:.2f} nats per token"
-        )
-    losses[FOREIGN]["own"] = sum(always_on) / len(always_on)
-    # Not the general text of the default background, which is a domain here.
-    said = [token_batches(own_texts(base, tokenizer)), documentation_batches(base, tokenizer)]
-    mixture = compose_experts(
-        base, files, background=pooled_background(base, said), tokenizer=tokenizer
-    )
-    merged = merge_expert(base, files, weight=1 / len(files))
+        print(f"trained {files[-1]} on {domain_pieces.numel():,} tokens in {seconds:.0f} s")
+    mixture = compose_experts(base, files, background=background, tokenizer=tokenizer)
+    after[FOREIGN] = mixture
     for text in held_out:
-        losses[text] |= {"composed": loss(mixture, text), "merged": loss(merged, text)}
-    shown = "\n".join(
-        tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS
-    )
-    routes = route_text(mixture, tokenizer, shown)
-    first = zip(*([best[0] for best in layer] for layer in routes[0].experts), strict=True)
+        losses[text]["composed"] = loss(mixture, text)
     with model_folder(
         check_model_output("model", output_dir / MODEL_FOLDER, True), mixture, tokenizer
     ) as staging:
         keep_experts(mixture, staging)
+    first = {text: batch[0]["input_ids"][0] for text, batch in held_out.items()}
     results: dict[str, Any] = {
         "steps": steps,
         "seed": seed,
         "experts": mixture.config.mpoe_experts,
         "losses": losses,
+        "lost": lost,
         "kept": kept(losses),
-        "picture": [
-            (token, mode(of_layers))
-            for token, of_layers in zip(routes[0].tokens, first, strict=True)
-        ],
+        "picture": {text: _coloured(mixture, tokenizer, ids) for text, ids in first.items()},
+        "continued": {
+            text: _continued({"before": base, "after": after[text]}, tokenizer, ids[:PROMPT])
+            for text, ids in first.items()
+        },
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in files},
         "seconds": time.perf_counter() - start,
     }
-    _tell(output_dir / REPORT_FILE, results, routes)
+    _tell(output_dir / REPORT_FILE, results)
     write_json(output_dir / RESULTS_FILE, results)
     print(
         f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE}, experts and the mixture in "
@@ -274,65 +281,103 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
     return model.eval()
 
 
-def kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Share of its own expert's gain that the mixture keeps, by domain."""
-    domains = {name: losses_of_text for name, losses_of_text in losses.items() if name != FOREIGN}
-    return {
-        n: (losses_of_text["base"] - losses_of_text["composed"])
-        / (losses_of_text["base"] - losses_of_text["own"])
-        for n, losses_of_text in domains.items()
-    }
+def _coloured(mixture: Any, tokenizer: Any, ids: Any) -> list[tuple[str, int]]:
+    """The first tokens of a text, each with the expert that most layers sent it to."""
+    (route,) = route_text(mixture, tokenizer, tokenizer.decode(ids[:SHOWN]))
+    by_token = zip(*([best[0] for best in layer] for layer in route.experts), strict=True)
+    experts = [mode(of_layers) for of_layers in by_token]
+    shown = [token.replace("\\n", " ") for token in route.tokens]
+    return list(zip(shown, experts, strict=True))
+
+
+def _continued(models: Mapping[str, Any], tokenizer: Any, ids: Any) -> dict[str, str]:
+    """A prompt, and how each model goes on."""
+    prompt = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+    said = {"prompt": tokenizer.decode(ids)}
+    for name, model in models.items():
+        written = model.generate(**prompt, max_new_tokens=NEW, do_sample=False)
+        said[name] = tokenizer.decode(written[0, len(ids) :])
+    return said
+
+
+def kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Share of its expert's gain that each domain keeps, with it alone and with all three."""
+    shares = {}
+    for name, by_way in losses.items():
+        if name != FOREIGN:
+            gain = by_way["base"] - by_way["always_on"]
+            shares[name] = {
+                way: (by_way["base"] - by_way[way]) / gain for way in ("quiet", "composed")
+            }
+    return shares
 
 
 def conclusions(results: Mapping[str, Any]) -> list[str]:
     """What the numbers say, and what they do not."""
-    losses = results["losses"]
-    shares = results["kept"]
-    excess = {column: value - losses[FOREIGN]["base"] for column, value in losses[FOREIGN].items()}
-    kept_shares = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    shares = results["kept"].values()
+    lost = results["lost"].values()
+    foreign = results["losses"][FOREIGN]
     return [
-        f"Of its own expert's gain the mixture keeps: {kept_shares}; nobody said which "
-        "text is which.",
-        f"Forgetting, on {FOREIGN}, which no expert saw: an expert that is always on "
-        f"{excess['own']:+.3f} nats, the mixture {excess['composed']:+.3f}, merged "
-        f"{excess['merged']:+.3f}.",
-        "What this does not show: larger models, longer training, domains that are nearer to each "
-        "other.",
+        f"A quiet expert keeps {fmean(share['quiet'] for share in shares):.0%} of its gain and "
+        f"costs {FOREIGN} {fmean(way['quiet'] for way in lost):.3f} nats; always on it costs "
+        f"{fmean(way['always_on'] for way in lost):.3f} (means of the three).",
+        f"The three in one model keep {fmean(share['composed'] for share in shares):.0%} and cost "
+        f"{FOREIGN} {foreign['composed'] - foreign['base']:.3f}.",
+        "A model of a million numbers tells the domains apart by single tokens: larger ones keep "
+        "more and lose less (docs/evidence.md). This shows neither longer training nor domains "
+        "that are nearer to each other.",
     ]
 
 
-def _tell(file: Path, results: Mapping[str, Any], routes: Sequence[Route]) -> None:
-    """Print, and write as ``report.html``: the coloured tokens, the table and what it says."""
+def _tell(file: Path, results: Mapping[str, Any]) -> None:
+    """Print, and write as ``report.html``: tables, coloured tokens, continuations and what they
+    say."""
+    losses = results["losses"]
+    lost = results["lost"]
+    shares = results["kept"]
     names = results["experts"]
-    said = conclusions(results)
-    rows = [
-        [text, *(f"{by_column[column]:.3f}" for column in COLUMNS)]
-        for text, by_column in results["losses"].items()
-    ]
-    losses = Table(
-        HEADER,
-        rows,
-        f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}",
-        _MEANING,
-    )
+    rows = []
+    together = []
+    gains = []
+    costs = []
+    for name in lost:
+        base, always_on, quiet, composed = losses[name].values()
+        by_way = lost[name]
+        numbers = [f"{value:.3f}" for value in (base, always_on, quiet)]
+        costs_of_ways = [f"{by_way[way]:+.3f}" for way in ("always_on", "quiet")]
+        rows.append([name, *numbers, f"{shares[name]['quiet']:.0%}", *costs_of_ways])
+        together.append([name, f"{base:.3f}", f"{composed:.3f}", f"{shares[name]['composed']:.0%}"])
+        gains += [(f"{name}, always on", base - always_on), (f"{name}, quiet", base - quiet)]
+        costs += [(f"{name}, always on", by_way["always_on"]), (f"{name}, quiet", by_way["quiet"])]
+    base, composed = losses[FOREIGN].values()
+    together.append([FOREIGN, f"{base:.3f}", f"{composed:.3f}", f"{composed - base:+.3f} lost"])
+    title = f"An expert of each domain: {results['steps']} steps, seed {results['seed']}"
+    apart = Table(_APART_HEADER, rows, title, _APART)
+    mixture = Table(_TOGETHER_HEADER, together, "All three in one model", _TOGETHER)
+    lines = []
+    for text, said in results["continued"].items():
+        lines.append([text, said["prompt"]])
+        lines.append(["before", said["before"]])
+        lines.append(["after", said["after"]])
+    continued = Table((), lines, "Before and after", _CONTINUED, kind="text")
+    conclusion = conclusions(results)
+    apart.show()
+    mixture.show()
     colours = expert_colours(len(names))
-    tokens = [
-        Text(token.replace("\\n", " "), f"black on {colours[expert]}")
-        for token, expert in results["picture"]
+    console = Console()
+    known = zip(names, colours, strict=True)
+    console.print(Text(_PICTURE, style="dim"))
+    console.print(Text(" ").join(Text(f" {n} ", f"black on {c}") for n, c in known))
+    for text, tokens in results["picture"].items():
+        coloured = [(token, f"black on {colours[expert]}") for token, expert in tokens]
+        console.print(Text.assemble(f"{text}: ", *coloured))
+    continued.show()
+    print("\n".join([*conclusion, f"{results['seconds']:.0f} seconds."]))
+    items = Markup("").join(Markup("<li>{}</li>").format(line) for line in conclusion)
+    bars = [
+        section("Gained on its domain, nats per token", bars_html(gains)),
+        section(f"Lost on {FOREIGN}, nats per token", bars_html(costs)),
     ]
-    known = [
-        Text(f" {name} ", f"black on {colour}") for name, colour in zip(names, colours, strict=True)
-    ]
-    Console().print(
-        _PICTURE, Text.assemble(*tokens), Text(" ").join(known), sep="\n", highlight=False
-    )
-    losses.show()
-    print("\n".join([*said, f"{results['seconds']:.0f} seconds."]))
-    lines = Markup("<ul>{}</ul>").format(
-        Markup("").join(Markup("<li>{}</li>").format(line) for line in said)
-    )
-    note = "A column for each token, a row for each layer."
-    picture = section("Who took which token", routes_html([("", routes)], names), note=note)
-    write_page(
-        file, "mpoe demo: experts trained apart, composed", [lines, losses.section(), picture]
-    )
+    picture = section("Who took which token", tokens_html(results["picture"], names), note=_PICTURE)
+    parts = [Markup("<ul>{}</ul>").format(items), apart.section(), *bars, mixture.section()]
+    write_page(file, "mpoe demo: quiet experts", [*parts, picture, continued.section()])

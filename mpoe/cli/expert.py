@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader, Subset
 
 from mpoe.cli.command import CommandError
 from mpoe.cli.models import Source, load_model
-from mpoe.cli.quiet import changes_of_expert, losses_of, made_background, speaks, table_of_changes
+from mpoe.cli.quiet import (
+    changes_of_expert,
+    facts_of_changes,
+    made_background,
+    speaks,
+    table_of_changes,
+)
 from mpoe.cli.report import Table
 from mpoe.config.checks import is_file_name
 from mpoe.data.batches import as_batches
@@ -219,7 +225,7 @@ def show_expert(
     background = made_background(base, tokenizer, folder)
     batches = as_batches(held_out, tokenizer)
     changes = changes_of_expert(base, tokenizer, model, expert, batches, background)
-    training = {**expert.facts["training"], "held_out": losses_of(changes)}
+    training = expert.facts["training"] | facts_of_changes(changes)
     facts = {**expert.facts, "training": training}
     write_expert(dataclasses.replace(expert, facts=facts), file)
     table_of_changes(f"What {expert.name} changes", changes).show()

@@ -4,17 +4,19 @@ granitemoeshared or qwen2_moe.
 
 The exported model is opened again with the stock class, and its logits are compared.
 `mpoe export NAME.expert USER/REPO --to hub` uploads an expert's file, or those in a folder, with a
-card."""
+card that says what it keeps and changes; with `--local`, OUT is a folder to upload later."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
-from mpoe.cli.outputs import check_model_output, model_folder
+from mpoe.cli.outputs import MODEL_OR_RUN, check_model_output, check_output, model_folder
 from mpoe.cli.short_help import SHORT
 from mpoe.models import merge_experts, push_expert
+from mpoe.models.expert_files import expert_repository
 from mpoe.models.export import TARGETS, check_export, server_notes
 
 
@@ -28,6 +30,7 @@ class ExportOptions:
         choices=["hub", *TARGETS],
     )
     private: bool = option(False, "of --to hub: a repository that others cannot see")
+    local: bool = option(False, "of --to hub: write OUT as a folder, ready to upload")
     overwrite: bool = option(False, "replace a model in OUT")
 
 
@@ -36,6 +39,12 @@ def command(request: Request) -> None:
     """Export the model IN into the folder OUT, or an expert's file IN to the repository OUT of the
     hub."""
     (options,), (name, out) = request.options, request.words
+    if options.local:
+        if options.to != "hub":
+            raise CommandError(f"local is of --to hub; got --to {options.to}")
+        write_repository(name, out, options.overwrite)
+        print(f"{out} is ready: hf upload USER/REPO {out}")
+        return
     if options.to == "hub":
         print(f"uploaded to {push_expert(name, out, private=options.private or None)}")
         return
@@ -56,3 +65,14 @@ def command(request: Request) -> None:
     )
     for note in server_notes(options.to, stock.config):
         print(f"note: {note}; Transformers computes the same")
+
+
+def write_repository(name: str, out: str, overwrite: bool) -> None:
+    """Write what would be uploaded of an expert's file, or of those in a folder, into ``out``."""
+    contents = expert_repository(name)
+    folder = check_output("OUT", out, overwrite, "an earlier export", list(contents), MODEL_OR_RUN)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, content in contents.items():
+        part = folder / f".{file}.part"
+        part.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        os.replace(part, folder / file)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpoe.cli.report import Table
 from mpoe.models.background import collect_background, load_background, save_background, start_token
-from mpoe.models.expert_files import Expert
+from mpoe.models.expert_files import Expert, kept
 from mpoe.models.expert_mixture import BACKGROUND_FILE, compose_experts
 from mpoe.models.quiet import Change, measure_change, sample_own_words
 from mpoe.models.weight_files import check_link
@@ -75,26 +75,14 @@ def changes_of_expert(
     return measure_change(base, compared, sample_own_words(base, tokenizer), held_out)
 
 
-def losses_of(changes: Mapping[str, Change]) -> dict[str, float | None]:
-    """Losses on the domain's held-out texts by model, for the file of an expert, which holds no
-    texts."""
-    return {name: change.domain for name, change in changes.items()}
-
-
-def kept(losses: Mapping[str, Any]) -> float | None:
-    """The share of an expert's own gain that is left when it is quiet, of the losses in its
-    file."""
-    base, alone, quiet = (
-        losses.get(name) for name in ("base", "expert, always on", "quiet expert")
-    )
-    if (
-        not isinstance(base, float)
-        or not isinstance(alone, float)
-        or not isinstance(quiet, float)
-        or alone >= base
-    ):
-        return None  # of another file, or no gain
-    return (base - quiet) / (base - alone)
+def facts_of_changes(changes: Mapping[str, Change]) -> dict[str, dict[str, float | None]]:
+    """What an expert's file keeps of its changes, by model: losses on the domain's held-out texts,
+    and what happens to the base's own answers. No texts."""
+    return {
+        "held_out": {name: change.domain for name, change in changes.items()},
+        "answers": {name: change.answers for name, change in changes.items()},
+        "same": {name: change.same for name, change in changes.items()},
+    }
 
 
 def table_of_changes(title: str, changes: Mapping[str, Change]) -> Table:

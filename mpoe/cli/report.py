@@ -38,7 +38,11 @@ td:first-child, th:first-child, .text td, .text th { text-align: left; }
 .best { white-space: nowrap; font-weight: 600; background: #e3f4e6; }
 .routes td { padding: .12rem .3rem; text-align: center; white-space: pre; border: 1px solid #fff; }
 .routes th { padding: .12rem .5rem; font-weight: 400; text-align: left; white-space: nowrap; color: var(--soft); }
-.legend span { padding: 0 .25em; }
+.legend span, .tokens span { padding: 0 .25em; }
+.tokens span { padding: .1em 0; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; }
+.bars { display: grid; grid-template-columns: max-content 1fr; gap: .25rem .7rem; align-items: center; }
+.bars b { display: inline-block; height: 1em; background: var(--accent); vertical-align: middle; margin-right: .4em; }
+.bars div:nth-of-type(even) b { background: #E69F00; }
 pre { background: #f5f5f5; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .failed { padding: .6rem 1rem; background: #fbe5e1; } .note { color: var(--soft); font-size: .93em; }
 summary { cursor: pointer; color: var(--accent); }
@@ -53,9 +57,12 @@ _TABLE = _HTML.from_string(
     "<td{% if (place, loop.index0) in best %} class=best{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}"
     "</tbody></table></div>"
 )
-_ROUTES = _HTML.from_string(
+_LEGEND = (
     '<p class="legend">Experts: {% for name in names[:64] %}<span style="background:{{ colours[loop.index0] }}">'
-    "{{ name }}</span> {% endfor %}</p>{% for text, routes in texts %}<p><b>{{ text }}</b></p>{% for route in routes %}"
+    "{{ name }}</span> {% endfor %}</p>"
+)
+_ROUTES = _HTML.from_string(
+    _LEGEND + "{% for text, routes in texts %}<p><b>{{ text }}</b></p>{% for route in routes %}"
     '<p>{{ "" if route.stream == "main" else route.stream }} tokens</p><div class="scroll"><table class="routes">'
     "<tr><th></th>{% for token in route.tokens %}<td>{{ token }}</td>{% endfor %}</tr>"
     "{% for layer in route.layers %}{% set row = loop.index0 %}<tr><th>{{ short(layer) }}</th>"
@@ -63,6 +70,16 @@ _ROUTES = _HTML.from_string(
     '<td style="background:{{ colours[own[0]] }}" title="{% for k in range(own|length) %}{{ ", " if k }}'
     'expert {{ own[k] }}: p = {{ "%.2f"|format(p[k]) }}{% endfor %}">{{ own|join("+") }}</td>{% endfor %}</tr>'
     "{% endfor %}</table></div>{% endfor %}{% endfor %}"
+)
+_TOKENS = _HTML.from_string(
+    _LEGEND
+    + '{% for text, tokens in texts.items() %}<p class="tokens"><b>{{ text }}</b><br>{% for token, expert in tokens %}'
+    '<span style="background:{{ colours[expert] }}" title="{{ names[expert] }}">{{ token }}</span>'
+    "{% endfor %}</p>{% endfor %}"
+)
+_BARS = _HTML.from_string(
+    '<div class="bars">{% for label, value in bars %}<span>{{ label }}</span><div><b style="width:'
+    '{{ (70 * [value, 0]|max / most)|round(1) }}%"></b>{{ "%.3f"|format(value) }}</div>{% endfor %}</div>'
 )
 _PAGE = _HTML.from_string(
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -168,6 +185,17 @@ def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], names: Sequence[st
             texts=texts, names=names, colours=expert_colours(len(names)), short=short_name
         )
     )
+
+
+def tokens_html(texts: Mapping[str, Sequence[tuple[str, int]]], names: Sequence[str]) -> Markup:
+    """Texts by name as running tokens, each (token, expert) in its expert's colour."""
+    return Markup(_TOKENS.render(texts=texts, names=names, colours=expert_colours(len(names))))
+
+
+def bars_html(bars: Sequence[tuple[str, float]]) -> Markup:
+    """Labelled numbers as bars in two alternating colours; one below 0 has no length."""
+    most = max(max(value for _, value in bars), 1e-9)
+    return Markup(_BARS.render(bars=bars, most=most))
 
 
 # ----------------------------------------------------------------- plots, as figures of matplotlib

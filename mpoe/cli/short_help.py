@@ -79,6 +79,7 @@ SHORT = {
         {
             "to": "mixtral, qwen3_moe; of neurons granitemoeshared, qwen2_moe; or hub (mixtral)",
             "private": "of --to hub: a repository that others cannot see",
+            "local": "of --to hub: OUT is a folder, ready to upload",
             "overwrite": _OVERWRITE,
         },
     ),

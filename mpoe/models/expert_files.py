@@ -68,6 +68,15 @@ needs.
 | file | base | neurons per layer | SHA-256 of the base |
 |---|---|---|---|
 {rows}
+
+Loss on held-out text of the domain, nats per token; *quiet* is the expert composed with *none*, as
+`mpoe compose` does; kept is its part of the expert's gain. Of the base's own answers: the KL
+divergence from the base to the quiet expert, nats per token, and how often the most probable token
+is the base's.
+
+| file | base | expert, always on | quiet | kept | own answers | equal |
+|---|---|---|---|---|---|---|
+{changes}
 """
 _PARTS = ("experts", "router")  # modules of a layer that the dense model does not have
 
@@ -445,6 +454,64 @@ def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
     return merged
 
 
+def kept(losses: Mapping[str, Any]) -> float | None:
+    """The share of an expert's own gain that is left when it is quiet, of the losses in its
+    file; ``None`` if the file says nothing, or the expert gained nothing."""
+    ways = ("base", "expert, always on", "quiet expert")
+    base, alone, quiet = (losses.get(way) for way in ways)
+    if (
+        not isinstance(base, float)
+        or not isinstance(alone, float)
+        or not isinstance(quiet, float)
+        or alone >= base
+    ):
+        return None
+    return (base - quiet) / (base - alone)
+
+
+def _changes_row(name: str, training: Mapping[str, Any]) -> str:
+    """What an expert keeps and changes, as a row of the card; a dash where its file says
+    nothing."""
+    losses, answers, same = (
+        values if isinstance(values := training.get(fact), dict) else {}
+        for fact in ("held_out", "answers", "same")
+    )
+    measured = [losses.get(way) for way in ("base", "expert, always on", "quiet expert")]
+    cells = [
+        *(f"{loss:.3f}" if isinstance(loss, float) else "-" for loss in measured),
+        "-" if (share := kept(losses)) is None else f"{share:.0%}",
+        f"{value:.4f}" if isinstance(value := answers.get("quiet expert"), float) else "-",
+        f"{value:.1%}" if isinstance(value := same.get("quiet expert"), float) else "-",
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def expert_repository(path: str | Path) -> dict[str, Path | bytes]:
+    """What a repository of an expert's file, or of all files ``*.expert`` of a folder, holds: the
+    files and a card, by name.
+
+    Raises:
+        TypeError, ValueError: as `load_expert`; a folder without experts.
+    """
+    place = Path(path)
+    files = sorted(place.glob("*.expert")) if place.is_dir() else [place]
+    if not files:
+        raise ValueError(
+            f"path must be an expert's file or a folder with some; {place} holds no *.expert"
+        )
+    check_links(place)
+    rows = []
+    changes = []
+    for file, expert in ((file, load_expert(file)) for file in files):
+        base = expert.facts["base_name"] or expert.facts["model"]
+        rows.append(f"| {file.name} | {base} | {expert.neurons} | `{expert.facts['base'][:16]}` |")
+        changes.append(_changes_row(file.name, expert.facts["training"]))
+    contents: dict[str, Path | bytes] = {file.name: file for file in files}
+    card = _CARD.format(rows="\n".join(rows), changes="\n".join(changes))
+    contents["README.md"] = card.encode()
+    return contents
+
+
 def push_expert(
     path: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None
 ) -> str:
@@ -465,22 +532,11 @@ def push_expert(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    place = Path(path)
-    files = sorted(place.glob("*.expert")) if place.is_dir() else [place]
-    if not files:
-        raise ValueError(
-            f"path must be an expert's file or a folder with some; {place} holds no *.expert"
-        )
-    check_links(place)
-    rows = []
-    for file, expert in ((file, load_expert(file)) for file in files):
-        base = expert.facts["base_name"] or expert.facts["model"]
-        rows.append(f"| {file.name} | {base} | {expert.neurons} | `{expert.facts['base'][:16]}` |")
+    contents = expert_repository(path)
     api: Any = HfApi(token=token)
-    contents: dict[str, Any] = {file.name: file for file in files}
-    contents["README.md"] = _CARD.format(rows="\n".join(rows)).encode()
     operations = [CommitOperationAdd(name, value) for name, value in contents.items()]
-    message = f"Experts {', '.join(file.stem for file in files)}"
+    names = [name.removesuffix(".expert") for name in contents if name.endswith(".expert")]
+    message = f"Experts {', '.join(names)}"
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)

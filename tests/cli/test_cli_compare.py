@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import TrainerControl, TrainerState
 from mpoe.cli import demo
 from mpoe.cli.compare import read_run, write_report
 from mpoe.cli.main import run
+from mpoe.cli.report import bars_html
 from mpoe.cli.train import going_on
 from mpoe.data.domains import DOMAINS, domain_text
 from mpoe.models.expert_mixture import experts_in
@@ -247,37 +249,60 @@ def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     short = {name: " ".join(f"{name} of {number}" for number in range(400)) for name in DOMAINS}
     monkeypatch.setattr("mpoe.cli.demo.domain_text", lambda name, held_out: short[name])
     demo.command(["--output_dir", str(tmp_path / "demo"), "--steps", "2"])
+    out = capsys.readouterr().out
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert list(results["losses"]) == ["law", "code", "names", "documentation"]
-    assert all(
-        list(own) == ["base", "own", "composed", "merged"] for own in results["losses"].values()
-    )
+    losses = results["losses"]
+    assert {name: list(by_way) for name, by_way in losses.items()} == {
+        **{name: ["base", "always_on", "quiet", "composed"] for name in DOMAINS},
+        "documentation": ["base", "composed"],
+    }
     assert results["experts"] == ["law", "code", "names", "none"]
-    assert {expert for _, expert in results["picture"]} <= {0, 1, 2, 3}
     assert [expert.name for expert in experts_in(tmp_path / "demo" / "model")[0]] == [
         "law",
         "code",
         "names",
     ]
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count('title="expert ') == 4 * len(results["picture"])  # in each layer
-    out = capsys.readouterr().out
-    assert "own expert" in out
-    assert "Forgetting" in out
+    for text, tokens in results["picture"].items():
+        assert f'<p class="tokens"><b>{text}</b>' in page
+        assert {expert for _, expert in tokens} <= {0, 1, 2, 3}
+        assert set(results["continued"][text]) == {"prompt", "before", "after"}
+    # Numbers and conclusions are the same in the terminal and on the page, bars too.
+    for name, by_way in losses.items():
+        for loss in by_way.values():
+            assert f"{loss:.3f}" in out
+            assert f"<td>{loss:.3f}</td>" in page
+        if name in results["lost"]:
+            lost = results["lost"][name]["quiet"]
+            assert f"{lost:+.3f}" in out
+            assert f"<td>{lost:+.3f}</td>" in page
+            assert f"</b>{lost:.3f}</div>" in page
+            assert f"</b>{by_way['base'] - by_way['quiet']:.3f}</div>" in page
+    assert all(line in out for line in demo.conclusions(results))
+    assert all(f"<li>{escape(line)}</li>" in page for line in demo.conclusions(results))
 
 
 def test_what_the_demo_says_of_its_numbers() -> None:
-    own = {"base": 5.0, "own": 4.0, "composed": 4.25, "merged": 4.5}
-    losses = {
-        "law": own,
-        "code": own,
-        "names": own,
-        "documentation": {**own, "own": 5.5, "composed": 5.125},
-    }
-    assert demo.kept(losses) == {"law": 0.75, "code": 0.75, "names": 0.75}
-    lines = demo.conclusions({"losses": losses, "kept": demo.kept(losses)})
-    assert "law 75%, code 75%, names 75%" in lines[0]
-    assert "always on +0.500 nats, the mixture +0.125, merged -0.500" in lines[1]
+    by_way = {"base": 5.0, "always_on": 4.0, "quiet": 4.1, "composed": 4.25}
+    names = ("law", "code", "names")
+    losses = dict.fromkeys(names, by_way) | {"documentation": {"base": 5.0, "composed": 5.125}}
+    shares = demo.kept(losses)
+    assert shares["law"] == pytest.approx({"quiet": 0.9, "composed": 0.75})
+    lost = {name: {"always_on": 0.5, "quiet": 0.0625} for name in names}
+    lines = demo.conclusions({"losses": losses, "kept": shares, "lost": lost})
+    assert "keeps 90% of its gain and costs documentation 0.062 nats" in lines[0]
+    assert "always on it costs 0.500" in lines[0]
+    assert "The three in one model keep 75% and cost documentation 0.125" in lines[1]
+
+
+def test_bars_are_as_long_as_their_numbers() -> None:
+    page = bars_html([("a < b", 2.0), ("c", 1.0), ("d", -1.0)])
+    assert "a &lt; b" in page
+    assert re.findall(r'width:([\d.]+)%"></b>(-?[\d.]+)<', page) == [
+        ("70.0", "2.000"),
+        ("35.0", "1.000"),
+        ("0.0", "-1.000"),
+    ]
 
 
 @pytest.mark.parametrize("name", DOMAINS)
@@ -328,24 +353,30 @@ def test_demo(tmp_path: Path) -> None:
     ready = os.environ.get("MPOE_DEMO")  # CI has run the README's
     folder = Path(ready) if ready else tmp_path / "demo"
     if not folder.is_dir():
-        assert "Of its own expert's gain the mixture keeps" in run_python(
-            "-m", "mpoe", "demo", "--output_dir", folder
-        )
+        run_python("-m", "mpoe", "demo", "--output_dir", folder)
     results = json.loads((folder / "results.json").read_text())
-    losses = results["losses"]
-    assert all(
-        losses[name]["own"] < losses[name]["base"] - 0.2 for name in ("law", "code", "names")
-    )
-    assert min(results["kept"].values()) > 0.4
-    lost = {
-        column: value - losses["documentation"]["base"]
-        for column, value in losses["documentation"].items()
-    }
-    assert lost["composed"] < 0.7 * lost["own"]
+    losses, lost, shares = results["losses"], results["lost"], results["kept"]
+    # docs/should_i.md shows these figures; other processors train a little otherwise, and other
+    # versions of the packages have other texts.
+    page = (EXAMPLES.parent / "docs" / "should_i.md").read_text(encoding="utf-8")
+    for name in DOMAINS:
+        (row,) = re.findall(rf"^\| {name} \|(.*)\|$", page, flags=re.M)
+        base, always_on, quiet, kept, loud, silent, composed = (
+            float(cell.strip(" %+")) for cell in row.split("|")
+        )
+        measured = losses[name]
+        assert measured["base"] == pytest.approx(base, abs=0.2)
+        assert measured["always_on"] == pytest.approx(always_on, abs=0.2)
+        assert measured["quiet"] == pytest.approx(quiet, abs=0.2)
+        assert 100 * shares[name]["quiet"] == pytest.approx(kept, abs=5)
+        assert lost[name]["always_on"] == pytest.approx(loud, abs=0.12)
+        assert lost[name]["quiet"] == pytest.approx(silent, abs=0.05)
+        assert 100 * shares[name]["composed"] == pytest.approx(composed, abs=8)
     assert {path.name for path in (folder / "experts").iterdir()} == {
-        f"{n}.expert" for n in ("law", "code", "names")
+        "background.safetensors",
+        *(f"{name}.expert" for name in DOMAINS),
     }
-    assert results["seconds"] < 600  # three minutes on two cores that are free
+    assert results["seconds"] < 600  # of a minute on two cores that are free
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""`mpoe compose RECIPE.yaml`, and `mpoe export --to hub --local`: a folder ready to upload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpoe import collect_statistics, load_mpoe, save_expert, start_expert
+from mpoe.cli.main import run
+from mpoe.data.stand_in_models import load_stand_in, stand_in_path
+from mpoe.models.expert_files import expert_repository, kept
+from mpoe.models.walk import neuron_modules
+
+BASE = str(stand_in_path("gpt2"))
+FACTS: dict[str, Any] = {
+    "held_out": {"base": 5.0, "expert, always on": 4.0, "quiet expert": 4.1},
+    "answers": {"base": 0.0, "quiet expert": 0.0125},
+    "same": {"base": 1.0, "quiet expert": 0.985},
+}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two experts of the tiny GPT-2; one file says what it changes."""
+    folder = tmp_path_factory.mktemp("experts")
+    base, tokenizer = load_stand_in("gpt2")
+    for name, facts in (("law", FACTS), ("med", {})):
+        model = start_expert(base, 8)
+        for layer in neuron_modules(model).values():
+            torch.nn.init.normal_(layer.experts.down, std=0.02)
+        ids = torch.randint(0, 2000, (4, 16))
+        statistics = collect_statistics(model, [{"input_ids": ids}])
+        file = folder / f"{name}.expert"
+        save_expert(model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _short_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and short samples of the base."""
+    for name in ("SAMPLES", "TEXT_LENGTH", "GENERAL_PIECES"):
+        monkeypatch.setattr(f"mpoe.models.background.{name}", 4)
+    monkeypatch.setattr("mpoe.models.quiet.HELD_OUT", 2)
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_a_recipe_is_the_same_as_words(experts: Path, tmp_path: Path) -> None:
+    names = [str(experts / "law.expert"), str(experts / "med.expert")]
+    lines = f"base: {BASE}\nexperts: {names}\npreference: 1.5\noutput_dir: {tmp_path / 'a'}\n"
+    recipe = write(tmp_path, f"{lines}top_k: 2\n")
+    run(["compose", recipe])
+    words = ["--preference", "1.5", "--top_k", "2", "--output_dir", str(tmp_path / "b")]
+    run(["compose", BASE, *names, *words])
+    by_recipe = load_mpoe(tmp_path / "a")
+    by_words = load_mpoe(tmp_path / "b")
+    assert by_recipe.config.mpoe_experts == ["law", "med", "none"]
+    assert by_recipe.config.mpoe_routing["preference"] == 1.5
+    for name, value in by_words.state_dict().items():
+        assert torch.equal(by_recipe.state_dict()[name], value), name
+    # A flag wins over the recipe.
+    run(["compose", recipe, "--top_k", "1", "--output_dir", str(tmp_path / "c")])
+    assert load_mpoe(tmp_path / "c").mpoe_config.top_k == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: b\nprefernce: 1\n", "unknown key 'prefernce'; did you mean 'preference'?"),
+        ("experts: [a.expert]\n", "base must name the model of the experts; it is missing"),
+        ("base: b\nexperts: a.expert\n", "experts must be a list of texts; got 'a.expert'"),
+        ("base: b\nbackground: []\n", "background must be a list of texts; got []"),
+        ("base: [b]\n", "base must be a text or a number; got ['b']"),
+        ("base: b\npreference: loud\n", "--preference: invalid float value: 'loud'"),
+        ("- base\n", "recipe"),
+    ],
+)
+def test_a_wrong_recipe_names_the_key(refused, tmp_path: Path, text: str, message: str) -> None:
+    assert message in refused("compose", write(tmp_path, text))
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_folder_that_is_ready_to_upload(refused, experts: Path, tmp_path: Path) -> None:
+    law = str(experts / "law.expert")
+    out = tmp_path / "out"
+    run(["export", law, str(out), "--to", "hub", "--local"])
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "law.expert"]
+    assert (out / "law.expert").read_bytes() == Path(law).read_bytes()
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: mpoe\n")
+    assert "| law.expert | 5.000 | 4.000 | 4.100 | 90% | 0.0125 | 98.5% |" in card
+    said = refused("export", law, out, "--to", "hub", "--local")
+    assert "holds an earlier export; give --overwrite" in said
+    run(["export", law, str(out), "--to", "hub", "--local", "--overwrite"])
+    assert "local is of --to hub; got --to mixtral" in refused("export", law, out, "--local")
+    # A file that says nothing of its changes has dashes.
+    assert b"| med.expert | - | - | - | - | - | - |" in expert_repository(experts)["README.md"]
+
+
+def test_what_is_kept_of_no_gain_is_not_told() -> None:
+    losses = FACTS["held_out"]
+    assert kept(losses) == pytest.approx(0.9)
+    assert kept({**losses, "expert, always on": 5.5}) is None
+    assert kept({"base": 5.0}) is None

@@ -235,11 +235,12 @@ def test_what_the_hub_does_not_give(hub) -> None:
         raise ConnectionError("Couldn't reach it")
 
     hub(offline)
-    with pytest.raises(
+    refuses(
         ValueError,
-        match=r"task rte: there is no folder nyu-mll/glue, and .* \(Couldn't reach it\); give data",
-    ):
-        get_task("rte")
+        r"task rte: there is no folder nyu-mll/glue, and .* \(Couldn't reach it\); give data",
+        get_task,
+        "rte",
+    )
     hub(lambda *_, **__: {"dev": []})
     for read in (lambda: get_task("mnli"), lambda: load_task_from_folder("nyu-mll/glue")):
         refuses(ValueError, r"hub data set nyu-mll/glue must have a train split; got dev", read)
@@ -251,10 +252,11 @@ def test_what_the_hub_does_not_give(hub) -> None:
     )
     rows = [{"text": f"text {i}", "coarse_label": i % 6} for i in range(24)]
     hub(lambda *_, **__: {"train": rows})
-    with pytest.raises(
-        ValueError, match="hub data set CogComp/trec of task trec has no test split; use split_"
-    ):
-        get_task("trec").test()
+    refuses(
+        ValueError,
+        "hub data set CogComp/trec of task trec has no test split; use split_",
+        get_task("trec").test,
+    )
 
 
 def test_the_datasets_package_itself_reads_such_a_repository(tmp_path: Path) -> None:

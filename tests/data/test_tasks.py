@@ -84,10 +84,8 @@ def test_scores_from_texts():
     assert regression.score(["1.0", "nonsense", "-1.0"], ["2.0", "0.0", "-2.0"])[
         "pearson"
     ] == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="perplexity"):
-        get_task("doc_lm").score(["a"], ["a"])
-    with pytest.raises(TypeError, match="rows must be Example"):
-        tiny_task(to_text=None).train()
+    refuses(ValueError, "perplexity", get_task("doc_lm").score, ["a"], ["a"])
+    refuses(TypeError, "rows must be Example", tiny_task(to_text=None).train)
 
 
 def test_average_over_tasks_not_over_metrics():
@@ -242,13 +240,20 @@ def test_cells_may_hold_lists_and_mappings() -> None:
         {**row, "c": {"words": []}},
         {**row, "c": "text"},
     ):
-        with pytest.raises(
+        refuses(
             ValueError,
-            match=r"row 0: column 'c\.text\.1' is missing, which template of task t asks",
-        ):
-            spec.example(broken, "row 0")
-    with pytest.raises(ValueError, match="column 't' must hold a text or a number; got"):
-        TaskSpec("t", "{t}", kind="language_modeling").example(row, "row 0")
+            r"row 0: column 'c\.text\.1' is missing, which template of task t asks",
+            spec.example,
+            broken,
+            "row 0",
+        )
+    refuses(
+        ValueError,
+        "column 't' must hold a text or a number; got",
+        TaskSpec("t", "{t}", kind="language_modeling").example,
+        row,
+        "row 0",
+    )
 
 
 def test_registered_in_a_few_lines(tmp_path: Path) -> None:
@@ -268,8 +273,12 @@ def test_registered_in_a_few_lines(tmp_path: Path) -> None:
     assert len(task.train()) == 36
     assert not validation & {example.source for example in task.train()}
     assert task.validation() == get_task("few_lines").validation()
-    with pytest.raises(ValueError, match="a task named 'rte' is registered already"):
-        register_task(TaskSpec("rte", "{a}", kind="language_modeling"))
+    refuses(
+        ValueError,
+        "a task named 'rte' is registered already",
+        register_task,
+        TaskSpec("rte", "{a}", kind="language_modeling"),
+    )
 
 
 def test_headers_and_names_of_files_differ(tmp_path: Path) -> None:
@@ -386,8 +395,9 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
 
 
 def test_a_task_without_data() -> None:
-    with pytest.raises(
+    refuses(
         ValueError,
-        match="task movie_sentiment comes without data: give data_dir, a folder that holds",
-    ):
-        get_task("movie_sentiment")
+        "task movie_sentiment comes without data: give data_dir, a folder that holds",
+        get_task,
+        "movie_sentiment",
+    )

@@ -27,6 +27,7 @@ from mpoe.layers import (
 )
 from mpoe.layers.cores import _grouped_mm_runs
 from mpoe.layers.feed_forward import _say_that_nothing_balances
+from tests.assertions import refuses
 
 # Covers eager PyTorch's own error in these dtypes, for sums of at most 2 x 60 products and two
 # gates.
@@ -226,8 +227,7 @@ def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
     found = layer(x)
     assert found.dtype == torch.float32  # as documented
     assert torch.equal(found, layer(x.float()))
-    with pytest.raises(TypeError, match="dtype"):
-        MPOLinear(8, 4)(x)
+    refuses(TypeError, "dtype", MPOLinear(8, 4), x)
     hidden = MPOEFeedForward(8, 16, MPOEConfig(num_experts=2)).to(dtype).eval()
     hidden.down.float()  # as Transformers keeps T5's
     assert hidden(x).dtype == torch.float32

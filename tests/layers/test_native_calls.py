@@ -18,6 +18,7 @@ from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
 from mpoe.layers.context import routing_context
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe_kernels import available_backends, experts, mixture, use_backend
+from tests.assertions import refuses
 
 pytestmark = pytest.mark.skipif(
     "native" not in available_backends(), reason="the native kernels are not built"
@@ -381,5 +382,4 @@ def test_neurons_that_do_not_fit_are_left_to_the_op() -> None:
         "neurons": {"up": up, "down": up.double()},
     }.items():
         assert routed_neurons(**{name: value}) is None, name
-    with pytest.raises(ValueError, match=r"top_k must lie in 1\.\.5; got 6"):
-        routed_neurons(top_k=6)
+    refuses(ValueError, r"top_k must lie in 1\.\.5; got 6", routed_neurons, top_k=6)

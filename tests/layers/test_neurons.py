@@ -22,6 +22,7 @@ from mpoe.layers import (
     routing_context,
 )
 from mpoe_kernels import MPOShape, neuron_experts
+from tests.assertions import refuses
 
 from ..models.tiny_models import dense_model
 from .test_native_calls import Dense, E, F, I, made
@@ -115,8 +116,7 @@ def test_padding_has_no_expert_and_is_not_counted() -> None:
     x[~mask] = float("nan")  # whatever padding holds stays there
     again = module(x, token_mask=mask)
     assert torch.equal(again[mask], found[mask])
-    with pytest.raises(ValueError, match=r"token_mask must be \[2, 3\]"):
-        module(x, token_mask=mask[:1])
+    refuses(ValueError, r"token_mask must be \[2, 3\]", module, x, token_mask=mask[:1])
 
 
 def test_a_network_that_ends_in_a_module_that_adds_its_input() -> None:
@@ -329,8 +329,7 @@ def test_padding_row_gets_no_gradient():
     assert module.padding_idx == 29
     module(torch.tensor([29, 29])).sum().backward()
     assert module.cores.central.grad is None or not module.cores.central.grad.any()
-    with pytest.raises(ValueError, match="padding_idx"):
-        MPOEmbedding(MPOShape.automatic(30, 8, 3), padding_idx=30)
+    refuses(ValueError, "padding_idx", MPOEmbedding, MPOShape.automatic(30, 8, 3), padding_idx=30)
 
 
 def test_a_chain_without_auxiliary_cores_still_has_all_experts() -> None:

@@ -21,6 +21,7 @@ from mpoe.models.background import (
     token_batches,
 )
 from mpoe.models.quiet import measure_change, sample_own_words
+from tests.assertions import refuses
 
 from .tiny_models import domain
 
@@ -108,17 +109,19 @@ def test_a_model_without_a_start_token_has_the_general_text(model_and_tokenizer)
     model, tokenizer = model_and_tokenizer
     tokenizer.bos_token = tokenizer.eos_token = None
     assert set(background_parts(model, tokenizer)) == {"general"}
-    with pytest.raises(
-        ValueError, match="tokenizer must have a token that begins or ends a text; it has neither"
-    ):
-        own_texts(model, tokenizer)
+    refuses(
+        ValueError,
+        "tokenizer must have a token that begins or ends a text; it has neither",
+        own_texts,
+        model,
+        tokenizer,
+    )
 
 
 def test_tokens_that_the_model_lacks(model_and_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = model_and_tokenizer
     monkeypatch.setattr(model.get_input_embeddings(), "num_embeddings", 5)
-    with pytest.raises(ValueError, match="tokenizer must be the base's"):
-        collect_background(model, tokenizer)
+    refuses(ValueError, "tokenizer must be the base's", collect_background, model, tokenizer)
 
 
 def test_the_preference_is_the_dial_between_kept_and_quiet(domains: SimpleNamespace) -> None:

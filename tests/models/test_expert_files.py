@@ -290,10 +290,20 @@ def test_an_encoder_decoders_background_is_the_packaged_text(
     assert torch.equal(part[0]["input_ids"], batches[0]["input_ids"])
     encoder = documentation_batches(dense_model("bert"), tokenizer())[0]
     assert encoder.keys() == {"input_ids"}  # an encoder's head would have other labels
-    with pytest.raises(ValueError, match="it does not make the model's tokens"):
-        documentation_batches(base, lambda text, verbose: {"input_ids": [VOCABULARY] * 200})
-    with pytest.raises(ValueError, match="must hold at least 128 tokens; it has 100"):
-        documentation_batches(base, lambda text, verbose: {"input_ids": [0] * 100})
+    refuses(
+        ValueError,
+        "it does not make the model's tokens",
+        documentation_batches,
+        base,
+        lambda text, verbose: {"input_ids": [VOCABULARY] * 200},
+    )
+    refuses(
+        ValueError,
+        "must hold at least 128 tokens; it has 100",
+        documentation_batches,
+        base,
+        lambda text, verbose: {"input_ids": [0] * 100},
+    )
 
 
 # ------------------------------------------------------------------ the hub

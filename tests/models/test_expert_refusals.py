@@ -195,10 +195,14 @@ def test_tensors_are_of_the_kinds_that_are_written(
     expert.statistics[next(name for name in expert.statistics if name.endswith("mean"))] = (
         torch.ones(3)
     )
-    with pytest.raises(
-        ValueError, match="the statistics of expert 'domain0' must hold finite numbers"
-    ):
-        compose_experts(domains.base, [expert], background=domains.background)
+    refuses(
+        ValueError,
+        "the statistics of expert 'domain0' must hold finite numbers",
+        compose_experts,
+        domains.base,
+        [expert],
+        background=domains.background,
+    )
 
 
 # ------------------------------------------------------------------ folders

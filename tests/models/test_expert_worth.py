@@ -109,8 +109,14 @@ def test_worth_that_is_refused(domains: SimpleNamespace, composed: SimpleNamespa
     )
     refuses(ValueError, "at least two experts", composed_worth, domains.base, [], {})
     unlabelled = {"text": [{"input_ids": torch.ones(1, 4).long()}]}
-    with pytest.raises(ValueError, match="batches must hold labels; got input_ids"):
-        composed_worth(composed.mixture, composed.classes, unlabelled)
+    refuses(
+        ValueError,
+        "batches must hold labels; got input_ids",
+        composed_worth,
+        composed.mixture,
+        composed.classes,
+        unlabelled,
+    )
     refuses(ValueError, "batches must hold tokens to predict", token_losses, domains.base, [])
 
 
@@ -176,12 +182,15 @@ def test_texts_refine_the_router(domains: SimpleNamespace, tmp_path: Path) -> No
     compose_experts(
         domains.base, [bare], background=domains.background, texts={"domain0": texts["domain0"]}
     )
-    with pytest.raises(
-        ValueError, match="texts must be by names of experts, domain0, domain1; got 'law'"
-    ):
-        compose_experts(
-            domains.base, domains.files, background=domains.background, texts={"law": []}
-        )
+    refuses(
+        ValueError,
+        "texts must be by names of experts, domain0, domain1; got 'law'",
+        compose_experts,
+        domains.base,
+        domains.files,
+        background=domains.background,
+        texts={"law": []},
+    )
 
 
 def test_routers_of_neurons_train(domains: SimpleNamespace) -> None:
@@ -264,8 +273,17 @@ def test_held_out_texts_are_not_fitted(
     monkeypatch.setattr(
         adapter.merged, "forward", lambda **named: read.append(named["input_ids"]) or own(**named)
     )
-    with pytest.raises(ValueError, match="must keep 80%"):
-        fit_adapter(adapter.base, adapter.merged, given, "law", neurons=1, steps=4)
+    refuses(
+        ValueError,
+        "must keep 80%",
+        fit_adapter,
+        adapter.base,
+        adapter.merged,
+        given,
+        "law",
+        neurons=1,
+        steps=4,
+    )
     assert [sum(torch.equal(batch["input_ids"], ids) for ids in read) for batch in given] == [
         1,
         1,
@@ -277,16 +295,37 @@ def test_held_out_texts_are_not_fitted(
 
 def test_fits_that_are_refused(adapter: SimpleNamespace) -> None:
     base, merged = adapter.base, adapter.merged
-    with pytest.raises(
-        ValueError, match=r"'law' must keep 80% of its gain as 1 neurons; it keeps -?\d+%: base"
-    ):
-        fit_adapter(base, merged, texts(), "law", neurons=1, steps=2)
-    with pytest.raises(ValueError, match="'law' must be better than the base on its texts"):
-        fit_adapter(base, copy.deepcopy(base), texts(), "law", neurons=1)
-    with pytest.raises(
-        ValueError, match="batches must be at least two, of which one is held out; got 1"
-    ):
-        fit_adapter(base, merged, texts()[:1], "law", neurons=1)
+    refuses(
+        ValueError,
+        r"'law' must keep 80% of its gain as 1 neurons; it keeps -?\d+%: base",
+        fit_adapter,
+        base,
+        merged,
+        texts(),
+        "law",
+        neurons=1,
+        steps=2,
+    )
+    refuses(
+        ValueError,
+        "'law' must be better than the base on its texts",
+        fit_adapter,
+        base,
+        copy.deepcopy(base),
+        texts(),
+        "law",
+        neurons=1,
+    )
+    refuses(
+        ValueError,
+        "batches must be at least two, of which one is held out; got 1",
+        fit_adapter,
+        base,
+        merged,
+        texts()[:1],
+        "law",
+        neurons=1,
+    )
 
 
 def saved(base: Any, folder: Path, **config: Any) -> Path:
@@ -302,10 +341,13 @@ def test_adapters_that_are_refused(adapter: SimpleNamespace, tmp_path: Path) -> 
     assert (
         check_adapter(adapter.base, small) == 1
     )  # 32 + 48 numbers, fewer than half a neuron of two layers
-    with pytest.raises(
-        ValueError, match=r"adapts model\.layers\.0\..*, which the base does not have"
-    ):
-        check_adapter(dense_model("gpt2"), adapter.folder)
+    refuses(
+        ValueError,
+        r"adapts model\.layers\.0\..*, which the base does not have",
+        check_adapter,
+        dense_model("gpt2"),
+        adapter.folder,
+    )
     refuses(
         ValueError,
         "must be a folder of PEFT's with safetensors",
@@ -316,10 +358,13 @@ def test_adapters_that_are_refused(adapter: SimpleNamespace, tmp_path: Path) -> 
     trained = saved(
         adapter.base, tmp_path / "more", target_modules=NETWORK, modules_to_save=["lm_head"]
     )
-    with pytest.raises(
-        ValueError, match=r"must be a plain LoRA; .* is LORA and holds base_model\.model\.lm_head"
-    ):
-        check_adapter(adapter.base, trained)
+    refuses(
+        ValueError,
+        r"must be a plain LoRA; .* is LORA and holds base_model\.model\.lm_head",
+        check_adapter,
+        adapter.base,
+        trained,
+    )
     other = saved(adapter.base, tmp_path / "other", target_modules=NETWORK)
     facts = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**facts, "peft_type": "IA3"}))
@@ -352,14 +397,21 @@ def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path)
             domains.base, experts, **{"background": domains.background, **options}
         )
 
-    with pytest.raises(ValueError, match="experts must differ; 'domain0' is there twice"):
-        compose([domains.files[0], domains.files[1], domains.files[0]])
+    refuses(
+        ValueError,
+        "experts must differ; 'domain0' is there twice",
+        compose,
+        [domains.files[0], domains.files[1], domains.files[0]],
+    )
     for experts in ([], "ab", None):
         refuses(ValueError, "experts must be a list", compose, experts)
-    with pytest.raises(
-        ValueError, match="one tokenizer; the vocabularies of the tokenizer and expert 'domain0'"
-    ):
-        compose(domains.files, tokenizer=tokenizer(7))
+    refuses(
+        ValueError,
+        "one tokenizer; the vocabularies of the tokenizer and expert 'domain0'",
+        compose,
+        domains.files,
+        tokenizer=tokenizer(7),
+    )
     refuses(TypeError, "tokenizer must be", compose, domains.files, tokenizer=3)
     save_expert(stirred(start_expert(domains.base, 4)), tmp_path / "bare.expert")
     refuses(
@@ -368,8 +420,13 @@ def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path)
         compose,
         [*domains.files, tmp_path / "bare.expert"],
     )
-    with pytest.raises(ValueError, match="background must be batches or statistics, or tokenizer"):
-        compose(domains.files, background=None)
+    refuses(
+        ValueError,
+        "background must be batches or statistics, or tokenizer",
+        compose,
+        domains.files,
+        background=None,
+    )
     refuses(ValueError, "top_k must be at most", compose, domains.files, top_k=4)
     refuses(
         ValueError,

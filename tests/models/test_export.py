@@ -19,7 +19,7 @@ from mpoe.cli.main import main
 from mpoe.data.stand_in_models import load_stand_in
 from mpoe.models.export import as_stock, check_export, padded_size, server_notes
 from mpoe.models.walk import neuron_modules
-from tests.assertions import run_python
+from tests.assertions import refuses, run_python
 
 from .tiny_models import tiny_model
 
@@ -292,14 +292,21 @@ def test_a_refusal_writes_nothing(to, words, tmp_path, capsys):
 
 
 def test_the_command_refuses(tmp_path):
-    with pytest.raises(CommandError, match="export needs two arguments"):
-        command.command(["in"])
+    refuses(CommandError, "export needs two arguments", command.command, ["in"])
     tiny_model("llama", "LlamaForCausalLM").save_pretrained(tmp_path / "dense")
-    with pytest.raises(CommandError, match=r"IN must be a mixture; .* is a dense llama"):
-        command.command([str(tmp_path / "dense"), str(tmp_path / "out")])
+    refuses(
+        CommandError,
+        r"IN must be a mixture; .* is a dense llama",
+        command.command,
+        [str(tmp_path / "dense"), str(tmp_path / "out")],
+    )
     mixture().save_pretrained(tmp_path / "mixture")
-    with pytest.raises(CommandError, match="holds a model; give --overwrite"):
-        command.command([str(tmp_path / "mixture"), str(tmp_path / "dense")])
+    refuses(
+        CommandError,
+        "holds a model; give --overwrite",
+        command.command,
+        [str(tmp_path / "mixture"), str(tmp_path / "dense")],
+    )
 
 
 # ------------------------------------------------------------- what is not exact
@@ -388,10 +395,13 @@ def test_projections_that_are_no_plain_linear_layers():
     peft = pytest.importorskip("peft")
     model = neurons()
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"]))
-    with pytest.raises(
-        ValueError, match=r"projections are nn\.Linear without biases; merge adapters or dequantise"
-    ):
-        as_stock(model, GRANITE)
+    refuses(
+        ValueError,
+        r"projections are nn\.Linear without biases; merge adapters or dequantise",
+        as_stock,
+        model,
+        GRANITE,
+    )
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -410,10 +420,14 @@ def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
         if factor < 1:
             assert check_export(model, tmp_path, MIXTRAL) < allowed
         else:
-            with pytest.raises(
-                ValueError, match="the exported model must compute the same; its logits differ by"
-            ):
-                check_export(model, tmp_path, MIXTRAL)
+            refuses(
+                ValueError,
+                "the exported model must compute the same; its logits differ by",
+                check_export,
+                model,
+                tmp_path,
+                MIXTRAL,
+            )
 
 
 @pytest.mark.parametrize(

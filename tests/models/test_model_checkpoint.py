@@ -124,12 +124,22 @@ def test_load_mpoe_refusals(converted, tmp_path):
 
 def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatch):
     model = converted("gpt2")
-    with pytest.raises(
-        ValueError, match="base must be a dense model or its folder; 'absent' is not a folder"
-    ):
-        save_mpoe_only(model, tmp_path / "parts", "absent")
-    with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; got T5For"):
-        save_mpoe_only(model, tmp_path / "parts", dense_model("t5"))
+    refuses(
+        ValueError,
+        "base must be a dense model or its folder; 'absent' is not a folder",
+        save_mpoe_only,
+        model,
+        tmp_path / "parts",
+        "absent",
+    )
+    refuses(
+        ValueError,
+        "base must be a GPT2LMHeadModel or its folder; got T5For",
+        save_mpoe_only,
+        model,
+        tmp_path / "parts",
+        dense_model("t5"),
+    )
     refuses(
         TypeError,
         "path must be a folder's path; got int",
@@ -141,16 +151,20 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_embd": "wide"}))
-    with pytest.raises(
+    refuses(
         ValueError,
-        match=r"JSON files in .*model do not describe a MPOEGPT2LMHeadModel that can be .*n_",
-    ):
-        load_mpoe(tmp_path / "model")
-    with pytest.raises(
+        r"JSON files in .*model do not describe a MPOEGPT2LMHeadModel that can be .*n_",
+        load_mpoe,
+        tmp_path / "model",
+    )
+    refuses(
         ValueError,
-        match=r"must match its config\.json; it describes 2,001,000 numbers, they hold 0$",
-    ):
-        check_shapes(torch.nn.Linear(2000, 1000, device="meta"), {}, tmp_path)
+        r"must match its config\.json; it describes 2,001,000 numbers, they hold 0$",
+        check_shapes,
+        torch.nn.Linear(2000, 1000, device="meta"),
+        {},
+        tmp_path,
+    )
 
     def full(*_, **__):
         raise SafetensorError("no space left")
@@ -216,8 +230,14 @@ def test_one_kind_of_save_replaces_or_refuses_the_other(converted, tmp_path) -> 
     model.save_pretrained(tmp_path)
     ids = torch.randint(2, 60, (1, 5))
     assert torch.equal(load_mpoe(tmp_path)(ids).logits, model(ids).logits)
-    with pytest.raises(ValueError, match=r"must not hold a whole model; .* has model\.safetensors"):
-        save_mpoe_only(model, tmp_path, dense)
+    refuses(
+        ValueError,
+        r"must not hold a whole model; .* has model\.safetensors",
+        save_mpoe_only,
+        model,
+        tmp_path,
+        dense,
+    )
     assert not list(tmp_path.glob(".incomplete-*"))
 
 
@@ -234,8 +254,14 @@ def test_saves_of_parameters_alone_refuse_what_is_no_folder(converted, tmp_path)
             tmp_path / name,
             dense,
         )
-    with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
-        save_mpoe_only(model, tmp_path / "out", tmp_path)
+    refuses(
+        ValueError,
+        "base must be a GPT2LMHeadModel or its folder; ",
+        save_mpoe_only,
+        model,
+        tmp_path / "out",
+        tmp_path,
+    )
 
 
 # ------------------------------------------------------------------ earlier versions

@@ -307,15 +307,20 @@ def test_layers_and_exclusions():
         MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDense"], shape="separable"),
     )
     assert len([m for m in converted.modules() if isinstance(m, MPOEFeedForward)]) == 2
-    with pytest.raises(ValueError, match=r"did you mean .*DenseReluDense"):
-        convert_to_mpoe(
-            model,
-            MPOEConfig(
-                exclude_modules=["encoder.block.0.layer.1.DenseReluDens"], shape="separable"
-            ),
-        )
-    with pytest.raises(ValueError, match=r"layer indices 0\.\.1; got 7"):
-        convert_to_mpoe(model, MPOEConfig(layers_to_transform=[7], shape="separable"))
+    refuses(
+        ValueError,
+        r"did you mean .*DenseReluDense",
+        convert_to_mpoe,
+        model,
+        MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDens"], shape="separable"),
+    )
+    refuses(
+        ValueError,
+        r"layer indices 0\.\.1; got 7",
+        convert_to_mpoe,
+        model,
+        MPOEConfig(layers_to_transform=[7], shape="separable"),
+    )
 
 
 def test_refusals_come_before_any_work():
@@ -323,10 +328,13 @@ def test_refusals_come_before_any_work():
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
         model.transformer.h[0].ln_1.bias[0] = float("inf")
-    with pytest.raises(
-        ValueError, match=r"transformer\.h\.0\.ln_1\.bias, transformer\.h\.1\.mlp\.c_fc\.weight"
-    ):
-        convert_to_mpoe(model, inplace=True)
+    refuses(
+        ValueError,
+        r"transformer\.h\.0\.ln_1\.bias, transformer\.h\.1\.mlp\.c_fc\.weight",
+        convert_to_mpoe,
+        model,
+        inplace=True,
+    )
     assert type(model) is GPT2LMHeadModel
     tiny = DistilBertModel(
         DistilBertConfig(dim=8, n_heads=2, hidden_dim=8, n_layers=1, vocab_size=9)
@@ -334,14 +342,24 @@ def test_refusals_come_before_any_work():
     refuses(
         ValueError, r"a model of t5, .* vit; got DistilBertModel .*sites=", convert_to_mpoe, tiny
     )
-    with pytest.raises(TypeError, match="config must be an MPOEConfig; got dict"):
-        convert_to_mpoe(dense_model("gpt2"), {"num_experts": 2})
+    refuses(
+        TypeError,
+        "config must be an MPOEConfig; got dict",
+        convert_to_mpoe,
+        dense_model("gpt2"),
+        {"num_experts": 2},
+    )
     refuses(
         ValueError, "an MPOE model already", convert_to_mpoe, convert_to_mpoe(dense_model("gpt2"))
     )
     shapes = {"up": MPOShape.paper(24, 40), "down": MPOShape.paper(40, 24)}
-    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc.*\[24, 96\]"):
-        convert_to_mpoe(dense_model("gpt2"), MPOEConfig(shape=shapes))
+    refuses(
+        ValueError,
+        r"transformer\.h\.0\.mlp\.c_fc.*\[24, 96\]",
+        convert_to_mpoe,
+        dense_model("gpt2"),
+        MPOEConfig(shape=shapes),
+    )
     for options, message in (
         ({"backend": "egaer"}, "got 'egaer'"),
         ({"layers_to_transform": []}, "nothing is left to"),
@@ -353,8 +371,12 @@ def test_refusals_come_before_any_work():
             dense_model("t5"),
             MPOEConfig(num_experts=2, **options),
         )
-    with pytest.raises(ValueError, match="did you mean 'gelu"):
-        convert_to_mpoe(tiny_model("gpt2", "GPT2LMHeadModel", activation_function="quick_gelu"))
+    refuses(
+        ValueError,
+        "did you mean 'gelu",
+        convert_to_mpoe,
+        tiny_model("gpt2", "GPT2LMHeadModel", activation_function="quick_gelu"),
+    )
 
 
 def test_biases_that_the_dense_network_lacks_start_at_zero():

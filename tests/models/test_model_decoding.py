@@ -351,8 +351,7 @@ def test_it_ends_where_the_block_fails_and_gives_way_to_another() -> None:
             raise ValueError("of the caller")
 
     with kept(ffn) as outer:
-        with pytest.raises(ValueError, match="of the caller"):
-            fails()
+        refuses(ValueError, "of the caller", fails)
         assert (built(inner[0]), built(outer)) == (EXPERTS, 0)
         ffn(x)
         assert built(outer) == EXPERTS

@@ -188,21 +188,34 @@ def test_rates(kind: str) -> None:
 
 
 def test_shapes_that_a_weight_cannot_have() -> None:
-    with pytest.raises(ValueError, match="block_size must divide the hidden size 96; got 7"):
-        convert_to_mpoe(dense("gpt2"), config("hidden", block_size=7))
+    refuses(
+        ValueError,
+        "block_size must divide the hidden size 96; got 7",
+        convert_to_mpoe,
+        dense("gpt2"),
+        config("hidden", block_size=7),
+    )
     pattern = {"target_modules": ["ffn", "attention"], "shape_pattern": {"c_attn": "neurons"}}
-    with pytest.raises(ValueError, match="which is one matrix, the shape 'neurons'"):
-        convert_to_mpoe(dense("gpt2"), config("neurons", **pattern))
+    refuses(
+        ValueError,
+        "which is one matrix, the shape 'neurons'",
+        convert_to_mpoe,
+        dense("gpt2"),
+        config("neurons", **pattern),
+    )
 
 
 @every_kind
 def test_a_projection_of_another_size_is_refused(kind: str) -> None:
     model = dense("llama")
     model.model.layers[0].mlp.down_proj = nn.Linear(20, 24, bias=False)
-    with pytest.raises(
-        ValueError, match=r"mlp.down_proj must be for a weight \[48, 24\]; got \[20, 24\]"
-    ):
-        convert_to_mpoe(model, config(kind))
+    refuses(
+        ValueError,
+        r"mlp.down_proj must be for a weight \[48, 24\]; got \[20, 24\]",
+        convert_to_mpoe,
+        model,
+        config(kind),
+    )
 
 
 @every_kind
@@ -250,8 +263,13 @@ def test_heads_of_their_own_stay_dense(tmp_path):
 def test_tables_that_are_not_shared_are_refused():
     model = dense("t5")
     model.decoder.embed_tokens.weight = nn.Parameter(torch.randn_like(model.shared.weight))
-    with pytest.raises(ValueError, match=r"decoder\.embed_tokens must share the table of shared"):
-        convert_to_mpoe(model, MPOEConfig(target_modules=["embedding"], shape="separable"))
+    refuses(
+        ValueError,
+        r"decoder\.embed_tokens must share the table of shared",
+        convert_to_mpoe,
+        model,
+        MPOEConfig(target_modules=["embedding"], shape="separable"),
+    )
 
 
 @torch.no_grad()
@@ -282,8 +300,7 @@ def test_vocabularies_are_padded_and_unknown_ids_refused():
     assert converted(input_ids=torch.tensor([[59]])).logits.shape[-1] == 60
     with pytest.raises(IndexError):
         converted(input_ids=torch.tensor([[60]]))
-    with pytest.raises(TypeError, match="MPOEmbedding"):
-        converted.resize_token_embeddings(64)
+    refuses(TypeError, "MPOEmbedding", converted.resize_token_embeddings, 64)
 
 
 @torch.no_grad()
@@ -331,5 +348,4 @@ def test_llama_gates_with_biases_are_refused():
     model = dense("llama")
     for layer in model.model.layers:
         layer.mlp.gate_proj.bias = nn.Parameter(torch.ones(48))
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate_proj must have no bias"):
-        convert_to_mpoe(model)
+    refuses(ValueError, r"layers\.0\.mlp\.gate_proj must have no bias", convert_to_mpoe, model)

@@ -190,16 +190,30 @@ def test_sites_of_a_network_that_ends_in_another_module() -> None:
     converted = convert_to_mpoe(model, config("neurons"), sites=sites)
     assert list(neuron_modules(converted)) == ["electra.encoder.layer.0.output"]
     assert torch.equal(logits(converted, "bert_mlm"), logits(model, "bert_mlm"))
-    with pytest.raises(
-        ValueError, match="shape 'neurons' needs its down projection inside the module"
-    ):
-        convert_to_mpoe(model, config("neurons"), sites={**sites, "sums": ""})
-    with pytest.raises(
-        ValueError, match="shape 'neurons' needs its down projection inside the module"
-    ):
-        convert_to_mpoe(model, config("neurons"), sites={**sites, "sums": "attention"})
-    with pytest.raises(TypeError, match=r"sites\['sums'\] must be a name"):
-        convert_to_mpoe(model, config("neurons"), sites={**sites, "sums": 1})
+    refuses(
+        ValueError,
+        "shape 'neurons' needs its down projection inside the module",
+        convert_to_mpoe,
+        model,
+        config("neurons"),
+        sites={**sites, "sums": ""},
+    )
+    refuses(
+        ValueError,
+        "shape 'neurons' needs its down projection inside the module",
+        convert_to_mpoe,
+        model,
+        config("neurons"),
+        sites={**sites, "sums": "attention"},
+    )
+    refuses(
+        TypeError,
+        r"sites\['sums'\] must be a name",
+        convert_to_mpoe,
+        model,
+        config("neurons"),
+        sites={**sites, "sums": 1},
+    )
 
 
 def test_what_needs_a_dense_network_is_refused() -> None:
@@ -209,14 +223,24 @@ def test_what_needs_a_dense_network_is_refused() -> None:
         merge_latent,
         dense("gpt2"),
     )
-    with pytest.raises(ValueError, match="shape 'neurons' needs a dense network that stays"):
-        MPOEFeedForward(16, 24, config("neurons"))
+    refuses(
+        ValueError,
+        "shape 'neurons' needs a dense network that stays",
+        MPOEFeedForward,
+        16,
+        24,
+        config("neurons"),
+    )
     switch = convert_to_mpoe(dense("llama"), MPOEConfig(num_experts=2, expert_type="dense"))
     refuses(
         ValueError, "model must have MPO experts; got expert_type='dense'", merge_experts, switch
     )
-    with pytest.raises(ValueError, match="those of shape 'neurons' are added to a dense one"):
-        merge_experts(convert_to_mpoe(dense("llama"), config("neurons")))
+    refuses(
+        ValueError,
+        "those of shape 'neurons' are added to a dense one",
+        merge_experts,
+        convert_to_mpoe(dense("llama"), config("neurons")),
+    )
 
 
 def test_defaults() -> None:

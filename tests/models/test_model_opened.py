@@ -16,7 +16,7 @@ from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel
 from mpoe.models.base import ROUTING_FIELDS
-from tests.assertions import run_python
+from tests.assertions import refuses, run_python
 
 from .tiny_models import batch, dense_model, result, text_rows, tiny_batch, tiny_model
 
@@ -276,18 +276,19 @@ def test_sites_that_do_not_fit(sites, kind, words):
 
 def test_classes_of_a_known_family_without_a_usual_head_are_refused():
     model = transformers.BertForNextSentencePrediction(dense_model("bert").config)
-    with pytest.raises(
-        ValueError, match=r"one of .*BertForMaskedLM.*; got BertForNextSentencePrediction .*sites="
-    ):
-        convert_to_mpoe(model)
+    refuses(
+        ValueError,
+        r"one of .*BertForMaskedLM.*; got BertForNextSentencePrediction .*sites=",
+        convert_to_mpoe,
+        model,
+    )
 
 
 def test_tables_that_scale_their_rows_are_refused():
-    with pytest.raises(
+    refuses(
         ValueError,
-        match=r"embed_tokens is a Gemma3TextScaledWordEmbedding, which does more than look",
-    ):
-        convert_to_mpoe(
-            tiny_model("gemma3_text", "Gemma3ForCausalLM"),
-            MPOEConfig(target_modules=["ffn", "embedding"], shape="separable"),
-        )
+        r"embed_tokens is a Gemma3TextScaledWordEmbedding, which does more than look",
+        convert_to_mpoe,
+        tiny_model("gemma3_text", "Gemma3ForCausalLM"),
+        MPOEConfig(target_modules=["ffn", "embedding"], shape="separable"),
+    )

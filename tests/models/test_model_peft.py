@@ -109,8 +109,15 @@ def test_an_adapted_expert_is_its_cores_plus_the_product(rooted, scale, converte
     merged = layer.dense_weights()
     layer.unmerge()
     torch.testing.assert_close(merged, layer.dense_weights(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="r must be at least 1; got 0"):
-        layer.update_layer("other", 0, lora_alpha=1, config=core_config("gpt2"))
+    refuses(
+        ValueError,
+        "r must be at least 1; got 0",
+        layer.update_layer,
+        "other",
+        0,
+        lora_alpha=1,
+        config=core_config("gpt2"),
+    )
 
 
 def test_two_adapters_are_switched(converted):
@@ -180,10 +187,13 @@ def test_a_configuration_that_names_cores_needs_no_preparation(converted, tmp_pa
     )  # the earlier way, which must still work
     loaded = peft.PeftModel.from_pretrained(base, tmp_path, config=config).eval()
     assert torch.equal(logits(loaded, inputs), logits(adapted.eval(), inputs))
-    with pytest.raises(ValueError, match="LoRA on MPO cores has no use_dora"):
-        peft.get_peft_model(
-            converted("gpt2"), peft.LoraConfig(target_modules=["up"], use_dora=True)
-        )
+    refuses(
+        ValueError,
+        "LoRA on MPO cores has no use_dora",
+        peft.get_peft_model,
+        converted("gpt2"),
+        peft.LoraConfig(target_modules=["up"], use_dora=True),
+    )
 
 
 def test_an_infinite_addition_is_not_merged(converted):

@@ -92,8 +92,12 @@ def test_errors_that_a_checkpoint_does_not_hold(converted, tmp_path, kept):
 def test_no_weights_no_summary(converted):
     model = converted("gpt2", expert_type="dense")
     refuses(ValueError, "mpoe_summary needs a model with MPO weights", model.mpoe_summary)
-    with pytest.raises(ValueError, match="num_tokens must be at least 0; got -1"):
-        converted("gpt2", shape="hidden").mpoe_summary(-1)
+    refuses(
+        ValueError,
+        "num_tokens must be at least 0; got -1",
+        converted("gpt2", shape="hidden").mpoe_summary,
+        -1,
+    )
 
 
 def test_as_many_dense_experts_have_the_same_routers(converted):
@@ -225,5 +229,9 @@ def test_what_freezes_has_no_gradient(kind: str) -> None:
         refuses(ValueError, "no central cores to freeze", model.freeze_central)
     assert freeze_all_but_experts(model) == model.parameter_report()["trainable"] > 0
     assert {name for name, p in model.named_parameters() if p.requires_grad} == experts | routers
-    with pytest.raises(ValueError, match=r"model must have experts .*; GPT2LMHeadModel has none"):
-        freeze_all_but_experts(dense_model("gpt2"))
+    refuses(
+        ValueError,
+        r"model must have experts .*; GPT2LMHeadModel has none",
+        freeze_all_but_experts,
+        dense_model("gpt2"),
+    )

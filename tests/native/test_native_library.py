@@ -24,6 +24,7 @@ from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.routing import native as routing
 from mpoe_kernels.routing.gating import best_experts, native_gating
 from mpoe_kernels.routing.op import RouteCall
+from tests.assertions import refuses
 
 SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
 
@@ -157,8 +158,7 @@ def test_blocks_without_elements(sizes: tuple[int, ...]) -> None:
     call = forward_call(
         **none, **where, x=torch.ones(3, 2), in_features=2, out_features=3, strategy="rebuild"
     )
-    with pytest.raises(ValueError, match=r"^blocks must not have an axis of size 0$"):
-        linear_forward(call)
+    refuses(ValueError, r"^blocks must not have an axis of size 0$", linear_forward, call)
 
 
 @pytest.fixture
@@ -216,10 +216,21 @@ def test_a_chain_takes_the_order_that_it_is_given(
 
 
 def test_no_memory_is_a_memory_error() -> None:
-    with pytest.raises(
-        MemoryError, match="the native kernels got no memory for what they compute with"
-    ):
-        NATIVE_LIBRARY.functions.dispatch(0, 0, 1 << 50, 4, 4, 4, None, None, None, None)
+    refuses(
+        MemoryError,
+        "the native kernels got no memory for what they compute with",
+        NATIVE_LIBRARY.functions.dispatch,
+        0,
+        0,
+        1 << 50,
+        4,
+        4,
+        4,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 SIZES = kernels.linear_sizes(forward_call()) if not NATIVE_LIBRARY.reasons else None
@@ -277,8 +288,17 @@ def test_the_library_refuses_what_no_caller_gives_it(
 
 def test_addresses_are_integers() -> None:
     for wrong in (1.0, -1, "1", 1 << 64):
-        with pytest.raises(TypeError, match="incompatible function arguments"):
-            NATIVE_LIBRARY.functions.combine("float32", (0, 1, 0, 1), wrong, None, None, None)
+        refuses(
+            TypeError,
+            "incompatible function arguments",
+            NATIVE_LIBRARY.functions.combine,
+            "float32",
+            (0, 1, 0, 1),
+            wrong,
+            None,
+            None,
+            None,
+        )
 
 
 # ------------------------------------------------------------------ rounding, ties, NaN

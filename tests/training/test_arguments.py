@@ -57,10 +57,14 @@ def test_regime_and_overrides(tmp_path: Path) -> None:
 def test_mask_needs_ddp_to_expect_unused_parameters(tmp_path: Path) -> None:
     args = MPOETrainingArguments(output_dir=str(tmp_path), gradient_mask_prob=0.5)
     assert args.ddp_find_unused_parameters is True
-    with pytest.raises(ValueError, match="ddp_find_unused_parameters must not be False"):
-        MPOETrainingArguments(
-            output_dir=str(tmp_path), gradient_mask_prob=0.5, ddp_find_unused_parameters=False
-        )
+    refuses(
+        ValueError,
+        "ddp_find_unused_parameters must not be False",
+        MPOETrainingArguments,
+        output_dir=str(tmp_path),
+        gradient_mask_prob=0.5,
+        ddp_find_unused_parameters=False,
+    )
 
 
 def test_every_own_argument_has_help() -> None:

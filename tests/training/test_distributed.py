@@ -231,26 +231,55 @@ def test_settings_come_back_as_they_were(alone: None, tmp_path: Path) -> None:
 def test_what_does_not_fit_a_sharded_checkpoint(alone: None, tmp_path: Path) -> None:
     model = shard_model(mpoe_model("t5"))
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(TypeError, match="model must be sharded by shard_model"):
-        save_sharded_checkpoint(mpoe_model("t5"), optimizer, tmp_path, 3)
-    with pytest.raises(ValueError, match="make it after shard_model"):
-        save_sharded_checkpoint(
-            model, torch.optim.AdamW(mpoe_model("t5").parameters()), tmp_path, 3
-        )
+    refuses(
+        TypeError,
+        "model must be sharded by shard_model",
+        save_sharded_checkpoint,
+        mpoe_model("t5"),
+        optimizer,
+        tmp_path,
+        3,
+    )
+    refuses(
+        ValueError,
+        "make it after shard_model",
+        save_sharded_checkpoint,
+        model,
+        torch.optim.AdamW(mpoe_model("t5").parameters()),
+        tmp_path,
+        3,
+    )
     optimizer.param_groups[0]["odd"] = object()
-    with pytest.raises(
-        TypeError, match="settings of optimizer must be numbers, texts or lists of them; got object"
-    ):
-        save_sharded_checkpoint(model, optimizer, tmp_path, 3)
+    refuses(
+        TypeError,
+        "settings of optimizer must be numbers, texts or lists of them; got object",
+        save_sharded_checkpoint,
+        model,
+        optimizer,
+        tmp_path,
+        3,
+    )
     del optimizer.param_groups[0]["odd"]
     assert find_last_checkpoint(tmp_path) is None
 
     checkpoint = save_sharded_checkpoint(model, optimizer, tmp_path, 3)
     groups = [{"params": [parameter]} for parameter in model.parameters()]
-    with pytest.raises(ValueError, match="optimizer must have the groups of parameters"):
-        load_sharded_optimizer(model, torch.optim.AdamW(groups), checkpoint)
-    with pytest.raises(ValueError, match="written by save_sharded_checkpoint"):
-        load_sharded_optimizer(model, optimizer, tmp_path / "checkpoint-9")
+    refuses(
+        ValueError,
+        "optimizer must have the groups of parameters",
+        load_sharded_optimizer,
+        model,
+        torch.optim.AdamW(groups),
+        checkpoint,
+    )
+    refuses(
+        ValueError,
+        "written by save_sharded_checkpoint",
+        load_sharded_optimizer,
+        model,
+        optimizer,
+        tmp_path / "checkpoint-9",
+    )
     file = checkpoint / "optimizer.safetensors"
     written = file.read_bytes()
     file.write_bytes(written.swapcase())  # of the same size

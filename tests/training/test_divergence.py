@@ -117,8 +117,13 @@ def test_allowed(tmp_path: Path) -> None:
     losses = [record["loss"] for record in read_metrics(tmp_path) if "loss" in record]
     assert losses[0] > 0
     assert losses[-1] is None  # as JSON says nan; the Trainer would have logged 0
-    with pytest.raises(TypeError, match="allow_non_finite must be True or False; got str 'yes'"):
-        make_trainer(tmp_path, allow_non_finite="yes")
+    refuses(
+        TypeError,
+        "allow_non_finite must be True or False; got str 'yes'",
+        make_trainer,
+        tmp_path,
+        allow_non_finite="yes",
+    )
 
 
 def scaled(tmp_path: Path, scale: float, **options: Any) -> Any:
@@ -293,5 +298,4 @@ def test_it_goes_on_while_the_best_is_at_an_end() -> None:
 )
 def test_refusals(ranks: int, items: int, message: str) -> None:
     trainer = SimpleNamespace(args=SimpleNamespace(world_size=ranks), model=None)
-    with pytest.raises(ValueError, match=message):
-        find_rate(trainer, [{}] * items, 1e-3)
+    refuses(ValueError, message, find_rate, trainer, [{}] * items, 1e-3)

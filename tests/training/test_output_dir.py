@@ -60,8 +60,13 @@ def test_what_counts_as_a_run(tmp_path: Path, sign: str, said: str) -> None:
     file = tmp_path / sign
     file.mkdir() if sign.endswith("/") else file.touch()
     before = [path.stat().st_mtime_ns for path in (tmp_path, file)]
-    with pytest.raises(ValueError, match=rf"holds {said}.* delete (it|them) with --overwrite"):
-        prepare_output_dir(tmp_path, run_config=CONFIG)
+    refuses(
+        ValueError,
+        rf"holds {said}.* delete (it|them) with --overwrite",
+        prepare_output_dir,
+        tmp_path,
+        run_config=CONFIG,
+    )
     assert before == [path.stat().st_mtime_ns for path in (tmp_path, file)]
     assert list(tmp_path.iterdir()) == [file]
     if sign.endswith("s.json"):
@@ -136,8 +141,14 @@ def test_resume_with_another_configuration_lists_the_keys(tmp_path: Path) -> Non
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="overwrite and resume exclude each other"):
-        prepare_output_dir(tmp_path, overwrite=True, resume=True)
+    refuses(
+        ValueError,
+        "overwrite and resume exclude each other",
+        prepare_output_dir,
+        tmp_path,
+        overwrite=True,
+        resume=True,
+    )
     (tmp_path / "file").touch()
     refuses(NotADirectoryError, "is a file", prepare_output_dir, tmp_path / "file")
     (tmp_path / RUN_FILE).write_text("{")
@@ -214,21 +225,25 @@ def test_expert_load() -> None:
 
 def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *_, **__: False)  # as root may write everywhere
-    with pytest.raises(
+    refuses(
         PermissionError,
-        match=rf"output_dir must be a folder that can be written; {tmp_path} cannot be",
-    ):
-        check_folder("output_dir", tmp_path / "run")
+        rf"output_dir must be a folder that can be written; {tmp_path} cannot be",
+        check_folder,
+        "output_dir",
+        tmp_path / "run",
+    )
 
 
 @pytest.mark.parametrize("target", ["nowhere", "link"])  # "link" leads to itself
 def test_links_that_lead_to_no_folder(tmp_path: Path, target: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / target)
     for folder in (tmp_path / "link", tmp_path / "link" / "run"):
-        with pytest.raises(
-            NotADirectoryError, match=r"output_dir must be a folder; .*link is a symbolic link that"
-        ):
-            prepare_output_dir(folder)
+        refuses(
+            NotADirectoryError,
+            r"output_dir must be a folder; .*link is a symbolic link that",
+            prepare_output_dir,
+            folder,
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
     (tmp_path / "there").mkdir()
     (tmp_path / "good").symlink_to(tmp_path / "there")

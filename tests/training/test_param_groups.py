@@ -138,14 +138,20 @@ def test_frozen_cores_are_in_no_group(tmp_path: Path) -> None:
 
 def test_freezing_refusals() -> None:
     mixed = mpoe_model("t5", target_modules=["ffn", "attention"])
-    with pytest.raises(
-        ValueError, match=r"names word_embed, but this model's MPO cores are in: attention, mlp"
-    ):
-        freeze_cores(mixed, update_mpo_layer="word_embed")
-    with pytest.raises(
-        ValueError, match=r"must be below the number of cores \(here at most 5\); got '5'"
-    ):
-        freeze_cores(mixed, train_AT_index="5")
+    refuses(
+        ValueError,
+        r"names word_embed, but this model's MPO cores are in: attention, mlp",
+        freeze_cores,
+        mixed,
+        update_mpo_layer="word_embed",
+    )
+    refuses(
+        ValueError,
+        r"must be below the number of cores \(here at most 5\); got '5'",
+        freeze_cores,
+        mixed,
+        train_AT_index="5",
+    )
     refuses(ValueError, "Linear has none", freeze_cores, nn.Linear(2, 2), tensor_learn=True)
     assert freeze_cores(nn.Linear(2, 2)) == {"frozen": 0, "trained": 0}
     with warnings.catch_warnings():
@@ -228,13 +234,19 @@ def test_the_trainer_moves_the_correction_bias_against_the_load(tmp_path: Path) 
 def test_loads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = mpoe_model("gpt2", **{**NEURONS, "router": BALANCED})
     for size in ((3, 4), (2, 1)):
-        with pytest.raises(
-            ValueError, match=r"expert_load must be \[2, E\], a row per layer; got \["
-        ):
-            update_correction_bias(model, torch.zeros(size))
+        refuses(
+            ValueError,
+            r"expert_load must be \[2, E\], a row per layer; got \[",
+            update_correction_bias,
+            model,
+            torch.zeros(size),
+        )
     model.config.output_router_logits = False
-    with pytest.raises(ValueError, match="bias_update_rate needs the model's expert_load"):
-        make_trainer(tmp_path, "gpt2", model, max_steps=1).train()
+    refuses(
+        ValueError,
+        "bias_update_rate needs the model's expert_load",
+        make_trainer(tmp_path, "gpt2", model, max_steps=1).train,
+    )
 
 
 @pytest.mark.parametrize("latent", [None, 8])
@@ -271,8 +283,15 @@ def test_the_dense_networks_moments_survive_conversion(latent: int | None, tmp_p
 
 def test_a_previous_optimizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = mpoe_model("gpt2", **NEURONS)
-    with pytest.raises(TypeError, match="previous_optimizer must be an optimizer; got str"):
-        make_trainer(tmp_path, "gpt2", model, previous_optimizer="adamw")
+    refuses(
+        TypeError,
+        "previous_optimizer must be an optimizer; got str",
+        make_trainer,
+        tmp_path,
+        "gpt2",
+        model,
+        previous_optimizer="adamw",
+    )
     for other, words in (
         (
             torch.optim.SGD(model.parameters()),
@@ -283,5 +302,6 @@ def test_a_previous_optimizer_that_does_not_fit_is_refused(tmp_path: Path) -> No
             "converted with inplace=True; got one that has none",
         ),
     ):
-        with pytest.raises(ValueError, match=words):
-            make_trainer(tmp_path, "gpt2", model, previous_optimizer=other).train()
+        refuses(
+            ValueError, words, make_trainer(tmp_path, "gpt2", model, previous_optimizer=other).train
+        )

@@ -86,8 +86,7 @@ def test_a_model_replaces_another(folder: Path) -> None:
     for name in ("README.md", ".incomplete-of-a-killed-save"):
         (folder / name).write_text("mine")
     (folder / ".incomplete-model").mkdir()
-    with pytest.raises(CommandError, match="holds a model; give --overwrite"):
-        save(folder, NEW, overwrite=False)
+    refuses(CommandError, "holds a model; give --overwrite", save, folder, NEW, overwrite=False)
     save(folder, {**NEW, "README.md": "generated"})
     assert contents(folder) == {**NEW, "README.md": "mine", ".incomplete-of-a-killed-save": "mine"}
     assert json.loads((folder / MANIFEST).read_text()) == {"files": sorted(NEW)}

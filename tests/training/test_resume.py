@@ -159,8 +159,12 @@ def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     make_trainer(tmp_path, **resume_options("t5", 3)).train()
     (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
     trainer = make_trainer(tmp_path, **resume_options("t5", 3))
-    with pytest.raises(ValueError, match="checkpoint-3 is incomplete"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    refuses(
+        ValueError,
+        "checkpoint-3 is incomplete",
+        trainer.train,
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3"),
+    )
     refuses(ValueError, "nothing to resume", trainer.train, resume_from_checkpoint=True)
     make_trainer(tmp_path, **resume_options("t5", 3), save_only_model=True).train()
     for asked in (True, str(tmp_path / "checkpoint-3")):
@@ -223,8 +227,12 @@ def test_resuming_from_another_model_is_refused(
     )
     first.train()
     model = dense_model("gpt2") if other is None else mpoe_model("gpt2", **(config | other))
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, "gpt2", model, max_steps=2).train(resume_from_checkpoint=True)
+    refuses(
+        ValueError,
+        message,
+        make_trainer(tmp_path, "gpt2", model, max_steps=2).train,
+        resume_from_checkpoint=True,
+    )
 
 
 def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(
@@ -260,10 +268,12 @@ def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(
         ),
     ):
         save_file(changed, checkpoint / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=message):
-            make_trainer(tmp_path, "t5", mpoe_model("t5"), max_steps=2).train(
-                resume_from_checkpoint=str(checkpoint)
-            )
+        refuses(
+            ValueError,
+            message,
+            make_trainer(tmp_path, "t5", mpoe_model("t5"), max_steps=2).train,
+            resume_from_checkpoint=str(checkpoint),
+        )
 
 
 # ------------------------------------------------------------------ how products are computed

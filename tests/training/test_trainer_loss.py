@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from mpoe.training import MPOETrainer, read_metrics
 from mpoe.training.loss import count_targets, shifts_labels, split_loss
+from tests.assertions import refuses
 
 from .tiny import PAD, Rows, dense_model, make_trainer, mpoe_model
 
@@ -154,8 +155,7 @@ def test_counting_targets() -> None:
         False,
     ]
     assert shifts_labels(mpoe_model("gpt2"))
-    with pytest.raises(ValueError, match="the model returned no loss"):
-        split_loss({"logits": 1})
+    refuses(ValueError, "the model returned no loss", split_loss, {"logits": 1})
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
@@ -236,7 +236,20 @@ def test_refusals(tmp_path: Path) -> None:
         TypeError, match="args must be MPOETrainingArguments; got TrainingArguments"
     ):
         MPOETrainer(model=mpoe_model("t5"), args=TrainingArguments(output_dir=str(tmp_path)))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="predict_with_generate needs an encoder-decoder"):
-        make_trainer(tmp_path, "gpt2", predict_with_generate=True)
-    with pytest.raises(ValueError, match=r"gradient_mask_prob=0\.5 needs a model with MPO cores"):
-        make_trainer(tmp_path, "gpt2", model=dense_model("gpt2"), gradient_mask_prob=0.5)
+    refuses(
+        ValueError,
+        "predict_with_generate needs an encoder-decoder",
+        make_trainer,
+        tmp_path,
+        "gpt2",
+        predict_with_generate=True,
+    )
+    refuses(
+        ValueError,
+        r"gradient_mask_prob=0\.5 needs a model with MPO cores",
+        make_trainer,
+        tmp_path,
+        "gpt2",
+        model=dense_model("gpt2"),
+        gradient_mask_prob=0.5,
+    )

@@ -337,7 +337,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("name", "predicted", "expected", "value"), VALUES)
-def test_by_hand(name: str, predicted: list, expected: list, value: float) -> None:
+def test_by_hand(name, predicted, expected, value):
     assert METRICS[name](predicted, expected) == pytest.approx(value)
 
 
@@ -348,7 +348,7 @@ def test_every_metric_refuses_unequal_and_empty_input(name):
     refuses(ValueError, "empty", metric, [], [])
 
 
-def test_wrong_values_do_not_pass() -> None:
+def test_wrong_values_do_not_pass():
     for name, odd in (
         ("spearman", [math.nan, 1]),
         ("pearson", np.float32([np.inf] * 2)),
@@ -366,7 +366,7 @@ def test_wrong_values_do_not_pass() -> None:
     )
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(m.importlib.util, "find_spec", lambda asked: None)
     refuses(
         RuntimeError,
@@ -377,7 +377,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch) -> None:
     assert m.get_metric("matthews")([0, 1], [0, 1]) == 1.0
 
 
-def test_without_the_extra_only_tasks_that_need_it_are_refused(monkeypatch) -> None:
+def test_without_the_extra_only_tasks_that_need_it_are_refused(monkeypatch):
     """Before anything is trained; the embedded tasks and the names of all others need none of its
     packages."""
     monkeypatch.setattr(m.importlib.util, "find_spec", lambda asked: None)
@@ -393,7 +393,7 @@ def task(**options: object) -> Task:
     return Task(name="x", rows=lambda split: [], **options)  # type: ignore[arg-type]
 
 
-def test_the_most_frequent_label_or_text_and_the_mean() -> None:
+def test_the_most_frequent_label_or_text_and_the_mean():
     labels = task(labels=("no", "yes"), metrics=("accuracy", "f1", "matthews"))
     targets = ["yes"] * 9 + ["no"]
     assert constant_scores(labels, targets) == pytest.approx(
@@ -407,7 +407,7 @@ def test_the_most_frequent_label_or_text_and_the_mean() -> None:
     )
 
 
-def test_tokens_by_their_frequency() -> None:
+def test_tokens_by_their_frequency():
     assert frequency_perplexity([1, 2, 3, 4] * 5) == pytest.approx(4.0)
     assert frequency_perplexity([7, 7, 7]) == 1.0
     expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
@@ -436,7 +436,7 @@ def test_tokens_by_their_frequency() -> None:
         (["a"], ["b"], None),
     ],
 )
-def test_collapse(answers: list[str], targets: list[str], words: str | None) -> None:
+def test_collapse(answers, targets, words):
     found = collapse(answers, targets)
     assert (found is None) == (words is None)
     assert words is None or words in str(found)

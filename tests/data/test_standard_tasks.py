@@ -80,7 +80,7 @@ HUB_LABELS = {
 }
 
 
-def test_all_are_there_and_hidden_tests_are_marked() -> None:
+def test_all_are_there_and_hidden_tests_are_marked():
     specs = standard_specs()
     assert set(specs) == {*GLUE, *SUPERGLUE, *CHOICES, *TRANSLATION, *OTHERS, *LOCAL}
     assert {name for name, spec in specs.items() if spec.hidden_test} == {
@@ -108,7 +108,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loader], None]:
 
 
 @pytest.mark.parametrize("name", [*GLUE, *SUPERGLUE, *CHOICES, *TRANSLATION, *OTHERS])
-def test_from_the_hub(hub, name: str) -> None:
+def test_from_the_hub(hub, name):
     spec = find_spec(name)
     assert spec is not None
     labels = HUB_LABELS.get(name, ("words",))
@@ -208,7 +208,7 @@ def write_glue(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", GLUE)
-def test_from_the_official_glue_folder(tmp_path: Path, name: str) -> None:
+def test_from_the_official_glue_folder(tmp_path, name):
     spec = find_spec(name)
     assert spec is not None
     folder = write_glue(tmp_path, name)
@@ -218,7 +218,7 @@ def test_from_the_official_glue_folder(tmp_path: Path, name: str) -> None:
     assert task.validation() == task.train()
 
 
-def test_labels_that_are_true_and_false(tmp_path: Path) -> None:
+def test_labels_that_are_true_and_false(tmp_path):
     rows = [
         {"question": "is it", "passage": "It is.", "label": True, "idx": 0},
         {"question": "is it", "passage": "It is not.", "label": False, "idx": 1},
@@ -230,7 +230,7 @@ def test_labels_that_are_true_and_false(tmp_path: Path) -> None:
     assert [example.target for example in load_task(boolq, tmp_path).train()] == ["yes", "no"]
 
 
-def test_what_the_hub_does_not_give(hub) -> None:
+def test_what_the_hub_does_not_give(hub):
     def offline(*_: object, **__: object) -> dict:
         raise ConnectionError("Couldn't reach it")
 
@@ -259,7 +259,7 @@ def test_what_the_hub_does_not_give(hub) -> None:
     )
 
 
-def test_the_datasets_package_itself_reads_such_a_repository(tmp_path: Path) -> None:
+def test_the_datasets_package_itself_reads_such_a_repository(tmp_path):
     for folder in (
         "boolq",
         "cb",

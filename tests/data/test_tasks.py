@@ -174,7 +174,7 @@ def rows(size: int) -> list[dict]:
     return [{"sentence": f"sentence {i}", "label": i % 2} for i in range(size)]
 
 
-def test_yaml_and_python_describe_the_same(tmp_path: Path) -> None:
+def test_yaml_and_python_describe_the_same(tmp_path):
     (tmp_path / "tasks.yaml").write_text(YAML)
     specs = read_task_file(tmp_path / "tasks.yaml")
     assert list(specs) == ["review", "grade", "headline", "prose"]
@@ -215,7 +215,7 @@ def test_yaml_and_python_describe_the_same(tmp_path: Path) -> None:
     }
 
 
-def test_every_kind_of_task(tmp_path: Path) -> None:
+def test_every_kind_of_task(tmp_path):
     (tmp_path / "tasks.yaml").write_text(YAML)
     specs = read_task_file(tmp_path / "tasks.yaml")
     row = {"title": "A", "body": "b {c}", "sentence": "s", "stars": 3.51, "text": " t "}
@@ -231,7 +231,7 @@ def test_every_kind_of_task(tmp_path: Path) -> None:
     )
 
 
-def test_cells_may_hold_lists_and_mappings() -> None:
+def test_cells_may_hold_lists_and_mappings():
     spec = TaskSpec("t", "{q} {c.text.1} {a.b}", label_column="t.en", kind="generation")
     row = {"q": "which", "c": {"text": ["x", "y"]}, "a.b": "as it stands", "t": {"en": "yes"}}
     assert spec.example(row, "row 0") == Example("which y as it stands", "yes")
@@ -256,7 +256,7 @@ def test_cells_may_hold_lists_and_mappings() -> None:
     )
 
 
-def test_registered_in_a_few_lines(tmp_path: Path) -> None:
+def test_registered_in_a_few_lines(tmp_path):
     write(tmp_path / "data", train=rows(40), test=rows(4))
     spec = TaskSpec(
         "few_lines",
@@ -281,7 +281,7 @@ def test_registered_in_a_few_lines(tmp_path: Path) -> None:
     )
 
 
-def test_headers_and_names_of_files_differ(tmp_path: Path) -> None:
+def test_headers_and_names_of_files_differ(tmp_path):
     folder = tmp_path / "task"
     folder.mkdir()
     (folder / "train.tsv").write_text(
@@ -310,7 +310,7 @@ def test_headers_and_names_of_files_differ(tmp_path: Path) -> None:
     )
 
 
-def test_wikitext_folders(tmp_path: Path) -> None:
+def test_wikitext_folders(tmp_path):
     for split in ("train", "valid", "test"):
         text = (
             " \n = Title = \n \n The first paragraph . \n goes on \n \n = = Part = = \n \n "
@@ -372,7 +372,7 @@ GOOD = {"template": "{a}", "label_words": {0: "no", 1: "yes"}}
         ),
     ],
 )
-def test_refusals_name_field_and_file(tmp_path: Path, changes: dict, message: str) -> None:
+def test_refusals_name_field_and_file(tmp_path, changes, message):
     (tmp_path / "tasks.json").write_text(json.dumps({"t": {**GOOD, **changes}}))
     refuses(ValueError, r"tasks\.json: .*" + message, read_task_file, tmp_path / "tasks.json")
 
@@ -389,12 +389,12 @@ def test_refusals_name_field_and_file(tmp_path: Path, changes: dict, message: st
         ),
     ],
 )
-def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_bad_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     refuses(ValueError, message, read_task_file, tmp_path / name)
 
 
-def test_a_task_without_data() -> None:
+def test_a_task_without_data():
     refuses(
         ValueError,
         "task movie_sentiment comes without data: give data_dir, a folder that holds",

@@ -99,7 +99,7 @@ def by_hand(layer: MPOEFeedForward, x: torch.Tensor, mask: torch.Tensor | None) 
 
 @settings(max_examples=60)
 @given(layers())
-def test_the_layer_is_the_loop(drawn) -> None:
+def test_the_layer_is_the_loop(drawn):
     layer, x, mask = drawn
     with torch.no_grad(), routing_context() as routing:
         y = layer(x, mask)
@@ -118,7 +118,7 @@ def test_the_layer_is_the_loop(drawn) -> None:
 
 @settings(max_examples=30)
 @given(layers())
-def test_gradients_are_those_of_the_loop(drawn) -> None:
+def test_gradients_are_those_of_the_loop(drawn):
     layer, x, mask = drawn
     layer.double().train()
     x = (
@@ -145,7 +145,7 @@ def test_gradients_are_those_of_the_loop(drawn) -> None:
     ("rows", "columns", "dtype"),
     [(10, 8, torch.float32), (8, 10, torch.float32), (8, 12, torch.float32), (8, 8, torch.float64)],
 )
-def test_grouped_dense_linear(own_bias, rows, columns, dtype) -> None:
+def test_grouped_dense_linear(own_bias, rows, columns, dtype):
     x, weight = torch.randn(10, rows, dtype=dtype), torch.randn(4, rows, columns, dtype=dtype)
     x[8:] = torch.nan  # past the last offset
     assert _grouped_mm_runs(x, weight) == (columns == 12)
@@ -221,7 +221,7 @@ def test_autocast_with_float32_parameters():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
+def test_tokens_are_brought_to_the_experts_dtype(dtype):
     layer = MPOEFeedForward(8, 16, MPOEConfig(num_experts=2, shape="separable")).eval()
     x = torch.randn(3, 8).to(dtype)
     found = layer(x)
@@ -234,14 +234,14 @@ def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mpo", "dense"])
-def test_random_weights_have_the_scale_of_their_projection(kind: str) -> None:
+def test_random_weights_have_the_scale_of_their_projection(kind):
     config = MPOEConfig(num_experts=2, shape="paper", expert_type=kind)
     experts = MPOEFeedForward(8, 16, config, init_std={"up": 0.5}).experts
     assert [each.init_std for each in experts.children()] == [0.5, 0.02]
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated: bool) -> None:
+def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated):
     config = MPOEConfig(num_experts=3)
     layer = MPOEFeedForward(
         8, 32, config, activation="silu", gated=gated, bias=not gated, init_std={"up": 0.5}
@@ -274,7 +274,7 @@ def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated: bool) -> Non
         assert torch.equal(again(x), layer(x))
 
 
-def test_one_expert_without_a_router_is_a_dense_network() -> None:
+def test_one_expert_without_a_router_is_a_dense_network():
     layer, x = (
         MPOEFeedForward(8, 16, MPOEConfig(num_experts=1, moe_type="none", shape="hidden")),
         torch.randn(2, 3, 8),
@@ -282,7 +282,7 @@ def test_one_expert_without_a_router_is_a_dense_network() -> None:
     torch.testing.assert_close(layer(x), layer.down(layer.up(x).relu()))
 
 
-def test_a_layer_that_trains_alone_says_that_nothing_balances_it() -> None:
+def test_a_layer_that_trains_alone_says_that_nothing_balances_it():
     layer, x = MPOEFeedForward(8, 16, MPOEConfig(num_experts=3)), torch.randn(2, 8)
     _say_that_nothing_balances.cache_clear()
     with warnings.catch_warnings():

@@ -216,7 +216,7 @@ KINDS = ("separable", "light", "paper", "hidden", "neurons")
 @pytest.mark.parametrize("every_way", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_is_its_parameters(kind: str, event: str, every_way: bool) -> None:
+def test_a_layer_is_its_parameters(kind, event, every_way):
     """After every event, in every way of a call: with no token, with one and with several.
 
     By default in every fifth way, others of the next kind and of the next event: the ways take

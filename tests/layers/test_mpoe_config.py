@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import json
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -262,7 +261,7 @@ def test_given_shapes_must_fit_the_weight():
 @pytest.mark.parametrize(
     "ratios", [3, {"up": 1.0}, {"up": "12"}, {"up": [None]}, {"up": [-1.0]}, {"up": [float("nan")]}]
 )
-def test_rate_ratios_are_lists_of_numbers(ratios: object) -> None:
+def test_rate_ratios_are_lists_of_numbers(ratios):
     refuses((TypeError, ValueError), "rate_ratios", MPOEConfig, rate_ratios=ratios)
 
 
@@ -284,7 +283,7 @@ CORES_ALONE = {
 }
 
 
-def test_a_new_one_is_hidden_with_two_experts_per_token() -> None:
+def test_a_new_one_is_hidden_with_two_experts_per_token():
     router = RouterConfig(jitter=0.1)
     config = MPOEConfig(num_experts=8, router=router)
     assert (config.shape, config.top_k, config.is_hidden) == ("hidden", 2, True)
@@ -297,7 +296,7 @@ def test_a_new_one_is_hidden_with_two_experts_per_token() -> None:
 
 
 @pytest.mark.parametrize("case", CORES_ALONE)
-def test_what_other_shapes_have_alone_selects_separable(case: str) -> None:
+def test_what_other_shapes_have_alone_selects_separable(case):
     config = MPOEConfig(**CORES_ALONE[case])
     assert (config.shape, config.top_k) == ("separable", 2 if config.moe_type == "moe" else 1)
 
@@ -312,13 +311,13 @@ def test_what_other_shapes_have_alone_selects_separable(case: str) -> None:
         ({"moe_type": "moe", "router": {"second_policy": "all"}}, "separable", 2),
     ],
 )
-def test_a_saved_one_means_what_it_meant(values: dict[str, Any], shape: str, top_k: int) -> None:
+def test_a_saved_one_means_what_it_meant(values, shape, top_k):
     config = MPOEConfig.from_dict(values)
     assert (config.shape, config.top_k) == (shape, top_k)
     assert MPOEConfig.from_dict(config.to_dict()) == config
 
 
-def test_a_chosen_shape_stays() -> None:
+def test_a_chosen_shape_stays():
     config = MPOEConfig(num_experts=4)
     assert dataclasses.replace(config, max_bond=4).shape == "hidden"
     assert copy.deepcopy(config) == config
@@ -330,7 +329,7 @@ def test_a_chosen_shape_stays() -> None:
     assert MPOEConfig(**config, shape_pattern={"wo": 16}).for_experts("wo").latent == 6
 
 
-def test_cores_where_blocks_cannot_stand() -> None:
+def test_cores_where_blocks_cannot_stand():
     assert MPOEConfig(num_experts=4).with_cores() == MPOEConfig(num_experts=4, shape="separable")
     asked = MPOEConfig(num_experts=4, router={"top_k": 2, "jitter": 0.1}).with_cores()
     assert asked == MPOEConfig(num_experts=4, shape="separable", router={"top_k": 2, "jitter": 0.1})
@@ -456,7 +455,7 @@ def test_without_a_router(expert_type):
     assert routing.records == []
 
 
-def test_a_block_size_is_of_hidden_experts_alone() -> None:
+def test_a_block_size_is_of_hidden_experts_alone():
     config = MPOEConfig(block_size=8, shape_pattern={"a": "separable"})
     assert (config.for_experts("a").block_size, config.for_experts("b").block_size) == (None, 8)
     config = MPOEConfig(shape="separable", block_size=8, shape_pattern={"a": "hidden"})

@@ -128,7 +128,7 @@ OF_KIND = {"separable": "routed_ffn", "hidden": "routed_hidden", "neurons": "rou
 )
 def test_the_same_bits_as_the_ops(
     kind, tokens, gated, bias, dtype, router, capacity, variant, masks, seed
-) -> None:
+):
     """``variant``: shared blocks of hidden-side experts, neurons in a latent space. x and mask have
     gaps."""
     options = {
@@ -157,7 +157,7 @@ def test_the_same_bits_as_the_ops(
 
 
 @every_kind
-def test_what_runs(kind: str, calls: list[str]) -> None:
+def test_what_runs(kind, calls):
     layer, x = made(kind), torch.randn(3, I)
     with torch.no_grad():
         for rows in (x, x, x[:1]):
@@ -179,7 +179,7 @@ def test_what_runs(kind: str, calls: list[str]) -> None:
 
 @every_kind
 @pytest.mark.parametrize("masked", [False, True])
-def test_records_are_those_of_the_ops(kind: str, masked: bool) -> None:
+def test_records_are_those_of_the_ops(kind, masked):
     layer, x = made(kind), torch.randn(7, I)
     mask = torch.tensor([True] * 5 + [False] * 2) if masked else None
     with torch.no_grad():
@@ -205,7 +205,7 @@ HOOKS = {
 
 
 @every_kind
-def test_whoever_observes_a_part_gets_the_ops(calls: list[str], kind: str) -> None:
+def test_whoever_observes_a_part_gets_the_ops(calls, kind):
     layer, x = made(kind), torch.randn(3, I)
     with torch.no_grad():
         for part in (layer.router, layer.experts):
@@ -225,7 +225,7 @@ def test_whoever_observes_a_part_gets_the_ops(calls: list[str], kind: str) -> No
 
 
 @every_kind
-def test_who_else_has_a_part_in_a_call_gets_the_ops(calls: list[str], kind: str) -> None:
+def test_who_else_has_a_part_in_a_call_gets_the_ops(calls, kind):
     layer, x = made(kind), torch.randn(3, I)
     layer(x).sum().backward()
     assert layer.router.weight.grad is not None
@@ -255,9 +255,7 @@ def test_who_else_has_a_part_in_a_call_gets_the_ops(calls: list[str], kind: str)
             assert calls == []
 
 
-def test_another_backend_for_a_projection_gets_the_ops(
-    calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch):
     layer, x, chosen = made(), torch.randn(3, I), mixture.chosen_for
 
     def eager_for_down(op: str, call: Any, *rest: Any) -> Any:
@@ -273,7 +271,7 @@ def test_another_backend_for_a_projection_gets_the_ops(
 
 @pytest.mark.parametrize("tokens", [1, 4, 300])
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_result_takes_the_place_of_what_nobody_needs(gated: bool, tokens: int) -> None:
+def test_the_result_takes_the_place_of_what_nobody_needs(gated, tokens):
     """Of a plain projection's rows; those that a hook, another module's result or a caller might
     hold stay."""
     layer, x, kept = made("hidden", gated), torch.randn(tokens, I), []
@@ -350,7 +348,7 @@ def with_part(kind: str, name: str, value: Any) -> Any:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_as_by_the_ops(calls, layer, error, message: str) -> None:
+def test_what_does_not_fit_is_refused_as_by_the_ops(calls, layer, error, message):
     with torch.no_grad(), pytest.raises(error, match=message):
         layer()(torch.randn(7, I))
     assert calls == []
@@ -372,7 +370,7 @@ def routed_neurons(**changed: Any) -> Tensor | None:
     return experts.routed_neurons(**(given | changed))
 
 
-def test_neurons_that_do_not_fit_are_left_to_the_op() -> None:
+def test_neurons_that_do_not_fit_are_left_to_the_op():
     assert routed_neurons() is not None
     up = torch.ones(5, 7, 12)
     for name, value in {

@@ -77,7 +77,7 @@ def added(module: NeuronFeedForward, x: Tensor) -> Tensor:
     ],
     ids=["sum to 1", "times a factor", "raw", "sigmoid with a correction bias"],
 )
-def test_the_definition(gated: bool, latent: int | None, top_k: int, gates: dict) -> None:
+def test_the_definition(gated, latent, top_k, gates):
     module = layer(gated, latent, top_k=top_k, **gates)
     if module.router.e_score_correction_bias is not None:
         module.router.e_score_correction_bias[3] = 2.0  # the first choice of every token
@@ -92,7 +92,7 @@ def test_the_definition(gated: bool, latent: int | None, top_k: int, gates: dict
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_relative_flops_are_of_the_dense_network_and_of_what_experts_add() -> None:
+def test_relative_flops_are_of_the_dense_network_and_of_what_experts_add():
     assert layer().relative_flops(2) == pytest.approx(1 + 2 * M / F)
     assert layer(latent=4).relative_flops(2) == pytest.approx(1 + 4 / F + 2 * 4 * M / (I * F))
     assert layer(gated=True, latent=4).relative_flops(2) == pytest.approx(
@@ -100,7 +100,7 @@ def test_relative_flops_are_of_the_dense_network_and_of_what_experts_add() -> No
     )
 
 
-def test_padding_has_no_expert_and_is_not_counted() -> None:
+def test_padding_has_no_expert_and_is_not_counted():
     module = layer()
     x = torch.randn(2, 3, I)
     mask = torch.tensor([[True, False, True], [True, True, False]])
@@ -119,7 +119,7 @@ def test_padding_has_no_expert_and_is_not_counted() -> None:
     refuses(ValueError, r"token_mask must be \[2, 3\]", module, x, token_mask=mask[:1])
 
 
-def test_a_network_that_ends_in_a_module_that_adds_its_input() -> None:
+def test_a_network_that_ends_in_a_module_that_adds_its_input():
     torch.manual_seed(0)
     dense, up = Ending(), nn.Linear(I, F)
     config = MPOEConfig(
@@ -134,7 +134,7 @@ def test_a_network_that_ends_in_a_module_that_adds_its_input() -> None:
     assert module.projections() == {"down": module.dense, "up": up}
 
 
-def test_what_the_layer_has_itself_is_not_taken_from_the_dense_network() -> None:
+def test_what_the_layer_has_itself_is_not_taken_from_the_dense_network():
     dense = Ending()
     dense.in_features, dense.note = 99, "of the dense network"
     dense.forward = lambda *_: None
@@ -145,7 +145,7 @@ def test_what_the_layer_has_itself_is_not_taken_from_the_dense_network() -> None
     assert "forward" not in vars(module)
 
 
-def test_the_dense_networks_dropout_is_not_the_experts() -> None:
+def test_the_dense_networks_dropout_is_not_the_experts():
     module = layer()
     module.train().dropout.p = 0.5
     x = torch.randn(64, I)
@@ -164,7 +164,7 @@ def test_the_dense_networks_dropout_is_not_the_experts() -> None:
     assert torch.allclose(asked.eval()(x) - Dense.forward(asked, x), added(asked, x), atol=1e-5)
 
 
-def test_sums_in_half_precision_are_of_single_precision() -> None:
+def test_sums_in_half_precision_are_of_single_precision():
     """512 experts that add 1 / 512 each: in bfloat16 the sum would end at a half."""
     count = 512
     ones = torch.ones(count, 1, 4, dtype=torch.bfloat16)
@@ -175,7 +175,7 @@ def test_sums_in_half_precision_are_of_single_precision() -> None:
     assert torch.allclose(found.float(), torch.ones(1, 4), rtol=0.01)
 
 
-def test_copies_of_one_neuron_differ() -> None:
+def test_copies_of_one_neuron_differ():
     experts = convert_to_mpoe(
         dense_model("gpt2"), MPOEConfig(shape="neurons", num_experts=2, neurons=300)
     )
@@ -185,7 +185,7 @@ def test_copies_of_one_neuron_differ() -> None:
     assert len(up.unique(dim=0)) == len(up)  # of 96 neurons
 
 
-def test_dtypes() -> None:
+def test_dtypes():
     module = layer().double()
     x = torch.randn(3, I, dtype=torch.float64)
     want = module(x)
@@ -204,7 +204,7 @@ def test_dtypes() -> None:
 
 
 @pytest.mark.parametrize("latent", [None, 4])
-def test_merged(latent: int | None) -> None:
+def test_merged(latent):
     module = layer(True, latent)
     assert module.own_parameters() == E * M * (3 * (latent or I) + 1)
     module.experts.up.requires_grad_(False)
@@ -220,7 +220,7 @@ def test_merged(latent: int | None) -> None:
 @pytest.mark.parametrize("latent", [None, 16])
 @pytest.mark.parametrize("std", [None, 0.3])
 @torch.no_grad()
-def test_random_neurons_have_the_scale_of_dense_ones(latent: int | None, std: float | None) -> None:
+def test_random_neurons_have_the_scale_of_dense_ones(latent, std):
     own = NeuronExperts(64, 8, 32, latent, gated=True, bias=True, init_std=std)
     x = torch.randn(500, 64)
     z = x if latent is None else x @ own.latent_in
@@ -332,7 +332,7 @@ def test_padding_row_gets_no_gradient():
     refuses(ValueError, "padding_idx", MPOEmbedding, MPOShape.automatic(30, 8, 3), padding_idx=30)
 
 
-def test_a_chain_without_auxiliary_cores_still_has_all_experts() -> None:
+def test_a_chain_without_auxiliary_cores_still_has_all_experts():
     cores = MPOCores(MPOShape((6,), (5,)), 4)
     assert cores.blocks().num_experts == 4
     assert cores.dense_weights().shape == (4, 6, 5)
@@ -350,7 +350,7 @@ def test_a_chain_without_auxiliary_cores_still_has_all_experts() -> None:
         ((), {"in_features": 12, "out_features": 6}),
     ],
 )
-def test_called_as_nn_linear(values: tuple, named: dict) -> None:
+def test_called_as_nn_linear(values, named):
     layer, like = MPOLinear(*values, **named), nn.Linear(*values, **named)
     x = torch.randn(2, 3, 12)
     assert (layer.in_features, layer.out_features) == (like.in_features, like.out_features)
@@ -359,7 +359,7 @@ def test_called_as_nn_linear(values: tuple, named: dict) -> None:
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
-def test_random_weights_are_as_large_as_those_of_nn_linear() -> None:
+def test_random_weights_are_as_large_as_those_of_nn_linear():
     layer, like = MPOLinear(64, 128), nn.Linear(64, 128)
     assert layer.weight.std().item() == pytest.approx(like.weight.std().item(), rel=0.1)
     assert MPOLinear(64, 128, init_std=0.01).weight.std().item() == pytest.approx(0.01, rel=0.1)
@@ -367,7 +367,7 @@ def test_random_weights_are_as_large_as_those_of_nn_linear() -> None:
     assert MPOLinear(8, 4, dtype=torch.float64).weight.dtype == torch.float64
 
 
-def test_by_shape() -> None:
+def test_by_shape():
     shape = MPOShape.paper(12, 6)
     for layer in (MPOLinear(shape, bias=False), MPOLinear(shape=shape, bias=False)):
         assert layer.bias is None

@@ -194,7 +194,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
     dtypes=st.tuples(st.sampled_from([F32, BF16, F16]), st.sampled_from([F32, BF16])),
     seed=st.integers(0, 99),
 )
-def test_a_router_decides_as_pytorch_does(sizes, top_k, raw, dtypes, seed) -> None:
+def test_a_router_decides_as_pytorch_does(sizes, top_k, raw, dtypes, seed):
     torch.manual_seed(seed)
     tokens, features, experts = sizes
     config = RouterConfig(top_k=min(top_k, experts), is_scale_prob=raw, init_scale=4.0)
@@ -220,7 +220,7 @@ def test_a_router_decides_as_pytorch_does(sizes, top_k, raw, dtypes, seed) -> No
 
 
 @torch.no_grad()
-def test_equal_and_infinite_logits() -> None:
+def test_equal_and_infinite_logits():
     found = TopKRouter(5, 6, RouterConfig(top_k=3, init_scale=0.0))(torch.randn(4, 5))
     assert found.top_k_index.tolist() == [[0, 1, 2]] * 4  # the first of equals
     torch.testing.assert_close(found.top_k_weights, torch.full((4, 3), 1 / 3))
@@ -234,7 +234,7 @@ def test_equal_and_infinite_logits() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("top_k", [1, 3])
 @torch.no_grad()
-def test_what_is_not_a_number_reaches_the_gates(raw: bool, bad: float, top_k: int) -> None:
+def test_what_is_not_a_number_reaches_the_gates(raw, bad, top_k):
     router = TopKRouter(3, 4, RouterConfig(top_k=top_k, is_scale_prob=raw))
     router.weight.fill_(1.0)
     found = router(torch.tensor([[1.0, 1.0, 1.0], [bad, 1.0, 1.0]]))
@@ -247,7 +247,7 @@ def test_what_is_not_a_number_reaches_the_gates(raw: bool, bad: float, top_k: in
 
 
 @NATIVE
-def test_routers_that_take_pytorch_ops() -> None:
+def test_routers_that_take_pytorch_ops():
     router, x = TopKRouter(6, 4), torch.randn(3, 6)
     assert not router.can_gate_natively(x)  # its weight needs a gradient
     with torch.no_grad():
@@ -408,7 +408,7 @@ def test_the_backend_asked_for_computes(monkeypatch):
     assert len(called) == 2 * ("native" in available_backends())
 
 
-def test_a_second_choice_of_no_share_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_choice_of_no_share_is_never_drawn(monkeypatch):
     router = TopKRouter(2, 2, RouterConfig.gshard(second_policy="random")).train()
     monkeypatch.setattr(torch, "rand_like", torch.zeros_like)  # the least that is drawn
     with torch.no_grad():

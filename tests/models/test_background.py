@@ -36,7 +36,7 @@ def model_and_tokenizer(monkeypatch: pytest.MonkeyPatch):
     return load_stand_in("gpt2")
 
 
-def test_samples_depend_on_the_seed_alone(model_and_tokenizer) -> None:
+def test_samples_depend_on_the_seed_alone(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     prompt = torch.full((3, 1), tokenizer.eos_token_id)
     torch.manual_seed(7)
@@ -50,7 +50,7 @@ def test_samples_depend_on_the_seed_alone(model_and_tokenizer) -> None:
     assert first[:, 0].eq(tokenizer.eos_token_id).all()
 
 
-def test_samples_follow_the_models_probabilities(model_and_tokenizer) -> None:
+def test_samples_follow_the_models_probabilities(model_and_tokenizer):
     """The shares of many second tokens are near the probabilities, and no end token ends a
     sample."""
     model, tokenizer = model_and_tokenizer
@@ -64,7 +64,7 @@ def test_samples_follow_the_models_probabilities(model_and_tokenizer) -> None:
     torch.testing.assert_close(shares[likely], probabilities[likely], atol=0.03, rtol=0)
 
 
-def test_a_chat_begins_with_the_users_turn(model_and_tokenizer) -> None:
+def test_a_chat_begins_with_the_users_turn(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     assert chat_opening(tokenizer) is None
     assert set(background_parts(model, tokenizer)) == {"texts", "general"}
@@ -79,7 +79,7 @@ def test_a_chat_begins_with_the_users_turn(model_and_tokenizer) -> None:
     assert chat_opening(tokenizer) is None
 
 
-def test_a_token_that_opens_every_turn_starts_no_text(model_and_tokenizer) -> None:
+def test_a_token_that_opens_every_turn_starts_no_text(model_and_tokenizer):
     _, tokenizer = model_and_tokenizer
     tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
     assert start_token(tokenizer) == tokenizer.bos_token_id
@@ -89,7 +89,7 @@ def test_a_token_that_opens_every_turn_starts_no_text(model_and_tokenizer) -> No
     assert start_token(tokenizer) == tokenizer.eos_token_id
 
 
-def test_the_default_background_pools_the_parts(model_and_tokenizer) -> None:
+def test_the_default_background_pools_the_parts(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     parts = background_parts(model, tokenizer, seed=3)
     pooled = collect_background(model, tokenizer, seed=3)
@@ -105,7 +105,7 @@ def test_the_default_background_pools_the_parts(model_and_tokenizer) -> None:
     assert all(torch.equal(again[name], value) for name, value in pooled.items())
 
 
-def test_a_model_without_a_start_token_has_the_general_text(model_and_tokenizer) -> None:
+def test_a_model_without_a_start_token_has_the_general_text(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     tokenizer.bos_token = tokenizer.eos_token = None
     assert set(background_parts(model, tokenizer)) == {"general"}
@@ -118,13 +118,13 @@ def test_a_model_without_a_start_token_has_the_general_text(model_and_tokenizer)
     )
 
 
-def test_tokens_that_the_model_lacks(model_and_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_the_model_lacks(model_and_tokenizer, monkeypatch):
     model, tokenizer = model_and_tokenizer
     monkeypatch.setattr(model.get_input_embeddings(), "num_embeddings", 5)
     refuses(ValueError, "tokenizer must be the base's", collect_background, model, tokenizer)
 
 
-def test_the_preference_is_the_dial_between_kept_and_quiet(domains: SimpleNamespace) -> None:
+def test_the_preference_is_the_dial_between_kept_and_quiet(domains):
     """More preference of *none*: nearer to the base on what it says, farther from the expert on its
     domain."""
     tokens = torch.cat([batch["input_ids"] for batch in domain(2, seed=5)])
@@ -144,7 +144,7 @@ def test_the_preference_is_the_dial_between_kept_and_quiet(domains: SimpleNamesp
     assert kept.domain < quiet.domain < base.domain
 
 
-def test_own_words_are_held_out(model_and_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_words_are_held_out(model_and_tokenizer, monkeypatch):
     model, tokenizer = model_and_tokenizer
     tokenizer.chat_template = TURNS
     own = sample_own_words(model, tokenizer)

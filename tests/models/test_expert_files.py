@@ -4,8 +4,6 @@ own statistics."""
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +46,7 @@ from .tiny_models import (
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_trainer_leaves_the_base_as_it_is(family: str, tmp_path: Path) -> None:
+def test_trainer_leaves_the_base_as_it_is(family, tmp_path):
     base = dense_model(family)
     model = start_expert(base, 8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -75,7 +73,7 @@ def test_trainer_leaves_the_base_as_it_is(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_start_changes_no_bit(family: str) -> None:
+def test_start_changes_no_bit(family):
     base, inputs = dense_model(family), batch(family)
     with torch.no_grad():
         assert torch.equal(result(start_expert(base, 8)(**inputs)), result(base(**inputs)))
@@ -85,7 +83,7 @@ def test_start_changes_no_bit(family: str) -> None:
 # ------------------------------------------------------------------ files
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_round_trip(tmp_path):
     base = dense_model("gpt2")
     base.config._name_or_path = str(tmp_path)  # is nobody else's business
     model = stirred(start_expert(base, M))
@@ -119,7 +117,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "t5_gated", "gpt2", "llama", "bert", "bert_classifier"])
-def test_merged_computes_the_same(family: str, tmp_path: Path) -> None:
+def test_merged_computes_the_same(family, tmp_path):
     base = dense_model(family).double()
     model = stirred(start_expert(base, 24))
     save_expert(model, tmp_path / "an.expert")
@@ -138,7 +136,7 @@ def test_merged_computes_the_same(family: str, tmp_path: Path) -> None:
     ("model_type", "name"),
     [("phi3", "Phi3ForCausalLM"), ("gpt_neox", "GPTNeoXForCausalLM"), ("vit", "ViTModel")],
 )
-def test_other_structures_merge(model_type: str, name: str, tmp_path: Path) -> None:
+def test_other_structures_merge(model_type, name, tmp_path):
     base = tiny_model(model_type, name)
     model = stirred(start_expert(base, 5))
     merged = merge_expert(base, save_expert(model, tmp_path / "an.expert"))
@@ -153,7 +151,7 @@ def test_other_structures_merge(model_type: str, name: str, tmp_path: Path) -> N
 # ------------------------------------------------------------------ statistics
 
 
-def test_statistics_of_full_rank_are_exact_and_without_padding() -> None:
+def test_statistics_of_full_rank_are_exact_and_without_padding():
     model = start_expert(dense_model("llama"), 8)
     inputs = batch("llama")
     seen: dict[str, torch.Tensor] = {}
@@ -182,7 +180,7 @@ def test_statistics_of_full_rank_are_exact_and_without_padding() -> None:
 
 
 @pytest.mark.parametrize("neurons", [40, 46])
-def test_statistics_are_a_tenth_and_one_vector_more_would_be_too_much(neurons: int) -> None:
+def test_statistics_are_a_tenth_and_one_vector_more_would_be_too_much(neurons):
     model = start_expert(dense_model("llama"), neurons)
     weights = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     statistics = collect_statistics(model, [batch("llama")])
@@ -196,7 +194,7 @@ def test_statistics_are_a_tenth_and_one_vector_more_would_be_too_much(neurons: i
 # ------------------------------------------------------------------ composition
 
 
-def test_tokens_find_their_expert(domains: SimpleNamespace, tmp_path: Path) -> None:
+def test_tokens_find_their_expert(domains, tmp_path):
     mixture = compose_experts(
         domains.base, domains.files, background=domains.background, tokenizer=tokenizer()
     )
@@ -218,7 +216,7 @@ def test_tokens_find_their_expert(domains: SimpleNamespace, tmp_path: Path) -> N
     assert again.config.mpoe_experts == mixture.config.mpoe_experts
 
 
-def test_none_adds_nothing(domains: SimpleNamespace) -> None:
+def test_none_adds_nothing(domains):
     mixture = compose_experts(
         domains.base, domains.files[:1], background=domains.background, top_k=1
     )
@@ -230,9 +228,7 @@ def test_none_adds_nothing(domains: SimpleNamespace) -> None:
         assert torch.equal(mixture(input_ids=ids).logits, domains.base(input_ids=ids).logits)
 
 
-def test_composition_depends_on_its_arguments_alone(
-    domains: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_composition_depends_on_its_arguments_alone(domains, tmp_path):
     wide, model = tmp_path / "wide.expert", stirred(start_expert(domains.base, M + 4))
     save_expert(model, wide, statistics=collect_statistics(model, domain(3)))
     first = compose_experts(domains.base, domains.files, background=domains.background)
@@ -251,7 +247,7 @@ def test_composition_depends_on_its_arguments_alone(
 
 
 @torch.no_grad()
-def test_gates_sum_to_one(domains: SimpleNamespace) -> None:
+def test_gates_sum_to_one(domains):
     """Of two experts that hardly differ, a mixture computes what one of them does alone."""
     expert = load_expert(domains.files[0])
     weights = {name: value * (1 + 1e-6) for name, value in expert.weights.items()}
@@ -264,7 +260,7 @@ def test_gates_sum_to_one(domains: SimpleNamespace) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_whole_mixture_compiles(domains: SimpleNamespace) -> None:
+def test_a_whole_mixture_compiles(domains):
     mixture = compose_experts(domains.base, domains.files, background=domains.background)
     ids = domain(0)[0]["input_ids"]
     want = mixture(input_ids=ids).logits
@@ -272,7 +268,7 @@ def test_a_whole_mixture_compiles(domains: SimpleNamespace) -> None:
     torch.testing.assert_close(compiled(input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
 
 
-def test_without_none(domains: SimpleNamespace) -> None:
+def test_without_none(domains):
     mixture = compose_experts(domains.base, domains.files, none=False, top_k=1)
     assert mixture.mpoe_config.num_experts == 2
     assert mixture.background_statistics is None
@@ -280,8 +276,8 @@ def test_without_none(domains: SimpleNamespace) -> None:
 
 
 def test_an_encoder_decoders_background_is_the_packaged_text(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     shorten_documentation(monkeypatch)
     base = dense_model("t5")
     batches = documentation_batches(base, tokenizer())
@@ -309,7 +305,7 @@ def test_an_encoder_decoders_background_is_the_packaged_text(
 # ------------------------------------------------------------------ the hub
 
 
-def test_a_folder_of_experts_is_one_commit(domains: SimpleNamespace, hub) -> None:
+def test_a_folder_of_experts_is_one_commit(domains, hub):
     folder = domains.files[0].parent
     (folder / "notes.txt").write_text("not an expert")
     assert push_expert(folder, "experts", private=True, token="t") == "https://hub/commit/1"
@@ -324,7 +320,7 @@ def test_a_folder_of_experts_is_one_commit(domains: SimpleNamespace, hub) -> Non
     assert list(hub.files) == ["domain1.expert", "README.md"]
 
 
-def test_nothing_is_sent_of_a_damaged_file(domains: SimpleNamespace, hub, tmp_path: Path) -> None:
+def test_nothing_is_sent_of_a_damaged_file(domains, hub, tmp_path):
     (tmp_path / "a.expert").write_bytes(domains.files[0].read_bytes()[:-9])
     refuses(ValueError, "whole safetensors file", push_expert, tmp_path, "experts")
     (tmp_path / "a.expert").unlink()

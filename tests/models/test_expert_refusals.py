@@ -41,7 +41,7 @@ def signed(file: Path, text: str, tensors: dict[str, torch.Tensor]) -> Path:
     return file
 
 
-def test_damaged_files_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(domains, tmp_path):
     file, good = tmp_path / "a.expert", domains.files[0].read_bytes()
     file.write_bytes(good[:-7])
     refuses(ValueError, "whole safetensors file", load_expert, file)
@@ -81,7 +81,7 @@ FACTS = [
 ]
 
 
-def test_facts_are_of_one_schema(whole: SimpleNamespace, tmp_path: Path) -> None:
+def test_facts_are_of_one_schema(whole, tmp_path):
     facts = json.loads(whole.text)
     for name, (text, message) in TEXTS.items():
         with pytest.raises(ValueError) as error:
@@ -157,9 +157,7 @@ TENSORS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 }
 
 
-def test_tensors_are_of_the_kinds_that_are_written(
-    domains: SimpleNamespace, whole: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_tensors_are_of_the_kinds_that_are_written(domains, whole, tmp_path):
     for name, (end, change, message) in TENSORS.items():
         odd = next(key for key in whole.tensors if key.endswith(end))
         tensors = {**whole.tensors, odd: change(whole.tensors[odd])}
@@ -236,7 +234,7 @@ NAMES = (
 )
 
 
-def test_a_mixtures_config_is_of_one_schema(mixture: Path) -> None:
+def test_a_mixtures_config_is_of_one_schema(mixture):
     file = mixture / "config.json"
     values = json.loads(file.read_text())
     assert [expert.name for expert in experts_in(mixture)[0]] == ["domain0", "domain1"]
@@ -288,7 +286,7 @@ LONG = (
 )
 
 
-def test_messages_quote_little_of_a_long_value(mixture: Path) -> None:
+def test_messages_quote_little_of_a_long_value(mixture):
     file = mixture / "config.json"
     values = json.loads(file.read_text())
     for name, value in LONG:
@@ -303,7 +301,7 @@ def test_messages_quote_little_of_a_long_value(mixture: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["experts", "experts/domain0.expert", "background.safetensors", "config.json"]
 )
-def test_links_that_lead_out_are_not_followed(mixture: Path, name: str) -> None:
+def test_links_that_lead_out_are_not_followed(mixture, name):
     shutil.move(mixture / name, mixture.parent / "elsewhere")
     (mixture / name).symlink_to(mixture.parent / "elsewhere")
     refuses(
@@ -311,7 +309,7 @@ def test_links_that_lead_out_are_not_followed(mixture: Path, name: str) -> None:
     )
 
 
-def test_links_of_the_hubs_cache_are_followed(mixture: Path) -> None:
+def test_links_of_the_hubs_cache_are_followed(mixture):
     snapshot = mixture.parent / "models--me--mix" / "snapshots" / "abc"
     (snapshot / "experts").mkdir(parents=True)
     blobs = snapshot.parents[1] / "blobs"
@@ -327,7 +325,7 @@ def test_links_of_the_hubs_cache_are_followed(mixture: Path) -> None:
     check_links(snapshot)  # it leads nowhere, and cannot be read
 
 
-def test_a_background_of_other_layers(mixture: Path) -> None:
+def test_a_background_of_other_layers(mixture):
     save_file({"x": torch.ones(1)}, mixture / "background.safetensors")
     refuses(ValueError, "background.safetensors must hold mean, rest", experts_in, mixture)
     (mixture / "background.safetensors").unlink()
@@ -337,7 +335,7 @@ def test_a_background_of_other_layers(mixture: Path) -> None:
 # ------------------------------------------------------------------ the hub
 
 
-def test_nothing_behind_a_link_is_sent(domains: SimpleNamespace, tmp_path: Path) -> None:
+def test_nothing_behind_a_link_is_sent(domains, tmp_path):
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "law.expert").symlink_to(domains.files[0])
     refuses(
@@ -345,9 +343,7 @@ def test_nothing_behind_a_link_is_sent(domains: SimpleNamespace, tmp_path: Path)
     )
 
 
-def test_repositories_that_cannot_be(
-    domains: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repositories_that_cannot_be(domains, monkeypatch):
     for name in ("", "a b/c", "../x", "a/b/c"):
         refuses(
             OSError,

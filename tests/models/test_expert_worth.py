@@ -55,7 +55,7 @@ def composed(domains: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(mixture=mixture, classes=classes)
 
 
-def test_worth(domains: SimpleNamespace, composed: SimpleNamespace) -> None:
+def test_worth(domains, composed):
     batches = [*domain(0, seed=9), *domain(1, seed=9)]
     before = [layer.router for layer in neuron_modules(composed.mixture).values()]
     texts = {"both": batches, "first": domain(0, seed=9)}
@@ -91,14 +91,14 @@ def test_worth(domains: SimpleNamespace, composed: SimpleNamespace) -> None:
     assert found.oracle < found.loss < min(found.alone)
 
 
-def test_worth_without_none(domains: SimpleNamespace) -> None:
+def test_worth_without_none(domains):
     mixture = compose_experts(domains.base, domains.files, none=False, top_k=1)
     classes = [load_expert(file).statistics for file in domains.files]
     found = composed_worth(mixture, classes, {"text": domain(0)})["text"]
     assert found.removed == pytest.approx(found.alone[::-1], abs=1e-4)
 
 
-def test_worth_that_is_refused(domains: SimpleNamespace, composed: SimpleNamespace) -> None:
+def test_worth_that_is_refused(domains, composed):
     refuses(
         ValueError,
         "at least two experts",
@@ -120,7 +120,7 @@ def test_worth_that_is_refused(domains: SimpleNamespace, composed: SimpleNamespa
     refuses(ValueError, "batches must hold tokens to predict", token_losses, domains.base, [])
 
 
-def test_several_experts_in_one_dense_network(domains: SimpleNamespace) -> None:
+def test_several_experts_in_one_dense_network(domains):
     base = copy.deepcopy(domains.base)
     base.generation_config.max_new_tokens = 7
     merged = merge_expert(base, domains.files, weight=0.5)
@@ -147,7 +147,7 @@ def test_several_experts_in_one_dense_network(domains: SimpleNamespace) -> None:
         )
 
 
-def test_biases_of_several_experts() -> None:
+def test_biases_of_several_experts():
     base = dense_model("gpt2")
     expert = start_expert(base, 4)
     merged = merge_expert(base, [made_expert(expert, "a"), made_expert(expert, "b")])
@@ -156,7 +156,7 @@ def test_biases_of_several_experts() -> None:
     )
 
 
-def test_texts_refine_the_router(domains: SimpleNamespace, tmp_path: Path) -> None:
+def test_texts_refine_the_router(domains, tmp_path):
     texts = {f"domain{number}": domain(number, seed=30) for number in (0, 1)}
     plain = compose_experts(domains.base, domains.files, background=domains.background)
     refined = compose_experts(
@@ -193,7 +193,7 @@ def test_texts_refine_the_router(domains: SimpleNamespace, tmp_path: Path) -> No
     )
 
 
-def test_routers_of_neurons_train(domains: SimpleNamespace) -> None:
+def test_routers_of_neurons_train(domains):
     mixture = compose_experts(domains.base, domains.files, background=domains.background)
     before = {name: value.clone() for name, value in mixture.state_dict().items()}
     examples = [domain(0, seed=31), domain(1, seed=31), domains.background]
@@ -225,7 +225,7 @@ def texts(count: int = 5) -> list[dict[str, torch.Tensor]]:
     return [each for seed in range(count) for each in domain(2, seed=40 + seed)]
 
 
-def test_neurons_keep_the_adapters_gain(adapter: SimpleNamespace) -> None:
+def test_neurons_keep_the_adapters_gain(adapter):
     assert is_adapter(adapter.folder)
     # 4 (32 + 48) numbers for each of three matrices, beside 3 x 32 of a neuron.
     assert check_adapter(adapter.base, adapter.folder) == 10
@@ -246,7 +246,7 @@ def test_neurons_keep_the_adapters_gain(adapter: SimpleNamespace) -> None:
     assert loss(mixture, 2) < own + 0.2
 
 
-def test_neurons_for_an_adapter_of_attention(tmp_path: Path) -> None:
+def test_neurons_for_an_adapter_of_attention(tmp_path):
     peft = pytest.importorskip("peft")
     base = language_model()
     torch.manual_seed(0)
@@ -264,9 +264,7 @@ def test_neurons_for_an_adapter_of_attention(tmp_path: Path) -> None:
     assert facts["kept"] >= 0.8
 
 
-def test_held_out_texts_are_not_fitted(
-    adapter: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_texts_are_not_fitted(adapter, monkeypatch):
     given = texts(5)[:5]  # the first is held out
     read: list[torch.Tensor] = []
     own = adapter.merged.forward
@@ -293,7 +291,7 @@ def test_held_out_texts_are_not_fitted(
     ]
 
 
-def test_fits_that_are_refused(adapter: SimpleNamespace) -> None:
+def test_fits_that_are_refused(adapter):
     base, merged = adapter.base, adapter.merged
     refuses(
         ValueError,
@@ -336,7 +334,7 @@ def saved(base: Any, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def test_adapters_that_are_refused(adapter: SimpleNamespace, tmp_path: Path) -> None:
+def test_adapters_that_are_refused(adapter, tmp_path):
     small = saved(adapter.base, tmp_path / "small", r=1, target_modules=["layers.0.mlp.up_proj"])
     assert (
         check_adapter(adapter.base, small) == 1
@@ -375,7 +373,7 @@ def test_adapters_that_are_refused(adapter: SimpleNamespace, tmp_path: Path) -> 
     refuses(ValueError, "whole safetensors file", check_adapter, adapter.base, other)
 
 
-def test_other_bases_are_refused(domains: SimpleNamespace) -> None:
+def test_other_bases_are_refused(domains):
     other = copy.deepcopy(domains.base)
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
@@ -391,7 +389,7 @@ def test_other_bases_are_refused(domains: SimpleNamespace) -> None:
     )
 
 
-def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
+def test_compositions_that_are_refused(domains, tmp_path):
     def compose(experts: Any, **options: Any) -> Any:
         return compose_experts(
             domains.base, experts, **{"background": domains.background, **options}
@@ -437,7 +435,7 @@ def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path)
     )
 
 
-def test_saves_that_are_refused(tmp_path: Path) -> None:
+def test_saves_that_are_refused(tmp_path):
     base = dense_model("llama")
     model, file = start_expert(base, 8), tmp_path / "an.expert"
     mixture = convert_to_mpoe(base, MPOEConfig(shape="neurons", neurons=4))
@@ -482,7 +480,7 @@ def test_saves_that_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_statistics_that_are_refused() -> None:
+def test_statistics_that_are_refused():
     base = dense_model("llama")
     refuses(TypeError, "model must be a model with an expert", collect_statistics, base, [])
     refuses(ValueError, "shape 'neurons'", collect_statistics, convert_to_mpoe(base), [])

@@ -220,7 +220,7 @@ def test_import_mpoe_registers_in_either_order(order, converted, tmp_path):
     assert run_python("-c", program).splitlines()[-1] == "MPOEGPT2LMHeadModel"
 
 
-def test_one_kind_of_save_replaces_or_refuses_the_other(converted, tmp_path) -> None:
+def test_one_kind_of_save_replaces_or_refuses_the_other(converted, tmp_path):
     dense, model = dense_model("gpt2"), converted("gpt2")
     save_mpoe_only(model, tmp_path, dense)
     assert load_mpoe(tmp_path, dense, dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -280,7 +280,7 @@ def inputs_and_logits(name: str) -> tuple[dict[str, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_they_give_their_logits_and_keep_their_configuration(name: str, tmp_path: Path) -> None:
+def test_they_give_their_logits_and_keep_their_configuration(name, tmp_path):
     inputs, expected = inputs_and_logits(name)
     model = load_mpoe(SAVED / name)
     model.save_pretrained(tmp_path)
@@ -298,8 +298,8 @@ def test_they_give_their_logits_and_keep_their_configuration(name: str, tmp_path
 
 
 def test_a_mixture_of_transformers_converted_by_an_earlier_version_is_refused(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     shutil.copytree(SAVED / "gpt2_hidden", tmp_path / "saved")
     file = tmp_path / "saved" / "config.json"
     file.write_text(
@@ -320,7 +320,7 @@ def _known(today: Any, earlier: Any) -> Any:
     return {name: _known(today[name], value) for name, value in earlier.items()}
 
 
-def test_a_configuration_that_names_no_shape_is_of_separable_experts(tmp_path: Path) -> None:
+def test_a_configuration_that_names_no_shape_is_of_separable_experts(tmp_path):
     """As one written before there was a choice: neither shape nor number of experts per token."""
     folder = tmp_path / "model"
     shutil.copytree(SAVED / "t5_separable", folder)

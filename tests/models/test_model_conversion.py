@@ -409,7 +409,7 @@ def test_a_model_without_weights_and_a_path_that_is_none_are_refused():
 @pytest.mark.parametrize(
     "family", [pytest.param(t, marks=[pytest.mark.exhaustive] * (t not in FIRST)) for t in TABLE]
 )
-def test_of_every_family(family: str) -> None:
+def test_of_every_family(family):
     name = next(name for model_type, _, name in GENERATED if model_type == family)
     dense = tiny_model(family, name)
     mixture = convert_to_mpoe(dense, MPOEConfig(num_experts=4))
@@ -426,7 +426,7 @@ def test_of_every_family(family: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_new_units_learn_from_the_first_step_on(kind: str) -> None:
+def test_new_units_learn_from_the_first_step_on(kind):
     dense, _ = load_stand_in(kind)
     size = dense.config.d_ff if kind == "t5" else 4 * dense.config.n_embd
     if kind == "t5":  # as a checkpoint of T5 v1.1 has it
@@ -446,7 +446,7 @@ def test_new_units_learn_from_the_first_step_on(kind: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "ernie4_5_moe"])
-def test_a_mixture_is_refused(family: str) -> None:
+def test_a_mixture_is_refused(family):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
     words = f"model must be dense; got a {family}, which is a mixture of experts already"
@@ -490,7 +490,7 @@ def test_real_weights_are_kept(shape, gauge, lacks):
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
-def test_random_cores_are_as_large_as_the_familys_dense_weights() -> None:
+def test_random_cores_are_as_large_as_the_familys_dense_weights():
     dense = dense_model("gpt2")
     config = dense.config
     model = convert_to_mpoe(

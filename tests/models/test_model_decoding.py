@@ -298,7 +298,7 @@ def plain(ffn: MPOEFeedForward, x: Tensor, mask: Tensor | None = None) -> Tensor
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shape", ["paper", "separable"])
-def test_same_results(shape: str, gated: bool, dtype: torch.dtype) -> None:
+def test_same_results(shape, gated, dtype):
     ffn = feed_forward(shape, gated, top_k=2).to(dtype)
     x, mask = torch.randn(3, 7, 24, dtype=dtype), torch.rand(3, 7) > 0.3
     torch.nn.init.zeros_(ffn.router.weight[1:])  # some experts get no token
@@ -314,7 +314,7 @@ def test_same_results(shape: str, gated: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_layers_share_the_bound_and_the_first_one_stays() -> None:
+def test_layers_share_the_bound_and_the_first_one_stays():
     """A layer has full weights for all its experts or for none: then every pass uses the cores and
     the kept blocks."""
     first, second, other = (feed_forward("light", top_k=2) for _ in range(3))
@@ -340,7 +340,7 @@ def test_layers_share_the_bound_and_the_first_one_stays() -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_it_ends_where_the_block_fails_and_gives_way_to_another() -> None:
+def test_it_ends_where_the_block_fails_and_gives_way_to_another():
     ffn, x = feed_forward(), torch.randn(9, 24)
     inner: list[ExpertCache] = []
 
@@ -361,7 +361,7 @@ def test_it_ends_where_the_block_fails_and_gives_way_to_another() -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_training_another_dtype_and_compiled_graphs_use_the_cores() -> None:
+def test_training_another_dtype_and_compiled_graphs_use_the_cores():
     ffn, x = feed_forward(dropout=0.5).train(), torch.randn(9, 24)
 
     def run(grad: bool) -> list[Tensor]:
@@ -396,7 +396,7 @@ def test_training_another_dtype_and_compiled_graphs_use_the_cores() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_full_weights_pay(dtype: torch.dtype) -> None:
+def test_where_full_weights_pay(dtype):
     """Costly to rebuild: yes. Contracted at no more than a dense layer's cost: no, at any size."""
     costly = [MPOShape.paper(768, 3072), MPOShape.light(768, 3072, 64)]
     cheap = [

@@ -278,7 +278,7 @@ def test_dense_experts_from_scratch_train_and_differ(converted):
     assert {"aux_loss", "task_loss", "router_logits", "expert_load", "cache"} <= ignored
 
 
-def test_ignored_labels_inside_a_target_are_not_padding(converted) -> None:
+def test_ignored_labels_inside_a_target_are_not_padding(converted):
     dense, model = dense_model("t5"), converted("t5")
     ids, labels = torch.randint(2, 60, (2, 7)), torch.randint(2, 60, (2, 6))
     labels[:, 2] = -100
@@ -290,7 +290,7 @@ def test_ignored_labels_inside_a_target_are_not_padding(converted) -> None:
     assert int(got.expert_load[-1].sum()) == 6 + 4
 
 
-def test_generate_when_padding_is_the_end_token(converted) -> None:
+def test_generate_when_padding_is_the_end_token(converted):
     dense, model = dense_model("t5"), converted("t5")
     ids = torch.randint(2, 60, (1, 7))
     ids[0, 3] = 1

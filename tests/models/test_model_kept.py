@@ -40,7 +40,7 @@ def layers_of(model: nn.Module) -> list:
 
 
 @every_model
-def test_masked_steps_leave_what_is_shared_alone(kind: str, family: str) -> None:
+def test_masked_steps_leave_what_is_shared_alone(kind, family):
     model = stirred(convert_to_mpoe(dense(family), config(kind)))
     shared = {id(w) for layer in layers_of(model) for w in layer.central_parameters().values()}
     matrices = 2 if family in ("t5", "gpt2", "bert_mlm", "phi3") else 3
@@ -65,7 +65,7 @@ def test_masked_steps_leave_what_is_shared_alone(kind: str, family: str) -> None
 @pytest.mark.parametrize(
     ("kind", "family"), pairwise(list(KEPT), ["t5_gated", "bert_mlm", "llama"])
 )
-def test_one_graph_and_export(kind: str, family: str) -> None:
+def test_one_graph_and_export(kind, family):
     layer = layers_of(stirred(convert_to_mpoe(dense(family), config(kind))))[0]
     x = torch.randn(2, 5, 24)
     inputs = (torch.randn(2, 5, 48), x) if family == "bert_mlm" and kind != "hidden" else (x,)
@@ -80,7 +80,7 @@ def test_one_graph_and_export(kind: str, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert_mlm"])
 @pytest.mark.parametrize("kind", ["hidden", "neurons"])
-def test_lora_on_the_projections_through_plain_peft(kind: str, family: str) -> None:
+def test_lora_on_the_projections_through_plain_peft(kind, family):
     """PEFT wraps the projections as in the dense model; whatever module is there is called."""
     peft = pytest.importorskip("peft")
     targets = {
@@ -102,7 +102,7 @@ def test_lora_on_the_projections_through_plain_peft(kind: str, family: str) -> N
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("hidden", 8), ("hidden", 4), ("neurons", 8)])
-def test_projections_quantised_by_torchao(kind: str, bits: int) -> None:
+def test_projections_quantised_by_torchao(kind, bits):
     """Quantising `nn.Linear` needs no special support; experts and router still train."""
     quantization = pytest.importorskip("torchao.quantization")
     how: object = quantization.Int8WeightOnlyConfig()
@@ -128,7 +128,7 @@ def test_projections_quantised_by_torchao(kind: str, bits: int) -> None:
 
 
 @every_model
-def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
+def test_reports(kind, family, capsys):
     model = convert_to_mpoe(dense(family), config(kind))
     layers, latent = kept_modules(model), KEPT[kind].get("latent")
     report, untouched = model.parameter_report(), dense(family)
@@ -163,7 +163,7 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
 
 
 @every_kind
-def test_rates(kind: str) -> None:
+def test_rates(kind):
     """A neuron has the scale of a dense one, and by default its rate, from scratch and
     fine-tuned."""
     model = convert_to_mpoe(dense("gpt2"), config(kind))
@@ -187,7 +187,7 @@ def test_rates(kind: str) -> None:
         assert sum(p.numel() for p in asked["central"]["params"]) == 2 * 2 * 24 * 6
 
 
-def test_shapes_that_a_weight_cannot_have() -> None:
+def test_shapes_that_a_weight_cannot_have():
     refuses(
         ValueError,
         "block_size must divide the hidden size 96; got 7",
@@ -206,7 +206,7 @@ def test_shapes_that_a_weight_cannot_have() -> None:
 
 
 @every_kind
-def test_a_projection_of_another_size_is_refused(kind: str) -> None:
+def test_a_projection_of_another_size_is_refused(kind):
     model = dense("llama")
     model.model.layers[0].mlp.down_proj = nn.Linear(20, 24, bias=False)
     refuses(
@@ -219,7 +219,7 @@ def test_a_projection_of_another_size_is_refused(kind: str) -> None:
 
 
 @every_kind
-def test_networks_that_are_no_module_are_refused(kind: str) -> None:
+def test_networks_that_are_no_module_are_refused(kind):
     message = (
         f"shape '{KEPT[kind]['shape']}' needs its up projection inside the module "
         r"\(shape='separable' supports"

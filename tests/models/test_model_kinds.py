@@ -19,7 +19,7 @@ from .tiny_models import dense_model as dense
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_shared_blocks_are_plain_mpos(family: str) -> None:
+def test_shared_blocks_are_plain_mpos(family):
     """With the projections as centre, HiddenExperts' cores rebuild C1 (1 x R) and (1 x L) C2."""
     model = stirred(convert_to_mpoe(dense(family), config("hidden", block_per_group=False)))
     layer = next(iter(hidden_modules(model).values()))
@@ -47,7 +47,7 @@ def test_shared_blocks_are_plain_mpos(family: str) -> None:
         assert not found.requires_grad
 
 
-def test_the_mask_compiles_into_two_graphs() -> None:
+def test_the_mask_compiles_into_two_graphs():
     model = convert_to_mpoe(dense("llama"), config("hidden", 2)).train()
     layer, compiled = next(iter(hidden_modules(model).values())), []
 
@@ -64,7 +64,7 @@ def test_the_mask_compiles_into_two_graphs() -> None:
     assert len(compiled) <= 2
 
 
-def test_default_blocks_are_the_largest_divisor_up_to_64() -> None:
+def test_default_blocks_are_the_largest_divisor_up_to_64():
     settings = MPOEConfig(shape="hidden")
     assert [settings.hidden_block(f) for f in (3072, 192, 24, 2816, 11008, 67)] == [
         64,
@@ -76,7 +76,7 @@ def test_default_blocks_are_the_largest_divisor_up_to_64() -> None:
     ]
 
 
-def test_dropout_and_padding() -> None:
+def test_dropout_and_padding():
     layer = next(iter(hidden_modules(convert_to_mpoe(dense("gpt2"), config("hidden"))).values()))
     assert isinstance(layer, HiddenFeedForward)
     x = torch.randn(2, 3, 24)
@@ -92,7 +92,7 @@ def test_dropout_and_padding() -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "t5_gated"])
-def test_training_starts_where_the_dense_model_is(family: str) -> None:
+def test_training_starts_where_the_dense_model_is(family):
     """The dense network's own dropout, at its own place, from the same stream of random numbers."""
     model = dense(family)
     for module in model.modules():
@@ -106,7 +106,7 @@ def test_training_starts_where_the_dense_model_is(family: str) -> None:
     assert torch.equal(*results)
 
 
-def test_a_model_from_its_configuration_alone() -> None:
+def test_a_model_from_its_configuration_alone():
     """Random weights; the experts contribute nothing yet."""
     router = {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
     wanted = convert_to_mpoe(
@@ -123,7 +123,7 @@ def test_a_model_from_its_configuration_alone() -> None:
 
 
 @pytest.mark.parametrize("latent", [None, 6])
-def test_the_start_follows_torch_seed(latent: int | None) -> None:
+def test_the_start_follows_torch_seed(latent):
     model, found = dense("llama"), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -138,9 +138,7 @@ def test_the_start_follows_torch_seed(latent: int | None) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
-def test_neurons_start_as_copies_of_dense_ones(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neurons_start_as_copies_of_dense_ones(family, monkeypatch):
     model = dense(family)
     noisy, *_ = neuron_modules(convert_to_mpoe(model, config("neurons"))).values()
     monkeypatch.setattr("mpoe.models.sites.START_NOISE", 1e-6)
@@ -162,7 +160,7 @@ def test_neurons_start_as_copies_of_dense_ones(
     )  # noise of half the standard deviation
 
 
-def test_shapes_by_pattern() -> None:
+def test_shapes_by_pattern():
     """Some layers have neurons and others blocks: each shape gets its own options."""
     model = dense("llama")
     for base, pattern in (
@@ -178,7 +176,7 @@ def test_shapes_by_pattern() -> None:
         assert layer.router.config.routed_scaling_factor == 2.0
 
 
-def test_sites_of_a_network_that_ends_in_another_module() -> None:
+def test_sites_of_a_network_that_ends_in_another_module():
     sites = {
         "holder": "encoder.layer.*",
         "up": "intermediate.dense",
@@ -216,7 +214,7 @@ def test_sites_of_a_network_that_ends_in_another_module() -> None:
     )
 
 
-def test_what_needs_a_dense_network_is_refused() -> None:
+def test_what_needs_a_dense_network_is_refused():
     refuses(
         TypeError,
         r"must be an MPOE model with neurons \(latent=l\); got GPT2",
@@ -243,7 +241,7 @@ def test_what_needs_a_dense_network_is_refused() -> None:
     )
 
 
-def test_defaults() -> None:
+def test_defaults():
     """64 neurons; one in eight experts per token, two to eight; gates that sum to their number."""
     found = [MPOEConfig(shape="neurons", num_experts=n) for n in (1, 2, 8, 32, 128)]
     assert {each.neurons for each in found} == {64}

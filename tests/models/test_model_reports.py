@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,7 +114,7 @@ def mixture(base: str = "some-group/small-t5", **options: Any) -> Any:
     return convert_to_mpoe(dense, MPOEConfig(**{"num_experts": 3, "shape": "paper", **options}))
 
 
-def test_card_says_what_the_model_is(tmp_path: Path) -> None:
+def test_card_says_what_the_model_is(tmp_path):
     model = mixture()
     card = ModelCard(model_card(model, {"rte": {"accuracy": 0.71234, "note": "text"}, "loss": 0.5}))
     assert card.data.base_model == "some-group/small-t5"
@@ -137,7 +136,7 @@ def test_card_says_what_the_model_is(tmp_path: Path) -> None:
     assert "product operator" not in card
 
 
-def test_base_survives_saving_and_folders_stay_private(tmp_path: Path) -> None:
+def test_base_survives_saving_and_folders_stay_private(tmp_path):
     mixture().save_pretrained(tmp_path)
     loaded = load_mpoe(tmp_path)
     assert model_card(loaded) == (tmp_path / CARD_FILE).read_text() == model_card(mixture())
@@ -149,7 +148,7 @@ def test_base_survives_saving_and_folders_stay_private(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "edit", [lambda text: "# Mine\n", lambda text: text.replace("0.5", "0.9"), lambda text: ""]
 )
-def test_only_our_own_unedited_card_is_replaced(tmp_path: Path, edit: Any) -> None:
+def test_only_our_own_unedited_card_is_replaced(tmp_path, edit):
     model, file = mixture(), tmp_path / CARD_FILE
     assert write_card(model, tmp_path, {"loss": 0.5})
     assert write_card(model, tmp_path, {"loss": 0.5})
@@ -164,7 +163,7 @@ def test_only_our_own_unedited_card_is_replaced(tmp_path: Path, edit: Any) -> No
 
 
 @pytest.mark.parametrize("saving", [False, True], ids=["push_to_hub", "save_pretrained"])
-def test_pushing_a_model(hub, tmp_path: Path, saving: bool) -> None:
+def test_pushing_a_model(hub, tmp_path, saving):
     model = mixture()
     if saving:
         model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/mixture")
@@ -179,14 +178,14 @@ def test_pushing_a_model(hub, tmp_path: Path, saving: bool) -> None:
     assert all(value.equal(loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_a_card_on_the_hub_stays(hub) -> None:
+def test_a_card_on_the_hub_stays(hub):
     hub.card = "---\nlicense: mit\n---\n# Mine\n"
     mixture().push_to_hub("me/mixture", tags=["more"])
     assert "# Mine" in hub.files[CARD_FILE].decode()
     assert "- more" in hub.files[CARD_FILE].decode()
 
 
-def test_pushing_from_the_trainer(hub, tmp_path: Path) -> None:
+def test_pushing_from_the_trainer(hub, tmp_path):
     model = mixture()
     arguments = MPOETrainingArguments(
         str(tmp_path), use_cpu=True, hub_model_id="me/mixture", report_to="none"
@@ -210,7 +209,7 @@ FREEZABLE = {
 
 
 @pytest.mark.parametrize("kind", FREEZABLE)
-def test_what_freezes_has_no_gradient(kind: str) -> None:
+def test_what_freezes_has_no_gradient(kind):
     family, fields = FREEZABLE[kind]
     model = convert_to_mpoe(dense_model(family), MPOEConfig(**{"num_experts": 4, **fields})).train()
     kinds, inputs = parameter_kind(model), batch(family)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from mpoe.models.weight_files import check_repeats, check_shapes, weight_files
 from tests.assertions import refuses
 
 
-def test_shards_are_those_of_the_index_in_its_folder(tmp_path: Path) -> None:
+def test_shards_are_those_of_the_index_in_its_folder(tmp_path):
     refuses(ValueError, "has neither", weight_files, tmp_path)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     weight_map = {"a": names[1], "b": names[0], "c": names[1]}
@@ -27,7 +26,7 @@ def test_shards_are_those_of_the_index_in_its_folder(tmp_path: Path) -> None:
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 
-def test_a_model_may_be_larger_than_its_weights_but_not_far_larger(tmp_path: Path) -> None:
+def test_a_model_may_be_larger_than_its_weights_but_not_far_larger(tmp_path):
     """Up to 2^20 numbers are left to the report of missing parameters, which names them."""
     with torch.device("meta"):
         small = nn.Linear(1000, 1000)
@@ -44,12 +43,12 @@ def test_a_model_may_be_larger_than_its_weights_but_not_far_larger(tmp_path: Pat
     check_shapes(large, {"bias": (1100,), "weight": (1100, 1000)}, tmp_path)
 
 
-def test_as_many_layers_as_tensors_are_possible(tmp_path: Path) -> None:
+def test_as_many_layers_as_tensors_are_possible(tmp_path):
     check_repeats({"n_layer": 3, "num_layers": "many"}, 3, tmp_path)
     refuses(ValueError, "n_layer in .*3 tensors; got 4", check_repeats, {"n_layer": 4}, 3, tmp_path)
 
 
-def test_architectures_are_of_the_model_type(tmp_path: Path) -> None:
+def test_architectures_are_of_the_model_type(tmp_path):
     config = tmp_path / "config.json"
     for name in ("MPOET5ForConditionalGeneration", "MPOEGPT2LMHeadModel"):
         config.write_text(json.dumps({"model_type": "mpoe_gpt2", "architectures": [name]}))

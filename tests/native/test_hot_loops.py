@@ -212,7 +212,7 @@ jne 0 <loop>"""
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="the counts are of x86-64"
 )
-def test_loops_of_the_built_library() -> None:
+def test_loops_of_the_built_library():
     if shutil.which("objdump") is None:
         pytest.skip("binutils is not installed")
     assert faults(find_loops(NATIVE_LIBRARY.path)) == []
@@ -245,7 +245,7 @@ def body(text: str) -> list[Instruction]:
         ),
     ],
 )
-def test_each_fault_is_named(old: str, new: str, said: str | None) -> None:
+def test_each_fault_is_named(old, new, said):
     (loop,) = hot_loops(body(TILE))
     assert loop == body(TILE)
     found = complaints(

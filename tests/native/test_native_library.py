@@ -138,7 +138,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)))
-def test_refused_plainly(number: int) -> None:
+def test_refused_plainly(number):
     name, changes, message = REFUSED[number]
     kernel, call = KERNELS[name]
     kernel(call)
@@ -148,7 +148,7 @@ def test_refused_plainly(number: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
-def test_blocks_without_elements(sizes: tuple[int, ...]) -> None:
+def test_blocks_without_elements(sizes):
     none = {
         "left": torch.ones(sizes),
         "central": torch.ones(sizes[3], 1, 1, 1),
@@ -177,9 +177,7 @@ def fresh_arguments() -> Iterator[None]:
         (({"L", "C"}, "R"), "the chain must meet left, central and right once each"),
     ],
 )
-def test_a_chain_in_no_order(
-    operands: tuple, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chain_in_no_order(operands, message, monkeypatch):
     class Numbers:
         def index(self, operand: str) -> int:
             return next(number for number, names in enumerate(operands) if operand in names)
@@ -192,9 +190,7 @@ def test_a_chain_in_no_order(
 
 @pytest.mark.usefixtures("fresh_arguments")
 @pytest.mark.parametrize("order", list(permutations("LCR")), ids="".join)
-def test_a_chain_takes_the_order_that_it_is_given(
-    order: tuple, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chain_takes_the_order_that_it_is_given(order, monkeypatch):
     """The planner decides; every other order has bits of its own."""
     shape = MPOShape((3, 4, 5), (5, 3, 4), max_bond=7)
     blocks = random_blocks(shape, 2, torch.float32)
@@ -215,7 +211,7 @@ def test_a_chain_takes_the_order_that_it_is_given(
     assert torch.equal(y, planned) == (order == was)
 
 
-def test_no_memory_is_a_memory_error() -> None:
+def test_no_memory_is_a_memory_error():
     refuses(
         MemoryError,
         "the native kernels got no memory for what they compute with",
@@ -273,9 +269,7 @@ MEMORY = [None] * 4
         ("best_experts", ((1, 1, 2), None, None), r"top_k must lie in 1\.\.1; got 2"),
     ],
 )
-def test_the_library_refuses_what_no_caller_gives_it(
-    function: str, arguments: tuple, message: str
-) -> None:
+def test_the_library_refuses_what_no_caller_gives_it(function, arguments, message):
     if (
         function == "linear_forward" and arguments[3] == 4
     ):  # the first refusal needs no offsets, the second does
@@ -286,7 +280,7 @@ def test_the_library_refuses_what_no_caller_gives_it(
     plain(error)
 
 
-def test_addresses_are_integers() -> None:
+def test_addresses_are_integers():
     for wrong in (1.0, -1, "1", 1 << 64):
         refuses(
             TypeError,
@@ -305,7 +299,7 @@ def test_addresses_are_integers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_value_of_two_bytes_survives(dtype: torch.dtype) -> None:
+def test_every_value_of_two_bytes_survives(dtype):
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
     routing = route(torch.zeros(values.shape[0], 1, dtype=torch.int64), 1)
     got = combine(values, routing, torch.ones(values.shape[0], 1), backend="native")
@@ -315,7 +309,7 @@ def test_every_value_of_two_bytes_survives(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_that_of_torch(dtype: torch.dtype) -> None:
+def test_rounding_is_that_of_torch(dtype):
     """A gate times one is rounded as torch rounds that float32: also ties, overflow, subnormals and
     NaN."""
     rows = 200_000
@@ -337,7 +331,7 @@ def test_rounding_is_that_of_torch(dtype: torch.dtype) -> None:
     assert bool(got[nan].isnan().all())
 
 
-def test_offsets_may_be_int64_and_rows_int32() -> None:
+def test_offsets_may_be_int64_and_rows_int32():
     wide = Routing(ROUTING.expert_offsets.long(), *GIVEN[1:])
     assert torch.equal(
         dispatch(ROWS, wide, backend="native"), dispatch(ROWS, ROUTING, backend="native")
@@ -354,7 +348,7 @@ def decided(logits: Tensor, top_k: int, raw: bool = False) -> tuple[Tensor, Tens
     return found.top_k_index, found.top_k_weights
 
 
-def test_ties_at_top_k_3_go_to_the_first_experts() -> None:
+def test_ties_at_top_k_3_go_to_the_first_experts():
     logits = torch.tensor(
         [
             [1.0, 1.0, 1.0, 1.0, 1.0],
@@ -373,7 +367,7 @@ def test_ties_at_top_k_3_go_to_the_first_experts() -> None:
 
 
 @pytest.mark.parametrize("expert", range(4))
-def test_the_nan_guard_of_the_router(expert: int) -> None:
+def test_the_nan_guard_of_the_router(expert):
     """Wherever the NaN is, the token gets different experts in range, and NaN for its gates; other
     tokens nothing."""
     logits = torch.randn(4, 4)
@@ -389,7 +383,7 @@ def test_the_nan_guard_of_the_router(expert: int) -> None:
         assert torch.equal(found.top_k_weights[t], clean.top_k_weights[t])
 
 
-def test_infinite_logits_give_no_gates() -> None:
+def test_infinite_logits_give_no_gates():
     weight = torch.ones(4, 1)
     weight[2] = 1e30
     found = native_gating(torch.tensor([[1e30], [1.0]]), weight, 2, False)
@@ -401,14 +395,14 @@ def test_infinite_logits_give_no_gates() -> None:
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k"), [(0, 3, 2), (1, 1, 1), (7, 5, 5), (600, 128, 8), (33, 1024, 16)]
 )
-def test_the_best_experts_are_those_of_topk(tokens: int, experts: int, top_k: int) -> None:
+def test_the_best_experts_are_those_of_topk(tokens, experts, top_k):
     scores = torch.randn(tokens, experts, requires_grad=True)
     for given in (scores, scores.t().contiguous().t()):
         assert torch.equal(best_experts(given, top_k), scores.topk(top_k).indices)
         assert torch.equal(best_experts(given, top_k, "eager"), scores.topk(top_k).indices)
 
 
-def test_the_best_experts_of_equal_scores_and_of_nan() -> None:
+def test_the_best_experts_of_equal_scores_and_of_nan():
     nan, inf = torch.nan, torch.inf
     scores = torch.tensor(
         [[1.0, 2.0, 2.0, 2.0], [0.0, 3.0, nan, 4.0], [nan] * 4, [-inf, -inf, -1.0, -inf]]

@@ -23,9 +23,7 @@ def loaded(path: Path, content: bytes) -> CompiledLibrary:
     return load_library(path, load._opened, load.REASON_FILE, load.INFO_KEYS)
 
 
-def test_a_library_that_cannot_be_used_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_that_cannot_be_used_says_why(tmp_path, monkeypatch):
     content = NATIVE_LIBRARY.path.read_bytes()
     assert (
         loaded(tmp_path / "second.so", content).info == NATIVE_LIBRARY.info
@@ -101,7 +99,7 @@ print(alone, pool, len(before))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-def test_one_pool_of_threads_and_one_openmp() -> None:
+def test_one_pool_of_threads_and_one_openmp():
     """No threads and no OpenMP runtime besides torch's; torch.set_num_threads is respected and
     changes no bit."""
     command = [sys.executable, "-c", THREADS]
@@ -161,9 +159,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (64, 64, "", "byte(start).value", -signal.SIGSEGV),
     ],
 )
-def test_what_the_allocator_finds(
-    guard: Path, size: int, alignment: int, access: str, after: str, status: int
-) -> None:
+def test_what_the_allocator_finds(guard, size, alignment, access, after, status):
     program = CHILD.format(size=size, alignment=alignment, access=access, after=after)
     environment = os.environ | {"LD_PRELOAD": str(guard), "MPOE_GUARD_ALIGN": str(alignment)}
     done = subprocess.run(

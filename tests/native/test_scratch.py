@@ -15,7 +15,7 @@ COMPILER = shutil.which("c++")
 
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("flags", [["-O0"], ["-O1", "-fsanitize=address,undefined"], None])
-def test_a_buffer_too_many(flags: list[str] | None, tmp_path: Path) -> None:
+def test_a_buffer_too_many(flags, tmp_path):
     """None: a release build, which does not look."""
     checked = ["-O3"] if flags is None else [*flags, "-DMPOE_CHECKS"]
     program = tmp_path / "scratch"
@@ -32,7 +32,7 @@ def test_a_buffer_too_many(flags: list[str] | None, tmp_path: Path) -> None:
         assert ran.stderr.startswith("scratch memory holds 48 floats; 64 are used"), ran.stderr
 
 
-def test_builds_that_look() -> None:
+def test_builds_that_look():
     debug = (ROOT / "CMakeLists.txt").read_text()
     sanitized = (ROOT / "tests" / "native" / "cpp" / "CMakeLists.txt").read_text()
     assert "$<$<CONFIG:Debug>:MPOE_CHECKS>" in debug

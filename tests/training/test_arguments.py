@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ OWN = {f.name for f in dataclasses.fields(MPOETrainingArguments)} - {
 }
 
 
-def test_defaults(tmp_path: Path) -> None:
+def test_defaults(tmp_path):
     args = MPOETrainingArguments(output_dir=str(tmp_path))
     assert args.lr_scales == (0.35, 0.5)
     assert args.scale_core_lr
@@ -38,7 +37,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert args.ddp_find_unused_parameters is None
 
 
-def test_regime_and_overrides(tmp_path: Path) -> None:
+def test_regime_and_overrides(tmp_path):
     assert MPOETrainingArguments(output_dir=str(tmp_path), regime="scratch").lr_scales == (1.0, 0.1)
     args = MPOETrainingArguments(
         output_dir=str(tmp_path), regime="scratch", auxiliary_lr_scale=0.2, seed=7
@@ -54,7 +53,7 @@ def test_regime_and_overrides(tmp_path: Path) -> None:
     )
 
 
-def test_mask_needs_ddp_to_expect_unused_parameters(tmp_path: Path) -> None:
+def test_mask_needs_ddp_to_expect_unused_parameters(tmp_path):
     args = MPOETrainingArguments(output_dir=str(tmp_path), gradient_mask_prob=0.5)
     assert args.ddp_find_unused_parameters is True
     refuses(
@@ -67,13 +66,13 @@ def test_mask_needs_ddp_to_expect_unused_parameters(tmp_path: Path) -> None:
     )
 
 
-def test_every_own_argument_has_help() -> None:
+def test_every_own_argument_has_help():
     for field in dataclasses.fields(MPOETrainingArguments):
         if field.name in OWN:
             assert len(field.metadata["help"]) > 20, field.name
 
 
-def test_lists(tmp_path: Path) -> None:
+def test_lists(tmp_path):
     parser = HfArgumentParser(MPOETrainingArguments)
     config = {
         "output_dir": str(tmp_path),
@@ -138,9 +137,7 @@ def test_lists(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_refusals(
-    tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_refusals(tmp_path, options, error, message):
     refuses(error, message, MPOETrainingArguments, **{"output_dir": str(tmp_path), **options})
 
 
@@ -204,7 +201,7 @@ ORIGINAL: list[tuple[type, str, dict[str, Any] | None]] = [
 @pytest.mark.parametrize(
     ("kind", "flags", "held"), ORIGINAL, ids=[flags for _, flags, _ in ORIGINAL]
 )
-def test_arguments_of_the_original(kind: type, flags: str, held: dict[str, Any] | None) -> None:
+def test_arguments_of_the_original(kind, flags, held):
     """As the commands read them; what the fields do is tested where they are used."""
     assert {word[2:] for word in flags.split() if word.startswith("--")} <= set(
         option_names(make_parser(GROUPS))
@@ -230,7 +227,7 @@ def read(kind: type, *flags: object) -> Any:
     return parse([kind], [str(flag) for flag in flags])[0][0]
 
 
-def test_load_layer(tmp_path: Path) -> None:
+def test_load_layer(tmp_path):
     earlier = converted()
     with torch.no_grad():
         for parameter in earlier.parameters():

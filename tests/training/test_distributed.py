@@ -93,7 +93,7 @@ def check_saved(folder: Path, sharded: torch.Tensor, alone: torch.Tensor, relati
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_process(tmp_path):
     one, *ranks = do_both(RUNS, tmp_path)
     assert {True, False} == set(one[FIRST]["masked"])
 
@@ -114,15 +114,15 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
-def test_more_runs_of_two_ranks_equal_one_process(tmp_path: Path) -> None:
+def test_more_runs_of_two_ranks_equal_one_process(tmp_path):
     do_both(MORE_RUNS, tmp_path)
 
 
-def test_fsdp_of_the_trainer_is_refused_where_it_would_be_ddp(tmp_path: Path) -> None:
+def test_fsdp_of_the_trainer_is_refused_where_it_would_be_ddp(tmp_path):
     refuses(ValueError, r"fsdp must be off on a CPU.*shard_model", arguments, tmp_path, fsdp=True)
 
 
-def test_sharding_is_refused_without_a_process_group_or_mixture() -> None:
+def test_sharding_is_refused_without_a_process_group_or_mixture():
     refuses(RuntimeError, "needs a process group", shard_model, mpoe_model("gpt2"))
     refuses(TypeError, "must be an MPOE model", shard_model, dense_model("gpt2"))
     model = mpoe_model("t5")
@@ -147,7 +147,7 @@ def test_sharding_is_refused_without_a_process_group_or_mixture() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path):
     """The launcher notices, says which rank and stops the other; the same command goes on to the
     same weights."""
     straight = torchrun("tiny", tmp_path / "straight", "t5", 8, "never")
@@ -164,7 +164,7 @@ def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+def test_two_ranks_compute_what_one_does(tmp_path):
     """Neurons and hidden-side experts under DDP, FSDP2 and tensor parallelism."""
     answer = torchrun("ranks", tmp_path, "kept")
     assert answer.returncode == 0, answer.stdout
@@ -192,7 +192,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_one_rank_goes_on(alone: None, tmp_path: Path) -> None:
+def test_one_rank_goes_on(alone, tmp_path):
     straight = loop(tmp_path)
     assert len(straight) == LOOP_STEPS
     assert loop(tmp_path) == pytest.approx(straight[SAVED:], rel=1e-6)
@@ -209,7 +209,7 @@ def test_one_rank_goes_on(alone: None, tmp_path: Path) -> None:
     assert kept == {name for name in parameters if "central" not in name}
 
 
-def test_settings_come_back_as_they_were(alone: None, tmp_path: Path) -> None:
+def test_settings_come_back_as_they_were(alone, tmp_path):
     model = shard_model(mpoe_model("t5"))
     optimizer, again = (
         torch.optim.AdamW(model.parameters(), lr=torch.tensor(rate)) for rate in (0.5, 0.1)
@@ -228,7 +228,7 @@ def test_settings_come_back_as_they_were(alone: None, tmp_path: Path) -> None:
     )
 
 
-def test_what_does_not_fit_a_sharded_checkpoint(alone: None, tmp_path: Path) -> None:
+def test_what_does_not_fit_a_sharded_checkpoint(alone, tmp_path):
     model = shard_model(mpoe_model("t5"))
     optimizer = torch.optim.AdamW(model.parameters())
     refuses(
@@ -313,7 +313,7 @@ def test_what_does_not_fit_a_sharded_checkpoint(alone: None, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_killed_loop_goes_on_with_any_number_of_ranks(alone: None, tmp_path: Path) -> None:
+def test_a_killed_loop_goes_on_with_any_number_of_ranks(alone, tmp_path):
     one = loop(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "from one")
     killed = torchrun("ranks", tmp_path, "kill")

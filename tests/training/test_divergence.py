@@ -36,9 +36,7 @@ class At(TrainerCallback):
     def __init__(self, step: int, action: Callable[[torch.nn.Module], None]) -> None:
         self.step, self.action = step, action
 
-    def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 == self.step:
             self.action(model)
 
@@ -47,7 +45,7 @@ def spoil(model: torch.nn.Module) -> None:
     next(iter(model.parameters())).data[0, 0] = math.inf
 
 
-def test_a_rate_far_too_high(tmp_path: Path) -> None:
+def test_a_rate_far_too_high(tmp_path):
     trainer = make_trainer(
         tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=1, max_steps=20
     )
@@ -68,7 +66,7 @@ def test_a_rate_far_too_high(tmp_path: Path) -> None:
     )  # none that stands for nan
 
 
-def test_gradients_that_are_not_finite_do_not_reach_the_weights(tmp_path: Path) -> None:
+def test_gradients_that_are_not_finite_do_not_reach_the_weights(tmp_path):
     trainer = make_trainer(tmp_path, max_grad_norm=0.0)
     parameter = next(p for p in trainer.model.parameters() if p.ndim > 1)
     calls = []
@@ -87,9 +85,7 @@ def test_gradients_that_are_not_finite_do_not_reach_the_weights(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("step", "saving"), [(2, True), (6, False)])
-def test_weights_are_looked_at_before_a_checkpoint_and_at_the_end(
-    tmp_path: Path, step: int, saving: bool
-) -> None:
+def test_weights_are_looked_at_before_a_checkpoint_and_at_the_end(tmp_path, step, saving):
     options = {"save_strategy": "steps", "save_steps": 1} if saving else {}
     trainer = make_trainer(tmp_path, callbacks=[At(step, spoil)], **options)
     with pytest.raises(
@@ -100,7 +96,7 @@ def test_weights_are_looked_at_before_a_checkpoint_and_at_the_end(
     assert e.value.checkpoint == (tmp_path / "checkpoint-1" if saving else None)
 
 
-def test_parameters_that_cannot_diverge_are_passed_over(tmp_path: Path) -> None:
+def test_parameters_that_cannot_diverge_are_passed_over(tmp_path):
     model = torch.nn.Module()
     model.whole = torch.nn.Parameter(torch.tensor([3]), requires_grad=False)
     model.empty = torch.nn.Parameter(torch.zeros(0, 2))
@@ -110,7 +106,7 @@ def test_parameters_that_cannot_diverge_are_passed_over(tmp_path: Path) -> None:
     refuses(DivergenceError, r"\(short\)", check_weights, model, 1, tmp_path)
 
 
-def test_allowed(tmp_path: Path) -> None:
+def test_allowed(tmp_path):
     trainer = make_trainer(tmp_path, learning_rate=1e30, allow_non_finite=True)
     trainer.train()
     assert trainer.state.global_step == 6
@@ -139,9 +135,7 @@ def scaled(tmp_path: Path, scale: float, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
-def test_an_overflow_that_loss_scaling_skips_is_no_divergence(
-    tmp_path: Path, optimizer: str
-) -> None:
+def test_an_overflow_that_loss_scaling_skips_is_no_divergence(tmp_path, optimizer):
     trainer = scaled(tmp_path, 2.0**20, max_steps=12, optim=optimizer)
     for parameter in trainer.model.parameters():
         parameter.register_hook(lambda gradient: gradient.half().float())  # infinite beyond 65504
@@ -154,7 +148,7 @@ def test_an_overflow_that_loss_scaling_skips_is_no_divergence(
     assert all_finite(trainer.model)
 
 
-def test_overflows_that_do_not_end_are_a_divergence(tmp_path: Path) -> None:
+def test_overflows_that_do_not_end_are_a_divergence(tmp_path):
     trainer = scaled(tmp_path, 2.0**16, max_steps=50)
     next(p for p in trainer.model.parameters() if p.ndim > 1).register_hook(
         lambda gradient: gradient * math.nan
@@ -167,7 +161,7 @@ def test_overflows_that_do_not_end_are_a_divergence(tmp_path: Path) -> None:
     assert all_finite(trainer.model)
 
 
-def test_a_loss_that_is_not_finite_under_scaling_is_one(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_under_scaling_is_one(tmp_path):
     trainer = scaled(tmp_path, 2.0**4)
     original = trainer.compute_loss
     # The gradient of an added constant is nothing: the optimizer would step on.
@@ -198,11 +192,11 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
         (("qwen2", 1152, "scratch", "expert"), 5e-3),
     ],
 )
-def test_family_regime_kind_and_width(asked: tuple, rate: float) -> None:
+def test_family_regime_kind_and_width(asked, rate):
     assert recommended_rate(*asked)[0] == pytest.approx(rate)
 
 
-def test_an_unknown_family_gets_the_lower_rate_and_is_told() -> None:
+def test_an_unknown_family_gets_the_lower_rate_and_is_told():
     rate, why = recommended_rate("qwen3", 768, "finetune", "separable")
     assert rate == pytest.approx(3e-4 * 384 / 768)
     assert "none is known of qwen3" in why
@@ -213,7 +207,7 @@ def test_an_unknown_family_gets_the_lower_rate_and_is_told() -> None:
     )
 
 
-def test_kinds() -> None:
+def test_kinds():
     assert (
         kind_of(None)
         == kind_of(MPOEConfig(target_modules=["attention"], moe_type="none"))
@@ -223,7 +217,7 @@ def test_kinds() -> None:
     assert kind_of(MPOEConfig(shape="paper")) == "paper"
 
 
-def test_the_documentation_shows_this_table() -> None:
+def test_the_documentation_shows_this_table():
     words = {
         "t5": "T5",
         "gpt2": "GPT-2",
@@ -237,7 +231,7 @@ def test_the_documentation_shows_this_table() -> None:
         assert f"| {words[name]} | {', '.join(rates)} | {tried.width} | {tried.where} |\n" in page
 
 
-def test_the_trainer_warns(tmp_path: Path) -> None:
+def test_the_trainer_warns(tmp_path):
     model = mpoe_model("gpt2", router={"balance_loss_weight": 0.0})
     for _, layer in routed_layers(model):
         torch.nn.init.zeros_(layer.router.weight).requires_grad_(
@@ -254,7 +248,7 @@ def test_the_trainer_warns(tmp_path: Path) -> None:
     )
 
 
-def test_loads_that_are_no_reason_to_warn() -> None:
+def test_loads_that_are_no_reason_to_warn():
     assert one_sided(torch.tensor([[100, 100, 100, 100], [280, 40, 40, 40]]), 1) is not None
     for fine in ([[700, 300]], [[300, 40, 40, 0], [0, 0, 0, 0]], [[10_000]], [[100, 99, 101, 100]]):
         assert (
@@ -267,7 +261,7 @@ def test_loads_that_are_no_reason_to_warn() -> None:
         assert one_sided(torch.tensor(fine), 2) is None
 
 
-def test_finds_the_same_rate_twice_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
+def test_finds_the_same_rate_twice_and_leaves_everything_as_it_was(tmp_path):
     model = mpoe_model("gpt2", dropout=0.1, jitter=0.1)
     items = [Rows("gpt2", rows=1)[0]] * 12
     trainer = make_trainer(
@@ -287,7 +281,7 @@ def test_finds_the_same_rate_twice_and_leaves_everything_as_it_was(tmp_path: Pat
     assert (model.training, trainer.args.learning_rate) == (mode, 7e-4)
 
 
-def test_it_goes_on_while_the_best_is_at_an_end() -> None:
+def test_it_goes_on_while_the_best_is_at_an_end():
     assert list(_search(lambda rate: abs(rate - 1e-3), 1e-3)) == [3e-4, 1e-3, 3e-3]
     assert list(_search(lambda rate: -rate, 1e-3)) == [3e-4, 1e-3, 3e-3, 9e-3, 3e-2]
     assert list(_search(lambda rate: rate, 1e-3)) == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
@@ -296,6 +290,6 @@ def test_it_goes_on_while_the_best_is_at_an_end() -> None:
 @pytest.mark.parametrize(
     ("ranks", "items", "message"), [(2, 5, "one process; got 2"), (1, 1, "two training items")]
 )
-def test_refusals(ranks: int, items: int, message: str) -> None:
+def test_refusals(ranks, items, message):
     trainer = SimpleNamespace(args=SimpleNamespace(world_size=ranks), model=None)
     refuses(ValueError, message, find_rate, trainer, [{}] * items, 1e-3)

@@ -3,9 +3,6 @@ Trainer."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -29,7 +26,7 @@ from .tiny import (
 
 
 @pytest.mark.parametrize("shape", ["separable", "paper", "light"])
-def test_gradient_is_not_computed(shape: str) -> None:
+def test_gradient_is_not_computed(shape):
     model = Toy(shape)
     mask, x = GradientMask(model, 1.0), torch.randn(6, 32)
     with mask.step(0):
@@ -48,7 +45,7 @@ def test_gradient_is_not_computed(shape: str) -> None:
         torch.testing.assert_close(parameter.grad, expected)
 
 
-def test_stale_zero_gradients_do_not_defeat_the_mask() -> None:
+def test_stale_zero_gradients_do_not_defeat_the_mask():
     model = Toy()
     mask = GradientMask(model, 1.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -62,7 +59,7 @@ def test_stale_zero_gradients_do_not_defeat_the_mask() -> None:
     assert all(torch.equal(old, p) for old, p in zip(before, model.centrals(), strict=True))
 
 
-def test_draws_are_a_pure_function_of_seed_and_step() -> None:
+def test_draws_are_a_pure_function_of_seed_and_step():
     draws = [mask_draw(7, step) for step in range(50)]
     torch.manual_seed(123)
     assert draws == [mask_draw(7, step) for step in range(50)]
@@ -77,14 +74,14 @@ def test_draws_are_a_pure_function_of_seed_and_step() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_frequency(probability: float) -> None:
+def test_frequency(probability):
     mask = GradientMask(None, probability, seed=11)
     rate = sum(mask.is_masked(step) for step in range(4000)) / 4000
     # Four standard deviations; exact at the ends.
     assert abs(rate - probability) <= 4 * (probability * (1 - probability) / 4000) ** 0.5
 
 
-def test_error_in_a_masked_step_releases_the_model() -> None:
+def test_error_in_a_masked_step_releases_the_model():
     model = Toy()
     mask = GradientMask(model, 1.0)
     cores = model.layers[0].experts.up
@@ -100,7 +97,7 @@ def test_error_in_a_masked_step_releases_the_model() -> None:
     assert not mask.active
 
 
-def test_refusals() -> None:
+def test_refusals():
     for probability in (-0.1, 1.5, float("nan")):
         refuses(
             ValueError,
@@ -121,9 +118,7 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_masked_steps_change_everything_but_the_centrals(
-    tmp_path: Path, checkpointing: bool
-) -> None:
+def test_masked_steps_change_everything_but_the_centrals(tmp_path, checkpointing):
     """Also where the backward pass computes activations again."""
     watch = Watch()
     trainer = make_trainer(
@@ -151,13 +146,11 @@ def test_masked_steps_change_everything_but_the_centrals(
     assert not all_masked(trainer.model)
 
 
-def test_mask_is_off_during_evaluation(tmp_path: Path) -> None:
+def test_mask_is_off_during_evaluation(tmp_path):
     seen: list[bool] = []
 
     class Look(TrainerCallback):
-        def on_prediction_step(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-        ) -> None:
+        def on_prediction_step(self, args, state, control, model=None, **kwargs):
             seen.append(all_masked(model))
 
     trainer = make_trainer(
@@ -173,11 +166,9 @@ def test_mask_is_off_during_evaluation(tmp_path: Path) -> None:
     assert not any(seen)
 
 
-def test_error_in_training_releases_the_model(tmp_path: Path) -> None:
+def test_error_in_training_releases_the_model(tmp_path):
     class Fail(TrainerCallback):
-        def on_pre_optimizer_step(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-        ) -> None:
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             assert all_masked(model)
             raise RuntimeError("stop here")
 
@@ -186,7 +177,7 @@ def test_error_in_training_releases_the_model(tmp_path: Path) -> None:
     assert not all_masked(trainer.model)
 
 
-def test_callback_alone_in_the_ordinary_trainer(tmp_path: Path) -> None:
+def test_callback_alone_in_the_ordinary_trainer(tmp_path):
     model = mpoe_model("bert")
     before = weights(model)
     callback = GradientMaskCallback(GradientMask(None, 1.0, seed=0))
@@ -202,14 +193,12 @@ def test_callback_alone_in_the_ordinary_trainer(tmp_path: Path) -> None:
             assert torch.equal(parameter, before[name]) == name.endswith(".central"), name
 
 
-def test_optimizer_uses_per_core_rates_under_the_scheduler(tmp_path: Path) -> None:
+def test_optimizer_uses_per_core_rates_under_the_scheduler(tmp_path):
     trainer = make_trainer(tmp_path, "t5", max_steps=4, mpo_lr=2e-3, warmup_steps=0)
     seen: list[dict[int, float]] = []
 
     class Look(TrainerCallback):
-        def on_step_begin(
-            self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
-        ) -> None:
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
             seen.append(
                 {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
             )
@@ -224,7 +213,7 @@ def test_optimizer_uses_per_core_rates_under_the_scheduler(tmp_path: Path) -> No
         )
 
 
-def test_own_optimizer_is_left_alone(tmp_path: Path) -> None:
+def test_own_optimizer_is_left_alone(tmp_path):
     model = mpoe_model("t5")
     trainer = make_trainer(tmp_path, "t5", model=model, max_steps=1)
     trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

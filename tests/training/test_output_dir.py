@@ -56,7 +56,7 @@ def make_checkpoint(run_dir: Path, step: int) -> Path:
         ),
     ],
 )
-def test_what_counts_as_a_run(tmp_path: Path, sign: str, said: str) -> None:
+def test_what_counts_as_a_run(tmp_path, sign, said):
     file = tmp_path / sign
     file.mkdir() if sign.endswith("/") else file.touch()
     before = [path.stat().st_mtime_ns for path in (tmp_path, file)]
@@ -85,7 +85,7 @@ def test_what_counts_as_a_run(tmp_path: Path, sign: str, said: str) -> None:
         assert prepare_output_dir(tmp_path, resume=True, run_config=CONFIG) is None
 
 
-def test_foreign_files_are_no_run_and_survive_overwrite(tmp_path: Path) -> None:
+def test_foreign_files_are_no_run_and_survive_overwrite(tmp_path):
     for name in ("checkpoint-of-my-own", ".mine"):
         (tmp_path / name).mkdir()
     for name in ("notes.txt", "mine.safetensors", "checkpoint-7", "checkpoint-notes.txt"):
@@ -101,7 +101,7 @@ def test_foreign_files_are_no_run_and_survive_overwrite(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {*mine, RUN_FILE}
 
 
-def test_resume_finds_the_last_complete_checkpoint(tmp_path: Path) -> None:
+def test_resume_finds_the_last_complete_checkpoint(tmp_path):
     prepare_output_dir(tmp_path, run_config=CONFIG)
     assert (
         prepare_output_dir(tmp_path, resume=True, run_config=CONFIG) is None
@@ -121,7 +121,7 @@ def test_resume_finds_the_last_complete_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / ".incomplete-checkpoints").exists()
 
 
-def test_resume_with_another_configuration_lists_the_keys(tmp_path: Path) -> None:
+def test_resume_with_another_configuration_lists_the_keys(tmp_path):
     prepare_output_dir(tmp_path, run_config=CONFIG)
     changed = {
         **CONFIG,
@@ -140,7 +140,7 @@ def test_resume_with_another_configuration_lists_the_keys(tmp_path: Path) -> Non
     assert "logging_steps" not in text
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_refusals(tmp_path):
     refuses(
         ValueError,
         "overwrite and resume exclude each other",
@@ -162,7 +162,7 @@ def test_refusals(tmp_path: Path) -> None:
     )
 
 
-def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (9, 10, 11, 100):
         make_checkpoint(tmp_path, step)
     for limit in (None, 0, -1):
@@ -177,9 +177,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-100"]
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """Its files, the manifest and the folder before the new name, which the run's folder then gets
     to keep."""
     told: list[tuple[str, bool]] = []
@@ -197,7 +195,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     assert checkpoints.list_checkpoints(tmp_path) == [final]
 
 
-def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path: Path) -> None:
+def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path):
     for step in (1, 2, 3):
         write_metrics(
             tmp_path, {"step": step, "loss": torch.tensor(float(step)), "bad": float("nan")}
@@ -213,7 +211,7 @@ def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path: Path) -> 
     assert len((tmp_path / METRICS_FILE).read_text().splitlines()) == 6
 
 
-def test_expert_load() -> None:
+def test_expert_load():
     counts = torch.tensor([[10, 10, 10, 10], [40, 0, 0, 0], [0, 0, 0, 0]])
     assert load_shares(counts) == [[0.25] * 4, [1.0, 0.0, 0.0, 0.0], None]
     summary = load_summary(counts)
@@ -223,7 +221,7 @@ def test_expert_load() -> None:
     assert load_summary(torch.zeros(2, 4)) == {}
 
 
-def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_somebody_else(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_, **__: False)  # as root may write everywhere
     refuses(
         PermissionError,
@@ -235,7 +233,7 @@ def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("target", ["nowhere", "link"])  # "link" leads to itself
-def test_links_that_lead_to_no_folder(tmp_path: Path, target: str) -> None:
+def test_links_that_lead_to_no_folder(tmp_path, target):
     (tmp_path / "link").symlink_to(tmp_path / target)
     for folder in (tmp_path / "link", tmp_path / "link" / "run"):
         refuses(
@@ -251,7 +249,7 @@ def test_links_that_lead_to_no_folder(tmp_path: Path, target: str) -> None:
     assert (tmp_path / "there" / RUN_FILE).exists()
 
 
-def test_a_full_disk_is_named_with_its_folder(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_with_its_folder(tmp_path):
     with (
         pytest.raises(
             OSError, match=rf"output_dir {tmp_path} could not be written: .*No space"
@@ -276,7 +274,7 @@ def test_a_full_disk_is_named_with_its_folder(tmp_path: Path) -> None:
         assert same.value is other
 
 
-def test_check_refuses_and_writes_nothing(tmp_path: Path) -> None:
+def test_check_refuses_and_writes_nothing(tmp_path):
     folder = tmp_path / "run"
     check_output_dir(folder, run_config=CONFIG)
     refuses(ValueError, "nothing to resume", check_output_dir, folder, resume=True)

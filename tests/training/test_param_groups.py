@@ -60,13 +60,13 @@ def pretrained_toy(gauge: str = "symmetric") -> Toy:
     ],
 )
 def test_core_rates(
-    tmp_path: Path,
-    gauge: str,
-    options: dict[str, Any],
-    base: float,
-    central: float,
-    auxiliary: float,
-) -> None:
+    tmp_path,
+    gauge,
+    options,
+    base,
+    central,
+    auxiliary,
+):
     model = pretrained_toy(gauge)
     found = rates(build_param_groups(model, arguments(tmp_path, **options)))
     for _, cores in mpo_modules(model):
@@ -77,7 +77,7 @@ def test_core_rates(
             assert found[id(core)][0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_one_raw_rate_without_scaling(tmp_path: Path) -> None:
+def test_one_raw_rate_without_scaling(tmp_path):
     model = pretrained_toy()
     found = rates(build_param_groups(model, arguments(tmp_path, scale_core_lr=False, mpo_lr=5e-4)))
     cores = [core for _, module in mpo_modules(model) for core in module.chain()]
@@ -88,7 +88,7 @@ def test_one_raw_rate_without_scaling(tmp_path: Path) -> None:
     assert {half[id(core)][0] for core in model.centrals()} == {5e-4}
 
 
-def test_every_parameter_once_and_kinds(tmp_path: Path) -> None:
+def test_every_parameter_once_and_kinds(tmp_path):
     model = pretrained_toy()
     found = rates(build_param_groups(model, arguments(tmp_path, router_lr_scale=2.0)))
     assert found.keys() == {id(p) for p in model.parameters()}
@@ -103,7 +103,7 @@ def test_every_parameter_once_and_kinds(tmp_path: Path) -> None:
         assert decay == (0.0 if "bias" in name or "norm" in name else 0.1), name
 
 
-def test_dense_experts_have_their_own_rate(tmp_path: Path) -> None:
+def test_dense_experts_have_their_own_rate(tmp_path):
     model = Toy(expert_type="dense")
     model.other = nn.Parameter(torch.ones(2, 2, 2))
     found = rates(build_param_groups(model, arguments(tmp_path, dense_expert_lr_scale=0.3)))
@@ -114,7 +114,7 @@ def test_dense_experts_have_their_own_rate(tmp_path: Path) -> None:
         assert found[id(parameter)] == (pytest.approx(3e-4), 0.1, "dense_expert")
 
 
-def test_zero_weight_trains_at_the_unscaled_rate_with_a_warning(tmp_path: Path) -> None:
+def test_zero_weight_trains_at_the_unscaled_rate_with_a_warning(tmp_path):
     model = Toy()
     model.layers[0].experts.up.rate_ratios = (0.5, 0.0, float("nan"))
     with pytest.warns(UserWarning, match=r"layers\.0\.experts\.up has unusable rate ratios"):
@@ -126,7 +126,7 @@ def test_zero_weight_trains_at_the_unscaled_rate_with_a_warning(tmp_path: Path) 
 # ------------------------------------------------------------------ freezing
 
 
-def test_frozen_cores_are_in_no_group(tmp_path: Path) -> None:
+def test_frozen_cores_are_in_no_group(tmp_path):
     model = Toy()
     freeze_cores(model, tensor_learn=True)
     groups = build_param_groups(model, arguments(tmp_path))
@@ -136,7 +136,7 @@ def test_frozen_cores_are_in_no_group(tmp_path: Path) -> None:
     refuses(ValueError, "nothing to train", build_param_groups, model, arguments(tmp_path))
 
 
-def test_freezing_refusals() -> None:
+def test_freezing_refusals():
     mixed = mpoe_model("t5", target_modules=["ffn", "attention"])
     refuses(
         ValueError,
@@ -159,7 +159,7 @@ def test_freezing_refusals() -> None:
         freeze_cores(mixed)
 
 
-def test_attention_biases_of_t5_are_not_decayed(tmp_path: Path) -> None:
+def test_attention_biases_of_t5_are_not_decayed(tmp_path):
     """They are tables [buckets, heads], so that their number of axes does not tell."""
     model = mpoe_model("t5")
     found = rates(build_param_groups(model, arguments(tmp_path)))
@@ -179,7 +179,7 @@ BALANCED = RouterConfig(
 
 
 @pytest.mark.parametrize(("family", "latent"), pairwise(["t5", "gpt2", "bert"], [None, 8]))
-def test_the_loss_falls(family: str, latent: int | None, tmp_path: Path) -> None:
+def test_the_loss_falls(family, latent, tmp_path):
     """With the dense network and P, Q frozen in every step, so that only the experts and the router
     learn in it."""
     model = mpoe_model(family, **NEURONS, latent=latent)
@@ -208,7 +208,7 @@ def test_the_loss_falls(family: str, latent: int | None, tmp_path: Path) -> None
         assert layer.experts.down.any()
 
 
-def test_the_trainer_moves_the_correction_bias_against_the_load(tmp_path: Path) -> None:
+def test_the_trainer_moves_the_correction_bias_against_the_load(tmp_path):
     model = mpoe_model("gpt2", **{**NEURONS, "router": BALANCED})
     trainer = make_trainer(tmp_path, "gpt2", model, max_steps=3, gradient_accumulation_steps=2)
     loads: list[torch.Tensor] = []
@@ -231,7 +231,7 @@ def test_the_trainer_moves_the_correction_bias_against_the_load(tmp_path: Path) 
     assert bool(found.any())
 
 
-def test_loads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_loads_that_do_not_fit_are_refused(tmp_path):
     model = mpoe_model("gpt2", **{**NEURONS, "router": BALANCED})
     for size in ((3, 4), (2, 1)):
         refuses(
@@ -250,7 +250,7 @@ def test_loads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("latent", [None, 8])
-def test_the_dense_networks_moments_survive_conversion(latent: int | None, tmp_path: Path) -> None:
+def test_the_dense_networks_moments_survive_conversion(latent, tmp_path):
     """A run of the dense model, converted, goes on with AdamW's moments and steps; only what is new
     starts anew."""
     dense = dense_model("gpt2")
@@ -281,7 +281,7 @@ def test_the_dense_networks_moments_survive_conversion(latent: int | None, tmp_p
     assert all(count == (2 if name in new else 5) for name, count in steps.items())
 
 
-def test_a_previous_optimizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_previous_optimizer_that_does_not_fit_is_refused(tmp_path):
     model = mpoe_model("gpt2", **NEURONS)
     refuses(
         TypeError,

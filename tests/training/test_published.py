@@ -82,7 +82,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "k"
 
 
-def test_a_model_replaces_another(folder: Path) -> None:
+def test_a_model_replaces_another(folder):
     for name in ("README.md", ".incomplete-of-a-killed-save"):
         (folder / name).write_text("mine")
     (folder / ".incomplete-model").mkdir()
@@ -123,7 +123,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_we_did_not_write_is_named_and_stays(folder: Path, name: str) -> None:
+def test_what_we_did_not_write_is_named_and_stays(folder, name):
     FOREIGN[name](folder)
     before = contents(folder)
     for overwrite in (False, True):
@@ -139,7 +139,7 @@ def test_what_we_did_not_write_is_named_and_stays(folder: Path, name: str) -> No
         assert contents(folder) == before, overwrite
 
 
-def test_an_experts_file_without_a_model(tmp_path: Path) -> None:
+def test_an_experts_file_without_a_model(tmp_path):
     save(tmp_path, OLD)
     for name in (MANIFEST, "config.json"):
         (tmp_path / name).unlink()
@@ -150,7 +150,7 @@ def test_an_experts_file_without_a_model(tmp_path: Path) -> None:
     assert "experts/law.expert" not in written_files(tmp_path)
 
 
-def test_a_link_is_replaced_and_not_written_through(folder: Path) -> None:
+def test_a_link_is_replaced_and_not_written_through(folder):
     linked(folder, "model.safetensors")
     save(folder, {**OLD, "model.safetensors": "new"})
     assert not (folder / "model.safetensors").is_symlink()
@@ -184,9 +184,7 @@ def left_by_kills(folder: Path, patch: pytest.MonkeyPatch) -> list[Path]:
     return copies
 
 
-def test_killed_at_any_change_leaves_the_old_model_or_the_new_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_at_any_change_leaves_the_old_model_or_the_new_one(folder, monkeypatch):
     seen: list[dict[str, str]] = []
     for there in left_by_kills(folder, monkeypatch):
         hidden = {name for name in contents(there) if name.startswith(".complete-model/")}
@@ -212,7 +210,7 @@ def test_killed_at_any_change_leaves_the_old_model_or_the_new_one(
     assert len(seen) > 20
 
 
-def test_one_of_two_wins(tmp_path: Path) -> None:
+def test_one_of_two_wins(tmp_path):
     path = tmp_path / "k"
     for overwrite, message in (
         (False, "OUT .*k holds a model; give"),
@@ -237,9 +235,7 @@ def test_one_of_two_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["number", "time"])
-def test_a_model_is_another_by_the_number_or_the_time_of_its_configuration(
-    folder: Path, part: str
-) -> None:
+def test_a_model_is_another_by_the_number_or_the_time_of_its_configuration(folder, part):
     seen, config = check_model_output("OUT", folder, True), folder / "config.json"
     if part == "number":
         shutil.copy2(config, folder.parent / "copy")
@@ -254,7 +250,7 @@ def test_a_model_is_another_by_the_number_or_the_time_of_its_configuration(
     assert contents(folder) == {**OLD, "_run.lock": ""} or contents(folder) == OLD
 
 
-def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path: Path) -> None:
+def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path):
     folder, victim = tmp_path / "k", tmp_path / "victim"
     victim.mkdir()
     (victim / "a.expert").write_text("mine")
@@ -297,16 +293,14 @@ def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path: Path) -> N
     assert contents(victim) == {"a.expert": "mine"}
 
 
-def test_info_finishes_what_a_kill_left(folder: Path) -> None:
+def test_info_finishes_what_a_kill_left(folder):
     (folder / ".complete-model").mkdir()
     (folder / "config.json").rename(folder / ".complete-model" / "config.json")
     refuses(ValueError, "must hold a valid field 'mpoe'", lambda: list(facts_of(folder)))
     assert contents(folder) == OLD
 
 
-def test_a_background_that_is_a_link_out_is_not_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_background_that_is_a_link_out_is_not_taken(tmp_path, capsys):
     (tmp_path / "beside").mkdir()
     (tmp_path / "private").touch()
     (tmp_path / "beside" / "background.safetensors").symlink_to(tmp_path / "private")
@@ -314,7 +308,7 @@ def test_a_background_that_is_a_link_out_is_not_taken(
     assert "background.safetensors must not be a link that leads out" in capsys.readouterr().out
 
 
-def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path: Path) -> None:
+def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path):
     for name in ("notes.txt", "law.expert"):
         (tmp_path / name).write_text("mine")
     refuses(
@@ -348,7 +342,7 @@ def end_run(folder: Path, files: dict[str, str]) -> None:
     publish_run(folder)
 
 
-def test_a_run_replaces_an_earlier_model_when_it_ends(folder: Path) -> None:
+def test_a_run_replaces_an_earlier_model_when_it_ends(folder):
     (folder / "notes.txt").write_text("mine")
     before = contents(folder)
     for seed in range(3):  # two that were killed
@@ -371,7 +365,7 @@ def test_a_run_replaces_an_earlier_model_when_it_ends(folder: Path) -> None:
     assert after == {**new, "law.expert": "law"}
 
 
-def test_what_a_manifest_names_is_not_replaced_without_being_asked(tmp_path: Path) -> None:
+def test_what_a_manifest_names_is_not_replaced_without_being_asked(tmp_path):
     prepare_output_dir(tmp_path, keep_model=True)
     assert not holds_earlier_model(tmp_path)
     end_run(tmp_path, {"law.expert": "law"})

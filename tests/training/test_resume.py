@@ -74,9 +74,7 @@ def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
         for name, family in zip(list(MIXTURES)[1:], ["t5", "gpt2"] * 3, strict=False)
     ],
 )
-def test_resume_is_bit_identical(
-    tmp_path: Path, name: str, family: str, steps: tuple[int, ...]
-) -> None:
+def test_resume_is_bit_identical(tmp_path, name, family, steps):
     """Epochs have two steps: checkpoint 1 lies inside the first, 2 at its end, 3 inside the
     second."""
     last = steps[-1] + 2
@@ -115,9 +113,7 @@ def test_resume_is_bit_identical(
         assert [record["loss"] for record in read_metrics(folder) if "loss" in record] == logged
 
 
-def test_crash_while_saving_leaves_the_previous_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     straight = make_trainer(tmp_path / "straight", **resume_options("t5", 6))
     straight.train()
     trainer = make_trainer(tmp_path / "run", **resume_options("t5", 6))
@@ -142,9 +138,9 @@ def test_crash_while_saving_leaves_the_previous_checkpoint(
     }
 
 
-def test_run_that_died_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+def test_run_that_died_before_its_first_checkpoint_starts_again(tmp_path):
     class Die(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 raise KeyboardInterrupt
 
@@ -155,7 +151,7 @@ def test_run_that_died_before_its_first_checkpoint_starts_again(tmp_path: Path) 
     assert [record["step"] for record in read_metrics(tmp_path) if "loss" in record] == [1, 2, 3]
 
 
-def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_refused(tmp_path):
     make_trainer(tmp_path, **resume_options("t5", 3)).train()
     (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
     trainer = make_trainer(tmp_path, **resume_options("t5", 3))
@@ -172,13 +168,11 @@ def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
         refuses(ValueError, message, trainer.train, resume_from_checkpoint=asked)
 
 
-def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_and_loaded(tmp_path):
     losses = iter([2.0, 1.0, 3.0, 4.0])
 
     class Score(TrainerCallback):
-        def on_evaluate(
-            self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
-        ) -> None:
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             metrics["eval_score"] = next(losses)
 
     options = resume_options("t5", 4) | {
@@ -213,9 +207,7 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
         (None, "model_type was 'mpoe_gpt2', the model has 'gpt2'"),
     ],
 )
-def test_resuming_from_another_model_is_refused(
-    tmp_path: Path, other: dict | None, message: str
-) -> None:
+def test_resuming_from_another_model_is_refused(tmp_path, other, message):
     config = {"num_experts": 4, "shape": "separable"}
     first = make_trainer(
         tmp_path,
@@ -235,9 +227,7 @@ def test_resuming_from_another_model_is_refused(
     )
 
 
-def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(tmp_path, monkeypatch):
     options = {"save_steps": 1, "save_strategy": "steps"}
     make_trainer(tmp_path, "t5", mpoe_model("t5"), max_steps=1, **options).train()
     checkpoint = tmp_path / "checkpoint-1"
@@ -304,9 +294,7 @@ def train(folder: Path, steps: int, resume: bool = False) -> dict[str, torch.Ten
     return weights(trainer.model)
 
 
-def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(
-    machine: Machine, tmp_path: Path
-) -> None:
+def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(machine, tmp_path):
     machine(0)
     whole, chosen = train(tmp_path / "run", 4), autotune.choices()
     assert chosen
@@ -325,9 +313,7 @@ def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(
 @pytest.mark.parametrize(
     "entries", [{}, {"choices": None}, {"choices": {"some": 3, "other": "eager x"}}]
 )
-def test_checkpoints_without_choices_choose_anew(
-    machine: Machine, tmp_path: Path, entries: dict
-) -> None:
+def test_checkpoints_without_choices_choose_anew(machine, tmp_path, entries):
     """Those that recorded none, and what no run wrote: a choice of nothing that is asked for."""
     machine(LAST)
     manifest = tmp_path / checkpoints.MANIFEST
@@ -339,7 +325,7 @@ def test_checkpoints_without_choices_choose_anew(
 
 
 @pytest.mark.slow
-def test_ranks_whose_clocks_disagree_compute_the_same(tmp_path: Path) -> None:
+def test_ranks_whose_clocks_disagree_compute_the_same(tmp_path):
     """Tensor parallelism: the same tokens, the same experts, the same bits. Data parallelism: one
     set of choices."""
     answer = torchrun("ranks", tmp_path, "choices")

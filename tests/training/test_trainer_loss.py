@@ -23,9 +23,7 @@ class Gradients(TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.steps.append(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         )
@@ -75,7 +73,7 @@ def repeated(family: str) -> Rows:
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
-def test_16x1_equals_4x4_with_auxiliary_loss(tmp_path: Path, family: str) -> None:
+def test_16x1_equals_4x4_with_auxiliary_loss(tmp_path, family):
     rows = repeated(family)
     whole = one_step(tmp_path / "a", family, rows, 16, 1)
     cut = one_step(tmp_path / "b", family, rows, 4, 4)
@@ -98,9 +96,7 @@ def without_auxiliary(family: str) -> Any:
     [("t5", "mpoe"), ("gpt2", "mpoe"), ("bert", "mpoe"), ("t5", "dense")]
     + [pytest.param(family, "dense", marks=pytest.mark.exhaustive) for family in ("gpt2", "bert")],
 )
-def test_targets_weigh_alike_whatever_their_micro_batch(
-    tmp_path: Path, family: str, kind: str
-) -> None:
+def test_targets_weigh_alike_whatever_their_micro_batch(tmp_path, family, kind):
     """Rows have different numbers of targets, so that a mean of micro-batch means would be
     wrong."""
 
@@ -113,7 +109,7 @@ def test_targets_weigh_alike_whatever_their_micro_batch(
     assert_same_step(whole, one_step(tmp_path / "b", family, rows, 2, 8, model=model()))
 
 
-def test_last_step_with_fewer_micro_batches(tmp_path: Path) -> None:
+def test_last_step_with_fewer_micro_batches(tmp_path):
     rows = Rows("t5", rows=12)  # steps of 2 x 4 rows: the second has one micro-batch only
     frozen = {"learning_rate": 0.0, "weight_decay": 0.0}
     cut = one_step(tmp_path / "a", "t5", rows, 4, 2, max_steps=2, **frozen)
@@ -123,7 +119,7 @@ def test_last_step_with_fewer_micro_batches(tmp_path: Path) -> None:
         torch.testing.assert_close(cut[1][name], gradient)
 
 
-def test_label_smoothing_keeps_the_auxiliary_loss_and_the_scaling(tmp_path: Path) -> None:
+def test_label_smoothing_keeps_the_auxiliary_loss_and_the_scaling(tmp_path):
     smooth = {"label_smoothing_factor": 0.2}
     whole = one_step(tmp_path / "a", "t5", repeated("t5"), 16, 1, **smooth)
     assert_same_step(whole, one_step(tmp_path / "b", "t5", repeated("t5"), 4, 4, **smooth))
@@ -132,7 +128,7 @@ def test_label_smoothing_keeps_the_auxiliary_loss_and_the_scaling(tmp_path: Path
     assert any("router" in name and gradient.abs().max() > 0 for name, gradient in whole[1].items())
 
 
-def test_a_row_without_targets_is_harmless(tmp_path: Path) -> None:
+def test_a_row_without_targets_is_harmless(tmp_path):
     rows = Rows("t5", rows=8)
     for row in rows.rows[:4]:
         row["labels"] = torch.full_like(row["labels"], -100)
@@ -144,7 +140,7 @@ def test_a_row_without_targets_is_harmless(tmp_path: Path) -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
 
-def test_counting_targets() -> None:
+def test_counting_targets():
     labels = torch.tensor([[5, 6, -100], [-100, 7, 8]])
     assert int(count_targets(labels, shifted=False)) == 4
     assert int(count_targets(labels, shifted=True)) == 3
@@ -159,9 +155,7 @@ def test_counting_targets() -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
-def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(
-    tmp_path: Path, family: str
-) -> None:
+def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(tmp_path, family):
     model = mpoe_model(family)
     rows = Rows(family, rows=11, seed=5)
     losses = []
@@ -184,7 +178,7 @@ def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(
             assert "eval_perplexity" not in metrics
 
 
-def test_t5_is_evaluated_on_generated_text(tmp_path: Path) -> None:
+def test_t5_is_evaluated_on_generated_text(tmp_path):
     seen: list[Any] = []
 
     def metric(prediction: Any) -> dict[str, float]:
@@ -206,13 +200,13 @@ def test_t5_is_evaluated_on_generated_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
-def test_predictions_are_the_logits_alone(tmp_path: Path, family: str) -> None:
+def test_predictions_are_the_logits_alone(tmp_path, family):
     trainer = make_trainer(tmp_path, family, compute_metrics=lambda prediction: {})
     predictions = trainer.predict(trainer.eval_dataset).predictions
     assert predictions.shape == {"t5": (20, 6, 40), "gpt2": (20, 12, 40), "bert": (20, 2)}[family]
 
 
-def test_logs(tmp_path: Path) -> None:
+def test_logs(tmp_path):
     trainer = make_trainer(
         tmp_path, "t5", logging_steps=2, gradient_accumulation_steps=2, max_steps=4
     )
@@ -231,7 +225,7 @@ def test_logs(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["task_loss"] == records[0]["task_loss"]
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_refusals(tmp_path):
     with pytest.raises(
         TypeError, match="args must be MPOETrainingArguments; got TrainingArguments"
     ):

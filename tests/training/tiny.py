@@ -144,21 +144,15 @@ class Watch(TrainerCallback):
             for name, each in own.items()
         }
 
-    def on_step_begin(
-        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args, state, control, model, optimizer, **kwargs):
         self.before = self.held(model, optimizer)
 
-    def on_substep_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
         self.masked.append(all_masked(model))
 
     on_pre_optimizer_step = on_substep_end
 
-    def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         pairs = (
             (name, self.before[name], now) for name, now in self.held(model, optimizer).items()
         )
@@ -204,7 +198,7 @@ def main() -> None:
     output_dir, family, steps, kill_at = sys.argv[1:5]
 
     class Kill(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args, state, control, **kwargs):
             last = args.process_index == args.world_size - 1
             if kill_at == f"step-{state.global_step}" and last:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,5 @@
 """A buffer that scratch memory has no room for: debug builds and those of the sanitizers stop."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -67,33 +67,29 @@ const Load kLoads[] = {
 const Load kTiles{
     "tiles of all heights", {0, 1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78, 91, 105}, 105, true};
 
-// Arrays of one call. Every run allocates new results.
-struct Memory {
+struct Inputs {
   Array x, left, central, right, bias, grad;
-  Array y, h, saved, dx, dleft, dcentral, dright, dbias;
 };
 
+// Results: y, then the gradients of x, left, central, right and bias, of which `need` says which.
 void run(const Strategy& strategy,
          const Problem& p,
-         Dtype dtype,
-         Memory& m,
-         bool with_bias,
+         const Inputs& in,
          bool save,
          const bool (&need)[5],
-         std::int64_t shift) {
+         std::int64_t shift,
+         std::vector<Array>& results) {
   const BlockDims& d = p.dims;
-  const auto empty = [&](std::int64_t count) {
-    return Array(dtype, count, shift);
-  };
+  const Dtype dtype = in.x.dtype();
   LinearInputs inputs{
       .dtype = dtype,
       .dims = d,
       .order = p.order,
-      .x = m.x.data(),
+      .x = in.x.data(),
       .tokens = p.tokens,
-      .left = m.left.data(),
-      .central = m.central.data(),
-      .right = m.right.data(),
+      .left = in.left.data(),
+      .central = in.central.data(),
+      .right = in.right.data(),
       .experts = p.experts,
       .offsets = p.offsets.data(),
       .row_index = p.row_index.empty() ? nullptr : p.row_index.data(),
@@ -103,39 +99,33 @@ void run(const Strategy& strategy,
   const bool save_z =
       save && p.activation != Activation::kNone && p.activation != Activation::kRelu;
   const bool save_h = save && strategy.separable_only;
-  m.y = empty(p.slots * d.out_features);
-  m.h = empty(save_h ? p.slots * d.jC * d.b : 0);
-  m.saved = empty(save_z ? p.slots * d.out_features : 0);
+  const Array h(dtype, save_h ? p.slots * d.jC * d.b : 0, shift);
+  const Array saved(dtype, save_z ? p.slots * d.out_features : 0, shift);
   LinearForward forward{};
   static_cast<LinearInputs&>(forward) = inputs;
-  forward.bias = with_bias ? m.bias.data() : nullptr;
-  forward.y = m.y.data();
-  forward.h = save_h ? m.h.data() : nullptr;
-  forward.saved = save_z ? m.saved.data() : nullptr;
+  forward.bias = in.bias.count() > 0 ? in.bias.data() : nullptr;
+  forward.y = results[0].data();
+  forward.h = save_h ? h.data() : nullptr;
+  forward.saved = save_z ? saved.data() : nullptr;
   strategy.forward(forward);
   if (!save)
     return;
 
-  const std::int64_t counts[5] = {
-      m.x.count(), m.left.count(), m.central.count(), m.right.count(), d.out_features};
-  Array* const results[5] = {&m.dx, &m.dleft, &m.dcentral, &m.dright, &m.dbias};
-  void* places[5];
-  for (int k = 0; k < 5; ++k) {
-    *results[k] = empty(need[k] ? counts[k] : 0);
-    places[k] = need[k] ? results[k]->data() : nullptr;
-  }
+  const auto place = [&](int k) {
+    return need[k] ? results[k + 1].data() : nullptr;
+  };
   LinearBackward backward{};
   static_cast<LinearInputs&>(backward) = inputs;
-  backward.grad = m.grad.data();
-  backward.h = save_h ? m.h.data() : nullptr;
-  backward.saved = p.activation == Activation::kRelu ? m.y.data()
-                   : save_z                          ? m.saved.data()
+  backward.grad = in.grad.data();
+  backward.h = save_h ? h.data() : nullptr;
+  backward.saved = p.activation == Activation::kRelu ? results[0].data()
+                   : save_z                          ? saved.data()
                                                      : nullptr;
-  backward.dx = places[0];
-  backward.dleft = places[1];
-  backward.dcentral = places[2];
-  backward.dright = places[3];
-  backward.dbias = places[4];
+  backward.dx = place(0);
+  backward.dleft = place(1);
+  backward.dcentral = place(2);
+  backward.dright = place(3);
+  backward.dbias = place(4);
   strategy.backward(backward);
 }
 
@@ -168,13 +158,12 @@ void check_case(
   const auto array = [&](std::int64_t count, double scale) {
     return Array::random(dtype, count, random, scale, shift);
   };
-  const bool with_bias = number % 2 == 0;
-  Memory m;
+  Inputs m;
   m.x = array(p.tokens * d.in_features, 1);
   m.left = array(experts * d.iL * d.jL * d.a, std::sqrt(3.0 / static_cast<double>(d.iL)));
   m.central = array(d.a * d.iC * d.jC * d.b, std::sqrt(3.0 / static_cast<double>(d.a * d.iC)));
   m.right = array(experts * d.b * d.iR * d.jR, std::sqrt(3.0 / static_cast<double>(d.b * d.iR)));
-  m.bias = array(with_bias ? d.out_features : 0, 1);
+  m.bias = array(number % 2 == 0 ? d.out_features : 0, 1);
   p.x = m.x.values();
   p.left = m.left.values();
   p.central = m.central.values();
@@ -186,48 +175,35 @@ void check_case(
   for (std::int64_t i = 0; i < m.grad.count(); ++i)
     m.grad.set(i, p.grad[i]);
 
+  const std::vector<double>* const truths[] = {
+      &truth.y, &truth.dx, &truth.dleft, &truth.dcentral, &truth.dright, &truth.dbias};
+  const std::vector<check::Output> outputs{{"y", dtype, m.grad.count(), shift},
+                                           {"dx", dtype, m.x.count(), shift},
+                                           {"dleft", dtype, m.left.count(), shift},
+                                           {"dcentral", dtype, m.central.count(), shift},
+                                           {"dright", dtype, m.right.count(), shift},
+                                           {"dbias", dtype, d.out_features, shift}};
   for (const Strategy& strategy : kStrategies) {
     if (strategy.separable_only && (d.jL != 1 || d.iR != 1))
       continue;
     const std::string what = std::string(strategy.name) + ", " + shape.name + ", " + load.name +
                              ", " + check::name_of(dtype) + ", activation " +
                              std::to_string(static_cast<int>(activation));
-    const double allowed = check::tolerance(dtype);
     const bool all[5] = {true, true, true, true, true},
                few[5] = {number % 2 == 1, true, false, number % 3 == 0, false};
-    const auto same = [&](const Array& a, const Array& b) {
-      check::require(a.same_bits(b), what + ": other bits");
-    };
-
-    set_threads(1);
-    run(strategy, p, dtype, m, with_bias, true, all, shift);
-    check::require_close(m.y, truth.y, allowed, what + ": y");
-    Array y = std::move(m.y), dx = std::move(m.dx), dleft = std::move(m.dleft),
-          dcentral = std::move(m.dcentral), dright = std::move(m.dright),
-          dbias = std::move(m.dbias);
-    check::require_close(dx, truth.dx, allowed, what + ": dx");
-    check::require_close(dleft, truth.dleft, allowed, what + ": dleft");
-    check::require_close(dcentral, truth.dcentral, allowed, what + ": dcentral");
-    check::require_close(dright, truth.dright, allowed, what + ": dright");
-    check::require_close(dbias, truth.dbias, allowed, what + ": dbias");
-    // More threads, nothing saved, fewer gradients: the same bits.
-    set_threads(3);
-    run(strategy, p, dtype, m, with_bias, true, all, shift);
-    same(m.y, y);
-    for (const auto& [a, b] : {std::pair(&m.dx, &dx),
-                               {&m.dleft, &dleft},
-                               {&m.dcentral, &dcentral},
-                               {&m.dright, &dright},
-                               {&m.dbias, &dbias}})
-      same(*a, *b);
-    run(strategy, p, dtype, m, with_bias, true, few, shift);
-    same(m.dleft, dleft);
-    if (few[0])
-      same(m.dx, dx);
-    if (few[3])
-      same(m.dright, dright);
-    run(strategy, p, dtype, m, with_bias, false, all, shift);
-    same(m.y, y);
+    check::compare(what, outputs, [&](std::vector<Array>& results) {
+      run(strategy, p, m, true, all, shift, results);
+      for (int k = 0; k < 6; ++k)
+        check::require_close(
+            results[k], *truths[k], check::tolerance(dtype), what + ": " + outputs[k].name);
+      // Nothing saved, fewer gradients: the same bits.
+      std::vector<Array> again = check::arrays(outputs);
+      run(strategy, p, m, true, few, shift, again);
+      for (int k = 0; k < 5; ++k)
+        check::require(!few[k] || again[k + 1].same_bits(results[k + 1]), what + ": few gradients");
+      run(strategy, p, m, false, all, shift, again);
+      check::require(again[0].same_bits(results[0]), what + ": nothing saved");
+    });
   }
 }
 

@@ -92,14 +92,6 @@ def test_the_definition(gated, latent, top_k, gates):
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_relative_flops_are_of_the_dense_network_and_of_what_experts_add():
-    assert layer().relative_flops(2) == pytest.approx(1 + 2 * M / F)
-    assert layer(latent=4).relative_flops(2) == pytest.approx(1 + 4 / F + 2 * 4 * M / (I * F))
-    assert layer(gated=True, latent=4).relative_flops(2) == pytest.approx(
-        1 + 2 * 4 / (3 * F) + 2 * 4 * M / (I * F)
-    )
-
-
 def test_padding_has_no_expert_and_is_not_counted():
     module = layer()
     x = torch.randn(2, 3, I)
@@ -291,13 +283,6 @@ def test_random_weights_have_the_wanted_scale_and_expected_ratios(shape):
         cores.auxiliary, "1", nn.Identity()
     )  # no parameter of the list any more
     assert torch.equal(cores.dense_weights(), weights)
-
-
-def test_half_precision_weights_are_decomposed_in_float32():
-    cores, weight = MPOCores(SHAPES[2], 2, dtype=torch.bfloat16), torch.randn(24, 48).bfloat16()
-    cores.load_weight_(weight)
-    assert cores.central.dtype == torch.bfloat16
-    torch.testing.assert_close(cores.dense_weights()[0], weight, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("shape", [None, *SHAPES[:3]], ids=str)

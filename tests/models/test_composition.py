@@ -1,7 +1,5 @@
 """Mixtures that are composed of fine-tunes of one model."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -258,23 +258,6 @@ def test_gates_sum_to_one(domains):
     torch.testing.assert_close(mixture(input_ids=ids).logits, want, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_whole_mixture_compiles(domains):
-    mixture = compose_experts(domains.base, domains.files, background=domains.background)
-    ids = domain(0)[0]["input_ids"]
-    want = mixture(input_ids=ids).logits
-    compiled = torch.compile(mixture, backend="aot_eager")
-    torch.testing.assert_close(compiled(input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
-
-
-def test_without_none(domains):
-    mixture = compose_experts(domains.base, domains.files, none=False, top_k=1)
-    assert mixture.mpoe_config.num_experts == 2
-    assert mixture.background_statistics is None
-    assert loss(mixture, 0) < loss(domains.base, 0)
-
-
 def test_an_encoder_decoders_background_is_the_packaged_text(
     monkeypatch,
 ):

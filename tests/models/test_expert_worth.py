@@ -93,9 +93,12 @@ def test_worth(domains, composed):
 
 def test_worth_without_none(domains):
     mixture = compose_experts(domains.base, domains.files, none=False, top_k=1)
+    assert mixture.background_statistics is None
     classes = [load_expert(file).statistics for file in domains.files]
     found = composed_worth(mixture, classes, {"text": domain(0)})["text"]
+    assert found.names == ["domain0", "domain1"]
     assert found.removed == pytest.approx(found.alone[::-1], abs=1e-4)
+    assert found.loss < loss(domains.base, 0)
 
 
 def test_worth_that_is_refused(domains, composed):

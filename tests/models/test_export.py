@@ -1,8 +1,6 @@
 """A mixture as a stock Transformers class: exact, opened without mpoe, and refused if it would not
 be exact."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys
@@ -246,8 +244,6 @@ assert type(model).__name__ == sys.argv[4]
     ("model_type", "to", "options"),
     [
         ("llama", GRANITE, {"shape": "neurons", "latent": 6}),
-        pytest.param("llama", MIXTRAL, {}, marks=pytest.mark.slow),
-        pytest.param("mistral", GRANITE, {"shape": "neurons"}, marks=pytest.mark.slow),
         pytest.param("qwen2", QWEN, {"shape": "neurons"}, marks=pytest.mark.slow),
     ],
 )

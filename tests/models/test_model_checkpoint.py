@@ -320,22 +320,6 @@ def _known(today: Any, earlier: Any) -> Any:
     return {name: _known(today[name], value) for name, value in earlier.items()}
 
 
-def test_a_configuration_that_names_no_shape_is_of_separable_experts(tmp_path):
-    """As one written before there was a choice: neither shape nor number of experts per token."""
-    folder = tmp_path / "model"
-    shutil.copytree(SAVED / "t5_separable", folder)
-    values = json.loads((folder / "config.json").read_text())
-    for name in ("shape", "gauge", "light_p", "max_bond"):
-        del values["mpoe"][name]
-    del values["mpoe"]["router"]["top_k"]
-    (folder / "config.json").write_text(json.dumps(values))
-    inputs, expected = inputs_and_logits("t5_separable")
-    model = load_mpoe(folder)
-    assert (model.mpoe_config.shape, model.mpoe_config.top_k) == ("separable", 1)
-    with torch.no_grad():
-        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
-
-
 EXPERTS = 3
 UP, DOWN = MPOShape.paper(24, 48, max_bond=6), MPOShape.paper(48, 24, max_bond=6)
 TABLES = (

@@ -1,8 +1,6 @@
 """Conversion: every family, head, shape and component keeps the results, and loads as it was saved;
 what is refused."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from pathlib import Path

@@ -116,33 +116,6 @@ def test_a_short_answer_builds_nothing(tokens, converted, made, monkeypatch):
     assert (built(made[0]) > 0) == (tokens > PATIENCE)
 
 
-def swapped(model) -> None:
-    """As averaged weights often are; leaves no trace."""
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.randn_like(parameter))
-
-
-def fused_step(model) -> None:
-    """As the Trainer's, which raises no version of a parameter."""
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    torch.optim.AdamW(model.parameters(), lr=0.5, fused=True).step()
-
-
-@pytest.mark.usefixtures("always")
-@pytest.mark.parametrize(("change", "bound"), pairwise([swapped, fused_step], [None, 10**9]))
-def test_changes_between_calls_are_noticed(change, bound, converted):
-    model = stirred(converted("gpt2", **LIGHT))
-    model.cache_experts(bound)
-    before = model.generate(**call("gpt2"))
-    logits = model(**batch("gpt2")).logits
-    change(model)
-    assert not torch.allclose(model(**batch("gpt2")).logits, logits)
-    found = model.generate(**call("gpt2"))
-    assert torch.equal(found, plain_tokens(model, **call("gpt2")))
-    assert not torch.equal(found, before)
-
-
 @pytest.mark.usefixtures("always")
 def test_zero_turns_it_off_and_none_on_again(converted, made):
     model = converted("gpt2", **LIGHT)

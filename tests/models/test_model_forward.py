@@ -1,7 +1,5 @@
 """Forward passes: padding, losses, generation, checkpointing, compilation, parameter counts."""
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

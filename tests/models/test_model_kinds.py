@@ -1,8 +1,6 @@
 """What models with hidden-side experts, or with neurons, do alone: merging, starts, blocks,
 patterns, refusals."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,8 +1,6 @@
 """What other tools expect of a model class and do with a model: remote code, plans, models outside
 the table."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """Which files hold a model's weights, and what its configuration may claim of them."""
 
-from __future__ import annotations
-
 import json
 
 import torch

@@ -51,6 +51,7 @@ ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert th
 # Slots of an expert up to which a tile's hidden neurons are not kept on chip: its program would do
 # little but wait, first for an expert's up, then for its down.
 FEW_SLOTS = 16
+MOST_IN_FOUR_WARPS = 512  # experts, whose places a program scans: beside more, sm_80 spills
 # kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots of
 # an expert the last alone. Those of a kernel have the same columns, which decide over partial
 # results, and the same inner size, the order of sums; so have "fused", "hidden" and "few hidden",
@@ -122,6 +123,12 @@ class _Call:
 
     def _ways(self, kernel: str, slots: SortedSlots, columns: int, inner: int) -> Sequence[Options]:
         return fitted(tuple(slots.among(TILES[kernel][self.size])), columns, inner)
+
+    def _hidden_ways(self, slots: SortedSlots) -> Sequence[Options]:
+        ways = self._ways("hidden", slots, self.neurons, max(self.width, self.out_width))
+        if slots.experts <= MOST_IN_FOUR_WARPS:
+            return ways
+        return [{**way, "num_warps": 8} for way in ways]
 
     def _in_one_step(self, ways: Sequence[Options]) -> Sequence[Options]:
         """Ways of a product over neurons that add as `neurons_fused_kernel` does."""
@@ -203,7 +210,7 @@ class _Call:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """h by place; for a backward times the gate, and the gradients of ``x up`` and ``x gate_up
         [T K, m]``, and the gates' gradients in parts ``[parts, T, K]``."""
-        ways = self._ways("hidden", slots, self.neurons, max(self.width, self.out_width))
+        ways = self._hidden_ways(slots)
         h = self.like.new_empty(slots.pairs, self.neurons)
         dz = h if grad is None else torch.empty_like(h)
         dvalue = torch.empty_like(h) if grad is not None and self.shared["GATED"] else dz

@@ -81,9 +81,10 @@ def sort_pairs(
 def _counted(pairs: int, num_experts: int) -> dict[str, int]:
     """How the kernels that count share the pairs: in parts that are multiples of a block."""
     bins = power_of_two(num_experts + 2)
-    size = cdiv(cdiv(pairs, BLOCK), MOST_PARTS) * BLOCK
+    block = BLOCK if bins <= COUNTED else BLOCK // 2  # beside more bins, ranks would spill
+    size = cdiv(cdiv(pairs, block), MOST_PARTS) * block
     warps = 4 if bins <= MOST_PARTS else 8  # a program holds three numbers of every bin
-    return {"size": size, "BINS": bins, "BLOCK": BLOCK, "num_warps": warps}
+    return {"size": size, "BINS": bins, "BLOCK": block, "num_warps": warps}
 
 
 def _two(given: dict[str, Any], by_choice: bool, kernel: Any, **others: Any) -> None:

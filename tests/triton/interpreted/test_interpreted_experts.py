@@ -257,6 +257,17 @@ def test_launches_of_neurons(gated: bool) -> None:
     assert names(problem, *[False] * 6) == []
 
 
+@pytest.mark.parametrize(("most", "warps"), [(4, 4), (3, 8)])
+def test_warps_beside_many_experts(most: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tools/gpu_compile.py` sees what fewer would spill."""
+    monkeypatch.setattr(neurons, "MOST_IN_FOUR_WARPS", most)
+    launches = started(
+        NeuronProblem(tokens=100, experts=4, top_k=2, neurons=200, dtype=torch.bfloat16)
+    )
+    (hidden_launch,) = [one for one in launches if one.name == "neurons_hidden_kernel"]
+    assert hidden_launch.arguments["num_warps"] == warps
+
+
 @of_each_kind
 def test_no_token_is_no_launch(kind: type[Any]) -> None:
     assert names(kind(tokens=0)) == names(kind(tokens=0), *[True] * len(kind.NAMES)) == []

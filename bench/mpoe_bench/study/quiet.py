@@ -149,9 +149,6 @@ class QuietStudy:
         yield "rivals"
         yield "tenants 10"
         yield "tenants 20"
-        for adapted in plan.adapters:
-            for domain in plan.domains:
-                yield f"adapter {adapted}: {domain}"
         for seed in plan.seeds:
             for domain in plan.domains:
                 yield run_key("lora", domain, plan.steps, plan.rates["lora"], seed)
@@ -169,6 +166,9 @@ class QuietStudy:
             for domain in plan.domains:
                 for steps in (plan.equal_time, plan.steps):
                     yield str(plan.key("replay", domain, steps, seed, records))
+        for adapted in plan.adapters:
+            for domain in plan.domains:
+                yield f"adapter {adapted}: {domain}"
 
     def make(self, key: str, records: Records) -> dict[str, Any]:
         kind, _, rest = key.partition(" ")

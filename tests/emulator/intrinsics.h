@@ -51,6 +51,32 @@ T shuffle(const char* what, unsigned mask, T value, F source, const Location& wh
   return slot.out;
 }
 
+// Lanes of `mask` for whose value, beside the caller's, `counts` says yes.
+template <class F>
+unsigned vote(const char* what, unsigned mask, int value, F counts, const Location& where) {
+  struct Slot {
+    int in;
+    unsigned out;
+  } slot{value, 0};
+  collective(
+      what,
+      mask,
+      slot,
+      [&](void** slots) {
+        for (int lane = 0; lane < 32; ++lane) {
+          if (!(mask >> lane & 1))
+            continue;
+          Slot& mine = *static_cast<Slot*>(slots[lane]);
+          for (int other = 0; other < 32; ++other) {
+            if ((mask >> other & 1) && counts(mine.in, static_cast<Slot*>(slots[other])->in))
+              mine.out |= 1u << other;
+          }
+        }
+      },
+      where);
+  return slot.out;
+}
+
 }  // namespace emu
 
 template <class T>
@@ -116,53 +142,15 @@ T __shfl_down_sync(unsigned mask,
 inline unsigned __ballot_sync(unsigned mask,
                               int predicate,
                               emu::Location where = emu::Location::current()) {
-  struct Slot {
-    int in;
-    unsigned out;
-  } slot{predicate, 0};
-  emu::collective(
-      "__ballot_sync",
-      mask,
-      slot,
-      [&](void** slots) {
-        unsigned votes = 0;
-        for (int lane = 0; lane < 32; ++lane) {
-          if ((mask >> lane & 1) && static_cast<Slot*>(slots[lane])->in)
-            votes |= 1u << lane;
-        }
-        for (int lane = 0; lane < 32; ++lane) {
-          if (mask >> lane & 1)
-            static_cast<Slot*>(slots[lane])->out = votes;
-        }
-      },
-      where);
-  return slot.out;
+  return emu::vote(
+      "__ballot_sync", mask, predicate, [](int, int other) { return other != 0; }, where);
 }
 // Lanes of `mask` whose value equals the caller's.
 inline unsigned __match_any_sync(unsigned mask,
                                  int value,
                                  emu::Location where = emu::Location::current()) {
-  struct Slot {
-    int in;
-    unsigned out;
-  } slot{value, 0};
-  emu::collective(
-      "__match_any_sync",
-      mask,
-      slot,
-      [&](void** slots) {
-        for (int lane = 0; lane < 32; ++lane) {
-          if (!(mask >> lane & 1))
-            continue;
-          Slot& mine = *static_cast<Slot*>(slots[lane]);
-          for (int other = 0; other < 32; ++other) {
-            if ((mask >> other & 1) && static_cast<Slot*>(slots[other])->in == mine.in)
-              mine.out |= 1u << other;
-          }
-        }
-      },
-      where);
-  return slot.out;
+  return emu::vote(
+      "__match_any_sync", mask, value, [](int mine, int other) { return mine == other; }, where);
 }
 inline int __popc(unsigned bits) {
   return std::popcount(bits);

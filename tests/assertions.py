@@ -6,7 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from mpoe_bench.cases import relative_error
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -53,6 +53,24 @@ def assert_calibrated(
         raise AssertionError(
             f"{name}: relative error {found:.3e}, allowed {allowed:.3e} (PyTorch's own: {own:.3e})"
         )
+
+
+def differing(
+    one: nn.Module | Mapping[str, Tensor], other: nn.Module | Mapping[str, Tensor]
+) -> list[str]:
+    """Names of the tensors of ``one`` that ``other`` lacks, or has in another dtype or with other
+    bits; of a module, those of its state."""
+    first, second = (
+        tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
+        for tensors in (one, other)
+    )
+    return [
+        name
+        for name, value in first.items()
+        if name not in second
+        or value.dtype != second[name].dtype
+        or not torch.equal(value, second[name])
+    ]
 
 
 @contextmanager

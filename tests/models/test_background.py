@@ -21,7 +21,7 @@ from mpoe.models.background import (
     token_batches,
 )
 from mpoe.models.quiet import measure_change, sample_own_words
-from tests.assertions import refuses
+from tests.assertions import differing, refuses
 
 from .tiny_models import domain
 
@@ -102,7 +102,7 @@ def test_the_default_background_pools_the_parts(model_and_tokenizer):
                 value, expected, msg=lambda text, name=name: f"{name}: {text}"
             )
     again = pooled_background(model, [token_batches(ids) for ids in parts.values()])
-    assert all(torch.equal(again[name], value) for name, value in pooled.items())
+    assert not differing(pooled, again)
 
 
 def test_a_model_without_a_start_token_has_the_general_text(model_and_tokenizer):

@@ -19,7 +19,7 @@ from mpoe.models import mpo_modules
 from mpoe.models.find import hidden_size_as_mixture, widened
 from mpoe.models.table import TABLE
 from mpoe_kernels import MPOShape
-from tests.assertions import refuses
+from tests.assertions import differing, refuses
 from tests.cases import pairwise
 
 from .tiny_models import (
@@ -146,8 +146,7 @@ def test_converts_exactly_and_reloads(model_type, name, changes, fields, tmp_pat
         0 if settings.shape == "neurons" else 2e-5
     ) * expected.abs().max()
     if kind is not MPOEFeedForward:  # the dense network is as it was
-        after = dict(converted.named_parameters())
-        assert all(torch.equal(after[each], value) for each, value in before.items())
+        assert not differing(before, dict(converted.named_parameters()))
     assert ("aux_loss" in output) == has_router
     assert not has_router or output.expert_load.sum() > 0
     names = [each for each, _ in mpo_modules(converted)]
@@ -234,7 +233,7 @@ def test_the_input_is_left_alone(family):
     assert type(model) is kind
     assert model.config.model_type == family
     assert list(model.state_dict()) == list(state)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not differing(model, state)
     assert not any(isinstance(module, MPOEFeedForward) for module in model.modules())
 
 

@@ -25,7 +25,7 @@ from mpoe.models.report import HEADER, summarize
 from mpoe.models.walk import short_name
 from mpoe.training import freeze_all_but_experts
 from mpoe_kernels import plan_contraction
-from tests.assertions import refuses
+from tests.assertions import differing, refuses
 
 from .tiny_models import KEPT, batch, dense_model
 
@@ -175,7 +175,7 @@ def test_pushing_a_model(hub, tmp_path, saving):
     for name, content in hub.files.items():
         (tmp_path / "back" / name).write_bytes(content)
     loaded = load_mpoe(tmp_path / "back")
-    assert all(value.equal(loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert not differing(model, loaded)
 
 
 def test_a_card_on_the_hub_stays(hub):

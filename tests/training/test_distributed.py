@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from mpoe import load_mpoe, shard_model
 from mpoe.training import find_last_checkpoint, load_sharded_optimizer, save_sharded_checkpoint
 from mpoe.training.checkpoints import MANIFEST
-from tests.assertions import refuses
+from tests.assertions import differing, refuses
 
 from .ranks import LOOP_STEPS, MORE_RUNS, RUNS, SAVED, by_trainer, run, torchrun
 from .ranks import kept_loop as loop
@@ -160,7 +160,7 @@ def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path):
     resumed = torchrun("tiny", tmp_path / "run", "t5", 8, "never", "resume")
     assert resumed.returncode == 0, resumed.stdout
     expected, found = (torch.load(tmp_path / name / "final.pt") for name in ("straight", "run"))
-    assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
+    assert not differing(expected, found)
 
 
 @pytest.mark.slow

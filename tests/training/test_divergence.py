@@ -21,7 +21,7 @@ from mpoe.training import DivergenceError, read_metrics
 from mpoe.training.callbacks import MOST_SKIPPED, check_weights
 from mpoe.training.rates import TRIED, _search, find_rate, kind_of, recommended_rate
 from mpoe.training.run_log import one_sided
-from tests.assertions import refuses
+from tests.assertions import differing, refuses
 
 from .tiny import Rows, make_trainer, mpoe_model, weights
 
@@ -142,9 +142,7 @@ def test_an_overflow_that_loss_scaling_skips_is_no_divergence(tmp_path, optimize
     before = weights(trainer.model)
     trainer.train()
     assert trainer.accelerator.scaler.get_scale() < 2.0**20
-    assert any(
-        not torch.equal(before[name], value) for name, value in weights(trainer.model).items()
-    )
+    assert differing(before, weights(trainer.model))
     assert all_finite(trainer.model)
 
 
@@ -275,7 +273,7 @@ def test_finds_the_same_rate_twice_and_leaves_everything_as_it_was(tmp_path):
     assert rate == min(losses, key=lambda tried: losses[tried])
     assert rate > 1e-5  # which hardly learns in three steps, so the search went upwards
     assert len(losses) == 5
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not differing(model, before)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(numbers, torch.get_rng_state())
     assert (model.training, trainer.args.learning_rate) == (mode, 7e-4)

@@ -263,7 +263,7 @@ def test_zero_weight_is_finite():
     cores = MPOCores(SHAPES[0], 2)
     cores.load_weight_(torch.zeros(24, 48))
     assert torch.equal(cores.dense_weights(), torch.zeros(2, 24, 48))
-    assert all(ratio == 1.0 for ratio in cores.rate_ratios)
+    assert set(cores.rate_ratios) == {1.0}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -19,6 +19,7 @@ from mpoe_kernels.op_rules import (
     NAMESPACE,
     PLAIN,
     autocast_kernel,
+    lowered,
     negative_kernel,
     on_one_device,
     one_after_the_other,
@@ -171,8 +172,8 @@ def define_op(
     saves_for_backward = setup_context or _saving(kinds, saves)
     op.register_autograd(gradients, setup_context=saves_for_backward)
     _LIBRARY.impl(name, negative_kernel(op, name), "Negative")
+    positions = tuple(names.index(field) for field in autocast)
     if autocast:
-        positions = tuple(names.index(field) for field in autocast)
         for device_type, key in AUTOCAST_KEYS.items():
             _LIBRARY.impl(name, autocast_kernel(op, device_type, positions), key)
 
@@ -190,7 +191,8 @@ def define_op(
             return op(*arguments)
         refuse_unseen(name, arguments)
         if needs_gradients(arguments) and torch._C._are_functorch_transforms_active():
-            return transformed.apply(*arguments, *defaults[len(arguments) :])
+            values = (*arguments, *defaults[len(arguments) :])
+            return lowered(values, positions, transformed.apply)
         return op(*arguments)
 
     # Of a backward, which `torch.func.jacrev` maps over; users give a batch as tokens.

@@ -3,7 +3,7 @@ the ops refuse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,14 +116,29 @@ def refuse_vmap(name: str) -> Callable[..., Any]:
 
 def autocast_kernel(op: Any, device_type: str, positions: tuple[int, ...]) -> Callable[..., Any]:
     def kernel(*arguments: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = list(arguments)
-        for k in positions:
-            value = cast[k]
-            # float64 is left alone: torch's autocast never lowers it elsewhere either.
-            if isinstance(value, Tensor) and value.dtype in LOWERED:
-                cast[k] = value.to(dtype)
-        with torch.autocast(device_type, enabled=False):
-            return op(*cast)
+        return _cast(arguments, positions, device_type, op)
 
     return kernel
+
+
+def lowered(arguments: Sequence[Any], positions: Sequence[int], run: Callable[..., Any]) -> Any:
+    """Run as under PyTorch's autocast, if that is on, so that what a function saves for its
+    backward is cast too."""
+    for device_type in {a.device.type for a in arguments if isinstance(a, Tensor)}:
+        if positions and torch.is_autocast_enabled(device_type):
+            return _cast(arguments, positions, device_type, run)
+    return run(*arguments)
+
+
+def _cast(
+    arguments: Sequence[Any], positions: Sequence[int], device_type: str, run: Callable[..., Any]
+) -> Any:
+    dtype = torch.get_autocast_dtype(device_type)
+    cast = list(arguments)
+    for k in positions:
+        value = cast[k]
+        # float64 is left alone: torch's autocast never lowers it elsewhere either.
+        if isinstance(value, Tensor) and value.dtype in LOWERED:
+            cast[k] = value.to(dtype)
+    with torch.autocast(device_type, enabled=False):
+        return run(*cast)

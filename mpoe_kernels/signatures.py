@@ -184,6 +184,11 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
         for name in ("gates", "slot_of_token"):
             if given.get(name) is None:
                 raise ValueError(f"{name} must be given with out_index; got None")
+        if given["slot_of_token"].numel() != given["gates"].numel():
+            raise ValueError(
+                f"gates must be one for every entry of slot_of_token, which is "
+                f"{describe(given['slot_of_token'])}; got {describe(given['gates'])}"
+            )
     if (given.get("u_gate") is None) != (given.get("right_gate") is None):
         raise ValueError("u_gate and right_gate must be given together; got one of them")
     saved = given.get("saved")

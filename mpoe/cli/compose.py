@@ -62,7 +62,7 @@ class ComposeOptions:
     )
     preference: float | None = option(
         None,
-        "of 'none', in units of a logit (0.6): more is quieter, less keeps more of each expert",
+        "of 'none', in units of a logit (2 / experts): more is quieter, less keeps more of each expert",
     )
     neurons: int | None = option(
         None, "of experts fitted to LoRA adapters; default: as large as the adapter"
@@ -99,6 +99,9 @@ def recipe_words(file: str) -> list[str]:
     if "base" not in recipe:
         raise CommandError(f"{file}: base must name the model of the experts; it is missing")
     words = [str(recipe["base"]), *recipe.get("experts", [])]
+    for word in [*words, *(part for key in lists[1:] for part in recipe.get(key, []))]:
+        if word.startswith("-"):
+            raise CommandError(f"{file}: names must not begin with '-'; got {quoted(word)}")
     for key, value in recipe.items():
         if key in lists[1:]:
             words += [f"--{key}", *value]

@@ -136,7 +136,8 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     if call.strategy == "separable":
         h = dense_like("h", call.h, (slots * central.shape[2], central.shape[3]), x.dtype)
     if call.activation != "none":
-        saved = dense("saved", call.saved)
+        # A raw forward that was told to save nothing comes here with an empty one.
+        saved = dense_like("saved", call.saved, tuple(grad.shape), grad.dtype)
     *needed, needs_bias = call.need
     results = [
         torch.empty_like(each) if need else x.new_empty(0)

@@ -101,7 +101,8 @@ def tiles_of(like: Tensor, m: float, n: float, k: float, interleaved: bool) -> l
             min(tile.columns, columns),
             min(tile.inner, inner),
             tile.warps,
-            tile.stages,
+            # One step has nothing to load ahead, and float32's would spill on sm_80.
+            1 if k <= tile.inner and like.dtype == torch.float32 else tile.stages,
         )
         for tile in able[first : first + 2]
     )

@@ -62,7 +62,8 @@ class ComposeOptions:
     )
     preference: float | None = option(
         None,
-        "of 'none', in units of a logit (2 / experts): more is quieter, less keeps more of each expert",
+        "of 'none', in units of a logit (2 / experts): more is quieter, less keeps more of each "
+        "expert",
     )
     neurons: int | None = option(
         None, "of experts fitted to LoRA adapters; default: as large as the adapter"

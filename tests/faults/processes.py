@@ -82,6 +82,7 @@ def limited_files(size: int) -> Iterator[None]:
     disk."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.dont_write_bytecode = True  # half a module's would be read by everybody after us
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
     try:
         yield

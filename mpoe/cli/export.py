@@ -9,11 +9,12 @@ card that says what it keeps and changes; with `--local`, OUT is a folder to upl
 from __future__ import annotations
 
 import dataclasses
-import os
+import tempfile
+from pathlib import Path
 
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
-from mpoe.cli.outputs import MODEL_OR_RUN, check_model_output, check_output, model_folder
+from mpoe.cli.outputs import check_model_output, model_folder
 from mpoe.cli.short_help import SHORT
 from mpoe.models import merge_experts, push_expert
 from mpoe.models.expert_files import expert_repository
@@ -42,7 +43,9 @@ def command(request: Request) -> None:
     if options.local:
         if options.to != "hub":
             raise CommandError(f"local is of --to hub; got --to {options.to}")
-        write_repository(name, out, options.overwrite)
+        if options.overwrite:
+            raise CommandError("overwrite is for models; --local writes a new folder")
+        write_repository(name, out)
         print(f"{out} is ready: hf upload USER/REPO {out}")
         return
     if options.to == "hub":
@@ -67,12 +70,18 @@ def command(request: Request) -> None:
         print(f"note: {note}; Transformers computes the same")
 
 
-def write_repository(name: str, out: str, overwrite: bool) -> None:
-    """Write what would be uploaded of an expert's file, or of those in a folder, into ``out``."""
+def write_repository(name: str, out: str) -> None:
+    """Write what would be uploaded of an expert's file, or of those in a folder, as the new folder
+    ``out``, which is there as a whole or not at all."""
     contents = expert_repository(name)
-    folder = check_output("OUT", out, overwrite, "an earlier export", list(contents), MODEL_OR_RUN)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, content in contents.items():
-        part = folder / f".{file}.part"
-        part.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        os.replace(part, folder / file)
+    folder = Path(out)
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise CommandError(f"OUT must be new, or an empty folder; {out} is there")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        staging = Path(scratch) / folder.name
+        staging.mkdir()
+        for file, content in contents.items():
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            (staging / file).write_bytes(data)
+        staging.replace(folder)

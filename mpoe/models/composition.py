@@ -25,6 +25,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -311,6 +312,9 @@ def solve_routers(
         none: whether the last class is the background, which the expert *none* has.
         sharpness: ``None`` = `LOGITS` / E^1.5.
         preference: of *none*; ``None`` = `PREFERENCE` / E.
+
+    Raises:
+        ValueError: one of them is not finite.
     """
     if sharpness is None:
         sharpness = LOGITS / len(classes) ** 1.5
@@ -318,6 +322,9 @@ def solve_routers(
         preference = PREFERENCE / len(classes)
     if not none:
         preference = 0.0
+    for name, value in (("sharpness", sharpness), ("preference", preference)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number; got {value}")
     return {layer: router_weight(classes, layer, sharpness, preference) for layer in layers}
 
 

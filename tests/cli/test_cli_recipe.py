@@ -80,6 +80,8 @@ def test_a_recipe_is_the_same_as_words(experts: Path, tmp_path: Path) -> None:
         ("base: [b]\n", "base must be a text or a number; got ['b']"),
         ("base: b\npreference: loud\n", "--preference: invalid float value: 'loud'"),
         ("- base\n", "recipe"),
+        ("base: --overwrite\n", "names must not begin with '-'; got '--overwrite'"),
+        ("base: b\nbackground: [x.txt, --merge]\n", "names must not begin with '-'"),
     ],
 )
 def test_a_wrong_recipe_names_the_key(refused, tmp_path: Path, text: str, message: str) -> None:
@@ -96,12 +98,24 @@ def test_a_folder_that_is_ready_to_upload(refused, experts: Path, tmp_path: Path
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: mpoe\n")
     assert "| law.expert | 5.000 | 4.000 | 4.100 | 90% | 0.0125 | 98.5% |" in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     said = refused("export", law, out, "--to", "hub", "--local")
-    assert "holds an earlier export; give --overwrite" in said
-    run(["export", law, str(out), "--to", "hub", "--local", "--overwrite"])
+    assert f"OUT must be new, or an empty folder; {out} is there" in said
+    said = refused("export", law, out, "--to", "hub", "--local", "--overwrite")
+    assert "overwrite is for models; --local writes a new folder" in said
+    (tmp_path / "empty").mkdir()
+    run(["export", law, str(tmp_path / "empty"), "--to", "hub", "--local"])
+    assert len(list((tmp_path / "empty").iterdir())) == 2
     assert "local is of --to hub; got --to mixtral" in refused("export", law, out, "--local")
     # A file that says nothing of its changes has dashes.
     assert b"| med.expert | - | - | - | - | - | - |" in expert_repository(experts)["README.md"]
+
+
+def test_a_preference_is_finite(refused, experts: Path, tmp_path: Path) -> None:
+    law = experts / "law.expert"
+    said = refused("compose", BASE, law, "--preference", "nan", "--output_dir", tmp_path / "out")
+    assert "preference must be a finite number; got nan" in said
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_what_is_kept_of_no_gain_is_not_told() -> None:

@@ -349,3 +349,34 @@ def test_every_instruction_set_of_this_machine(isa: str) -> None:
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def small_product() -> tuple[torch.Tensor, MPOBlocks, torch.Tensor]:
+    blocks = random_blocks(MPOShape((2, 2, 3), (2, 3, 2)), 2, torch.float32)
+    return torch.randn(5, 12), blocks, torch.tensor([0, 3, 5], dtype=torch.int32)
+
+
+def test_a_raw_forward_that_saved_nothing_has_no_backward() -> None:
+    """The library would read beyond the empty tensor."""
+    require("native")
+    x, blocks, offsets = small_product()
+    left = blocks.left.requires_grad_()
+    arguments = x, left, blocks.central, blocks.right, offsets, None, None, 12, 12
+    y = torch.ops.mpoe.grouped_mpo_linear(*arguments, "gelu", "chain", "native", False)[0]
+    with pytest.raises(ValueError, match=r"saved must be float32 \[5, 12\]; got float32 \[0\]"):
+        y.sum().backward()
+
+
+def test_autocast_reaches_torch_func() -> None:
+    x, blocks, offsets = small_product()
+
+    def loss(x: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        product = MPOBlocks(left, blocks.central, blocks.right, 12, 12)
+        return grouped_mpo_linear(x, product, offsets).float().sum()
+
+    wanted = torch.func.grad(loss, (0, 1))(x, blocks.left)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = torch.func.grad(loss, (0, 1))(x, blocks.left)
+    for value, truth in zip(lowered, wanted, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, truth, rtol=0.05, atol=0.05 * truth.abs().max().item())

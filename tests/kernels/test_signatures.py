@@ -216,6 +216,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {**PLACED, "slot_of_token": None},
         "slot_of_token must be given with out_index",
     ),
+    (
+        "grouped_mpo_linear",
+        {**PLACED, "slot_of_token": torch.zeros(7, 1, dtype=torch.int64)},
+        "gates must be one for every entry of slot_of_token",
+    ),
 ]
 
 

@@ -43,7 +43,7 @@ NEEDED = {
     "train": _FOR_TRAINING,
     "evaluate": ("train", ("sklearn", "datasets")),
     "compare": _FOR_REPORTS,
-    "inspect": _FOR_REPORTS,
+    "inspect": _FOR_TRAINING,  # of data it reads as training does
 }
 
 

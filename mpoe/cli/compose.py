@@ -14,7 +14,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, close_matches, option
@@ -87,7 +87,9 @@ def recipe_words(file: str) -> list[str]:
         ValueError: a file that cannot be read.
     """
     recipe = read_mapping(file, "recipe")
-    known = ["base", "experts", *(field.name for field in dataclasses.fields(ComposeOptions))]
+    kinds = get_type_hints(ComposeOptions)
+    kinds.pop("LEAST")  # no option
+    known = ["base", "experts", *kinds]
     lists = ("experts", "texts", "remove", "background")
     for key, value in recipe.items():
         if key not in known:
@@ -95,8 +97,12 @@ def recipe_words(file: str) -> list[str]:
         is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
         if key in lists and not (is_list and value):
             raise CommandError(f"{file}: {key} must be a list of texts; got {quoted(value)}")
-        if key not in lists and not isinstance(value, str | int | float):
-            raise CommandError(f"{file}: {key} must be a text or a number; got {quoted(value)}")
+        is_flag = kinds.get(key) is bool
+        if key not in lists and (
+            not isinstance(value, str | int | float) or isinstance(value, bool) != is_flag
+        ):
+            wanted = "true or false" if is_flag else "a text or a number"
+            raise CommandError(f"{file}: {key} must be {wanted}; got {quoted(value)}")
     if "base" not in recipe:
         raise CommandError(f"{file}: base must name the model of the experts; it is missing")
     words = [str(recipe["base"]), *recipe.get("experts", [])]
@@ -114,6 +120,8 @@ def recipe_words(file: str) -> list[str]:
 def command(arguments: Sequence[str]) -> None:
     """Compose as words and options say, or as a recipe does; options win over the recipe's."""
     if arguments and arguments[0].endswith((".yaml", ".yml")):
+        if len(arguments) > 1 and not arguments[1].startswith("-"):
+            raise CommandError(f"after a recipe come options alone; got {arguments[1]!r}")
         arguments = [*recipe_words(arguments[0]), *arguments[1:]]
     _compose(arguments)
 

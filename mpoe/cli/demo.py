@@ -323,9 +323,8 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
         f"{fmean(way['always_on'] for way in lost):.3f} (means of the three).",
         f"The three in one model keep {fmean(share['composed'] for share in shares):.0%} and cost "
         f"{FOREIGN} {foreign['composed'] - foreign['base']:.3f}.",
-        "A model of a million numbers tells the domains apart by single tokens: larger ones keep "
-        "more and lose less (docs/evidence.md). This shows neither longer training nor domains "
-        "that are nearer to each other.",
+        "The model has a million numbers; of one of 135 million docs/evidence.md tells. This shows "
+        "neither longer training nor domains that are nearer to each other.",
     ]
 
 

@@ -126,6 +126,8 @@ def command(request: Request) -> None:
             f"texts are for mixtures that mpoe compose made of experts of a decoder; {name} is "
             "another"
         )
+    if absent := [file for file in options.texts if not Path(file).is_file()]:
+        raise CommandError(f"texts: no such file: {absent[0]}")
     model = models.load_model(source)
     texts: dict[str, Batches] = {}
     if options.texts:

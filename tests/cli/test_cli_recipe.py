@@ -80,6 +80,8 @@ def test_a_recipe_is_the_same_as_words(experts: Path, tmp_path: Path) -> None:
         ("base: [b]\n", "base must be a text or a number; got ['b']"),
         ("base: b\npreference: loud\n", "--preference: invalid float value: 'loud'"),
         ("- base\n", "recipe"),
+        ("base: yes\n", "base must be a text or a number; got True"),
+        ("base: b\nmerge: 1\n", "merge must be true or false; got 1"),
         ("base: --overwrite\n", "names must not begin with '-'; got '--overwrite'"),
         ("base: b\nbackground: [x.txt, --merge]\n", "names must not begin with '-'"),
     ],
@@ -109,6 +111,11 @@ def test_a_folder_that_is_ready_to_upload(refused, experts: Path, tmp_path: Path
     assert "local is of --to hub; got --to mixtral" in refused("export", law, out, "--local")
     # A file that says nothing of its changes has dashes.
     assert b"| med.expert | - | - | - | - | - | - |" in expert_repository(experts)["README.md"]
+
+
+def test_after_a_recipe_come_options(refused, tmp_path: Path) -> None:
+    said = refused("compose", write(tmp_path, "base: b\n"), "b.expert")
+    assert "after a recipe come options alone; got 'b.expert'" in said
 
 
 def test_a_preference_is_finite(refused, experts: Path, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_refused(refused, here: Path, arguments: list, message: str) -> None:
         (["train", "--output_dir", "run"], "sklearn", "train"),
         (["evaluate", "run"], "datasets", "train"),
         (["compare", "run", "run"], "matplotlib", "report"),
-        (["inspect", "run"], "scipy", "report"),
+        (["inspect", "run"], "scipy", "train"),
         (["demo", "--compare", "--output_dir", "run"], "matplotlib", "train"),
     ],
     ids=["train", "evaluate", "compare", "inspect", "demo"],

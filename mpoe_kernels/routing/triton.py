@@ -102,17 +102,13 @@ class SortedSlots(NamedTuple):
     Attributes:
         order: int32 ``[E + 2 + T K]``: the first place of every expert, that of the pairs without
             one, T K; then the pair ``token K + choice`` at every place.
-        experts, top_k: E and K.
+        experts, top_k, pairs: E, K and T K.
     """
 
     order: Tensor
     experts: int
     top_k: int
-
-    @property
-    def pairs(self) -> int:
-        """T K."""
-        return self.order.shape[0] - self.experts - 2
+    pairs: int
 
     @property
     def scan(self) -> int:
@@ -167,7 +163,7 @@ def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
         }
         given |= _counted(pairs, num_experts)
         _two(given, False, kernels.scatter_kernel, OFFSETS=num_experts + 2, **places)
-    return SortedSlots(order, num_experts, top_k_index.shape[1])
+    return SortedSlots(order, num_experts, top_k_index.shape[1], pairs)
 
 
 def sum_choices(

@@ -316,7 +316,7 @@ def test_most_rows_of_tiles_are_in_use(tokens: int, least: float) -> None:
     """64 experts, eight per token, chosen at random: more rows in a tile than slots of an expert
     would be idle."""
     index = torch.rand(tokens, 64).topk(8).indices
-    slots = SortedSlots(torch.empty(66 + index.numel()), 64, 8)
+    slots = SortedSlots(torch.empty(66 + index.numel()), 64, 8, index.numel())
     counts = index.flatten().bincount(minlength=64)
     kernel = "hidden" if slots.fit(neurons.FEW_SLOTS) else "fused"
     rows = slots.among(neurons.TILES[kernel][2])[0].rows

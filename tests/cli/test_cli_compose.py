@@ -432,6 +432,8 @@ def test_what_experts_are_worth(
         "the sentences"
     ]
     files = [str(folder / "t0.txt"), str(folder / "t1.txt")]
+    absent = [*words, "--overwrite", "--texts", files[0], "absent.txt"]
+    refuses(CommandError, "texts: no such file: absent.txt", run, absent)
     assert not run([*words, "--overwrite", "--texts", *files])
     numbers = json.loads((tmp_path / "out" / "inspect.json").read_text())
     worth = numbers["worth"]

@@ -1,8 +1,6 @@
 """Assertions calibrated against PyTorch's own rounding, refusals, poisoned memory, threads, and
 processes."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading

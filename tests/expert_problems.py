@@ -1,8 +1,6 @@
 """A call of `hidden_experts` or `neuron_experts` with its gradients: inputs, and the comparison
 with the reference."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self

@@ -5,8 +5,6 @@ Those of the CPU have tests of their own, tests/kernels/test_experts.py, which r
 kernels too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -198,13 +196,11 @@ class ExpertScenarios:
         if "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", self.dtypes, ids=str)
 
-    def test_values_and_gradients(
-        self, kind: type[Any], case: dict[str, Any], dtype: torch.dtype
-    ) -> None:
+    def test_values_and_gradients(self, kind, case, dtype):
         kind(**case, dtype=dtype).check(self.backend)
 
     @pytest.mark.slow
-    def test_every_form(self, kind: type[Any], case: dict[str, Any], dtype: torch.dtype) -> None:
+    def test_every_form(self, kind, case, dtype):
         """Gated and not, the groups' blocks shared and not, all with biases."""
         for gated in (False, True):
             for more in (
@@ -214,13 +210,13 @@ class ExpertScenarios:
                 kind(**form, dtype=dtype, seed=1).check(self.backend)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
-    def test_every_activation(self, kind: type[Any], activation: str) -> None:
+    def test_every_activation(self, kind, activation):
         sizes = {"tokens": 9, "experts": 1, **({"groups": 1} if kind is HiddenProblem else {})}
         for gated in (False, True):
             problem = kind(**sizes, gated=gated, activation=activation, dtype=torch.float32)
             (problem.on_quarters() if activation == "relu" else problem).check(self.backend)
 
-    def test_an_expert_chosen_twice_and_rows_of_nan_without_one(self, kind: type[Any]) -> None:
+    def test_an_expert_chosen_twice_and_rows_of_nan_without_one(self, kind):
         problem = kind(tokens=17, experts=2, dtype=torch.float32, none_share=0.0, with_bias=True)
         problem.index[:, 1] = problem.index[:, 0]
         problem.index[3:6] = -1
@@ -232,9 +228,7 @@ class ExpertScenarios:
             assert torch.equal(value, clean[name]), name
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-    def test_a_spoiled_token_spoils_no_other(
-        self, kind: type[Any], value: float, dtype: torch.dtype
-    ) -> None:
+    def test_a_spoiled_token_spoils_no_other(self, kind, value, dtype):
         """Nor the gradients of experts that it did not choose."""
         problem = kind(
             tokens=24, experts=3, gated=True, with_bias=True, dtype=dtype, none_share=0.0
@@ -250,7 +244,7 @@ class ExpertScenarios:
             kept = left_out if each.shape[0] == 3 else others
             assert torch.equal(each[kept], clean[name][kept]), name
 
-    def test_each_gradient_alone(self, kind: type[Any]) -> None:
+    def test_each_gradient_alone(self, kind):
         backward = self.kernels[kind].backward
         problem = kind(tokens=5, experts=2, gated=True, with_bias=True, dtype=torch.float32)
         with poisoned_memory():

@@ -1,8 +1,6 @@
 """One grouped MPO product, or a network of them, with its gradients: inputs, and the comparison
 with the reference."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

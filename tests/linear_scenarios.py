@@ -1,8 +1,6 @@
 """What the kernels of every backend are tested with beside their own tests: `KernelProblem` in
 unusual situations."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from itertools import product
 from typing import Any
@@ -57,14 +55,14 @@ class LinearScenarios:
                 )
         metafunc.parametrize(("name", "strategy", "dtype"), found)
 
-    def test_shapes(self, name: str, strategy: str, dtype: torch.dtype) -> None:
+    def test_shapes(self, name, strategy, dtype):
         self.problem(SMALL_SHAPES[name], dtype).check(strategy)
 
     @pytest.mark.parametrize(
         ("activation", "gathered"),
         pairwise(["none", "relu", "gelu", "gelu_tanh", "silu"], [False, True]),
     )
-    def test_activations_with_and_without_gather(self, activation: str, gathered: bool) -> None:
+    def test_activations_with_and_without_gather(self, activation, gathered):
         shape = SMALL_SHAPES["separable"]
         self.problem(shape, activation=activation, gathered=gathered).check(
             self.strategy_of_separable()
@@ -77,7 +75,7 @@ class LinearScenarios:
     @pytest.mark.parametrize(
         ("name", "kind"), pairwise(["light", "separable"], ["all_to_one", "some_idle"])
     )
-    def test_distributions(self, name: str, kind: str) -> None:
+    def test_distributions(self, name, kind):
         shape = SMALL_SHAPES[name]
         for strategy in self.strategies(shape):
             case = self.problem(
@@ -87,14 +85,14 @@ class LinearScenarios:
 
     @pytest.mark.parametrize("name", ["light", "separable"])
     @pytest.mark.parametrize("activation", ["none", "gelu"])
-    def test_no_tokens(self, name: str, activation: str) -> None:
+    def test_no_tokens(self, name, activation):
         for strategy in self.strategies(SMALL_SHAPES[name]):
             self.problem(SMALL_SHAPES[name], tokens=0, top_k=1, activation=activation).check(
                 strategy
             )
 
     @pytest.mark.parametrize("name", ["paper", "separable"])
-    def test_backward_strategy_is_chosen_on_its_own(self, name: str) -> None:
+    def test_backward_strategy_is_chosen_on_its_own(self, name):
         shape = SMALL_SHAPES[name]
         strategies = self.strategies(shape)
         for forward, backward in zip(strategies, [*strategies[1:], strategies[0]], strict=True):
@@ -108,9 +106,7 @@ class LinearScenarios:
             ("separable", torch.bfloat16),
         ],
     )
-    def test_each_gradient_alone_and_the_masked_central_core(
-        self, name: str, dtype: torch.dtype
-    ) -> None:
+    def test_each_gradient_alone_and_the_masked_central_core(self, name, dtype):
         """Against float64, not bit for bit: other products run than for all gradients, in other
         tiles."""
         case = self.problem(SMALL_SHAPES[name], dtype, tokens=3, experts=2, capacity=2)
@@ -128,7 +124,7 @@ class LinearScenarios:
                         assert grad.numel() == 0
 
     @pytest.mark.parametrize("name", ["separable", "separable_mirrored"])
-    def test_a_nan_row_spoils_no_other_row_and_no_other_expert_s_block(self, name: str) -> None:
+    def test_a_nan_row_spoils_no_other_row_and_no_other_expert_s_block(self, name):
         case = self.problem(
             SMALL_SHAPES[name],
             torch.bfloat16,
@@ -158,7 +154,7 @@ class LinearScenarios:
             assert found[owner].isnan().any()
         assert dcentral.isnan().any()
 
-    def test_a_nan_row_stays_its_token_s(self) -> None:
+    def test_a_nan_row_stays_its_token_s(self):
         """Beside other rows of its expert, in one tile; in x and in the gradient of y."""
         case = self.problem(
             SMALL_SHAPES["paper"], tokens=9, experts=2, top_k=1, capacity=None, activation="silu"
@@ -172,7 +168,7 @@ class LinearScenarios:
             dx = case.backward(strategy, saved, [True, False, False, False, False])[0]
             assert dx[tokens].isfinite().all()
 
-    def test_experts_by_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_experts_by_parts(self, monkeypatch):
         """Weights of two experts at a time, then of the third."""
         for module in (gradients, grouped):
             monkeypatch.setattr(module, "experts_at_once", lambda *_, **__: 2)
@@ -181,7 +177,7 @@ class LinearScenarios:
         ):  # which builds none
             self.problem(SMALL_SHAPES["padded"], activation="silu").check(strategy)
 
-    def test_the_same_bits_every_time(self) -> None:
+    def test_the_same_bits_every_time(self):
         case = self.problem(SMALL_SHAPES["paper"], torch.bfloat16)
         for strategy in self.strategies(case.shape):
             for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
@@ -191,7 +187,7 @@ class LinearScenarios:
         "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
     )
     @pytest.mark.parametrize("name", ["light", "separable", "separable_mirrored"])
-    def test_rows_placed_elsewhere_have_the_same_bits(self, name: str, dtype: torch.dtype) -> None:
+    def test_rows_placed_elsewhere_have_the_same_bits(self, name, dtype):
         """The gate multiplies the rounded result; rows of slots without an expert are zero,
         whatever their gates."""
         case = self.problem(SMALL_SHAPES[name], dtype, tokens=13, experts=3, top_k=1, capacity=3)

@@ -1,7 +1,5 @@
 """Routing by any backend, compared with loops."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,8 +1,6 @@
 """The order of imports, the size of files, what importing costs; assertions of the tests, each of
 which can fail."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shutil
@@ -95,7 +93,7 @@ def imports_of(path: Path, top_level_only: bool) -> set[str]:
 
 
 @pytest.mark.parametrize("module", modules())
-def test_imports_run_downward(module: str) -> None:
+def test_imports_run_downward(module):
     own = group_of(module)
     for imported in imports_of(modules()[module], top_level_only=False):
         other = group_of(imported)
@@ -120,12 +118,12 @@ def test_imports_run_downward(module: str) -> None:
             )
 
 
-def test_what_reaches_up_is_still_there() -> None:
+def test_what_reaches_up_is_still_there():
     for module, imported in UPWARD:
         assert imported in imports_of(modules()[module], top_level_only=False), module
 
 
-def test_imports_in_functions_and_by_strings_are_seen(tmp_path: Path) -> None:
+def test_imports_in_functions_and_by_strings_are_seen(tmp_path):
     file = tmp_path / "lazy.py"
     file.write_text(
         'import_module("mpoe.models.find")\n\n\ndef lazy():\n    from mpoe.cli import train\n'
@@ -138,7 +136,7 @@ def test_imports_in_functions_and_by_strings_are_seen(tmp_path: Path) -> None:
     assert imports_of(file, top_level_only=True) == set()
 
 
-def test_no_circles() -> None:
+def test_no_circles():
     """Among what is imported first; what is lazy in a package runs between files of one level."""
     graph = {
         name: imports_of(path, top_level_only=True) - {name} for name, path in modules().items()
@@ -159,7 +157,7 @@ def test_no_circles() -> None:
         visit(name, ())
 
 
-def test_files_of_tests_import_one_another_by_their_whole_names() -> None:
+def test_files_of_tests_import_one_another_by_their_whole_names():
     """``from .tiny import`` or ``from tests.training.tiny import``: a bare name means another file
     to every folder."""
     bare = []
@@ -186,7 +184,7 @@ def tokens_of_code(path: Path) -> int:
     return count - len(docstrings)
 
 
-def test_a_file_is_read_at_once() -> None:
+def test_a_file_is_read_at_once():
     folders = (*PACKAGES, "tests", "examples", "tools", "bench")
     paths = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
     # At least as many words and signs as tokens: most files need not be taken apart.
@@ -202,7 +200,7 @@ def test_a_file_is_read_at_once() -> None:
     assert not long, f"more than 4,900 tokens: {long}"
 
 
-def test_the_table_of_mutants_names_files_and_tests() -> None:
+def test_the_table_of_mutants_names_files_and_tests():
     for area in tomllib.loads((ROOT / "tools" / "mutants.toml").read_text()).values():
         assert all(list(ROOT.glob(each)) for each in area["files"]), area
         tests = [each.removeprefix("--deselect=").partition("::")[0] for each in area["tests"]]
@@ -210,8 +208,8 @@ def test_the_table_of_mutants_names_files_and_tests() -> None:
 
 
 def test_kernels_import_neither_transformers_nor_mpoe_and_info_no_transformers(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     """A copy of the package without compiled kernels, which says why it has none."""
     package = tmp_path / "mpoe_kernels"
     shutil.copytree(
@@ -229,7 +227,7 @@ def test_kernels_import_neither_transformers_nor_mpoe_and_info_no_transformers(
     assert "\n".join(shown).count(native) == 2
 
 
-def test_calibrated_assertion_catches_what_it_should() -> None:
+def test_calibrated_assertion_catches_what_it_should():
     truth = torch.randn(100, dtype=torch.float64)
     single = truth.float()
     assert_calibrated(single, truth, single)
@@ -246,7 +244,7 @@ def test_calibrated_assertion_catches_what_it_should() -> None:
     refuses(AssertionError, "expected dtype", assert_calibrated, single.double(), truth, single)
 
 
-def test_poisoned_memory_fills_and_restores() -> None:
+def test_poisoned_memory_fills_and_restores():
     with poisoned_memory():
         assert bool(torch.empty(64).isnan().all())
         assert bool(torch.ones(3).new_empty(64).isnan().all())

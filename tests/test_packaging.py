@@ -1,8 +1,6 @@
 """Source distribution, wheels and installs: with a compiler, without, and told what to do. Slow:
 they compile."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -169,7 +167,7 @@ def keep_little(source: Path) -> None:
     module.write_text(re.sub(bound, "", module.read_text(), flags=re.MULTILINE))
 
 
-def test_the_lowest_versions_are_those_declared() -> None:
+def test_the_lowest_versions_are_those_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     listed = [*project["dependencies"], *extras["report"], *extras["train"]]
@@ -183,7 +181,7 @@ def test_the_lowest_versions_are_those_declared() -> None:
         assert f"{lowest[name]}.".startswith(f"{version}."), name
 
 
-def test_source_distribution_is_complete_and_clean(sdist: Path) -> None:
+def test_source_distribution_is_complete_and_clean(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(
@@ -212,9 +210,7 @@ BUILD_REQUIREMENTS = (
 
 
 @needs_compiler
-def test_with_a_compiler_the_wheel_is_native_whatever_torch_there_is(
-    source: Path, tmp_path: Path
-) -> None:
+def test_with_a_compiler_the_wheel_is_native_whatever_torch_there_is(source, tmp_path):
     """Built without torch, for this Python; installed, it computes what eager does; `.ci/run`
     builds all kernels so."""
     keep_little(source)
@@ -259,7 +255,7 @@ def test_with_a_compiler_the_wheel_is_native_whatever_torch_there_is(
     done(python, "-c", code, cwd=tmp_path)
 
 
-def test_without_compiler_the_install_is_eager_and_says_so(source: Path, tmp_path: Path) -> None:
+def test_without_compiler_the_install_is_eager_and_says_so(source, tmp_path):
     python = environment(tmp_path / "user")
     output = install(python, source, PATH=without_compiler(tmp_path / "path"))
     reason = "no C++ compiler was found (c++, g++, clang++)"
@@ -277,7 +273,7 @@ def test_without_compiler_the_install_is_eager_and_says_so(source: Path, tmp_pat
     assert len(complaints_of_pip(python, tmp_path)) == 1
 
 
-def test_without_what_binds_the_kernels_the_install_says_so(source: Path, tmp_path: Path) -> None:
+def test_without_what_binds_the_kernels_the_install_says_so(source, tmp_path):
     python = environment(
         tmp_path / "isolated", packages=tuple(set(BUILD_REQUIREMENTS) - {"pybind11"})
     )
@@ -287,9 +283,7 @@ def test_without_what_binds_the_kernels_the_install_says_so(source: Path, tmp_pa
 
 
 @needs_compiler
-def test_the_cuda_kernels_ask_for_the_torch_of_the_environment(
-    source: Path, tmp_path: Path
-) -> None:
+def test_the_cuda_kernels_ask_for_the_torch_of_the_environment(source, tmp_path):
     python = environment(tmp_path / "isolated", packages=BUILD_REQUIREMENTS)
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\n")
@@ -304,7 +298,7 @@ def test_the_cuda_kernels_ask_for_the_torch_of_the_environment(
 
 
 @needs_compiler
-def test_a_failing_compiler_leaves_an_eager_install(source: Path, tmp_path: Path) -> None:
+def test_a_failing_compiler_leaves_an_eager_install(source, tmp_path):
     python = environment(tmp_path / "user")
     keep_little(source)
     (source / "csrc" / "bindings" / "module.cpp").write_text("#error planted\n")
@@ -318,7 +312,7 @@ def test_a_failing_compiler_leaves_an_eager_install(source: Path, tmp_path: Path
     assert "MPOE_BUILD=cpu: compiling them failed" in answer.stdout
 
 
-def test_the_variable_decides(source: Path, tmp_path: Path) -> None:
+def test_the_variable_decides(source, tmp_path):
     python, path = environment(tmp_path / "user"), without_compiler(tmp_path / "path")
     for value, message in (
         ("gpu", "MPOE_BUILD must be one of auto, cpu, cuda, none; got 'gpu'"),
@@ -357,7 +351,7 @@ def test_the_variable_decides(source: Path, tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_build_in_a_checkout(source: Path, tmp_path: Path) -> None:
+def test_build_in_a_checkout(source, tmp_path):
     """An editable install without kernels says why; building in place afterwards takes the reason
     away."""
     package, python = source / "mpoe_kernels", environment(tmp_path / "user")
@@ -379,7 +373,7 @@ def test_build_in_a_checkout(source: Path, tmp_path: Path) -> None:
         ("9.0+ptx", None),
     ],
 )
-def test_architectures_in_the_words_of_torch(listed: str, architectures: str | None) -> None:
+def test_architectures_in_the_words_of_torch(listed, architectures):
     code = (
         "import setuptools; setuptools.setup = lambda **options: None\n"
         "names = {'__file__': 'setup.py', '__name__': 'setup'}; exec(open('setup.py').read(), "
@@ -396,7 +390,7 @@ def test_architectures_in_the_words_of_torch(listed: str, architectures: str | N
         )
 
 
-def test_an_old_setuptools_is_named(source: Path) -> None:
+def test_an_old_setuptools_is_named(source):
     code = (
         "import setuptools; setuptools.__version__ = '65.5.0'; exec(open('setup.py').read(), "
         "{'__file__': 'setup.py'})"

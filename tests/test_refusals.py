@@ -1,11 +1,8 @@
 """Refusals that no other test has a reason to meet: each names the argument, what was expected and
 what came."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -248,11 +245,11 @@ CASES: list[tuple[Callable[[], object], type[Exception] | tuple[type[Exception],
 @pytest.mark.parametrize(
     ("call", "kind", "message"), CASES, ids=[message for _, _, message in CASES]
 )
-def test_refused(call: Callable[[], object], kind: type[Exception], message: str) -> None:
+def test_refused(call, kind, message):
     refuses(kind, message, call)
 
 
-def test_nothing_left_to_train() -> None:
+def test_nothing_left_to_train():
     model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2, shape="separable"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.rsplit(".", 1)[-1] == "central")
@@ -260,7 +257,7 @@ def test_nothing_left_to_train() -> None:
         freeze_cores(model, tensor_learn=True, train_AT_index="0,1,2")
 
 
-def test_an_original_that_holds_a_list(tmp_path: Path) -> None:
+def test_an_original_that_holds_a_list(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "pytorch_model.bin")
     refuses(
         ValueError,
@@ -271,7 +268,7 @@ def test_an_original_that_holds_a_list(tmp_path: Path) -> None:
     )
 
 
-def test_components_that_are_not_in_mpo_form(tmp_path: Path) -> None:
+def test_components_that_are_not_in_mpo_form(tmp_path):
     model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2))
     model.save_pretrained(tmp_path)
     with pytest.raises(
@@ -280,7 +277,7 @@ def test_components_that_are_not_in_mpo_form(tmp_path: Path) -> None:
         load_layers(model, tmp_path, ["attention"])
 
 
-def test_components_of_another_model(tmp_path: Path) -> None:
+def test_components_of_another_model(tmp_path):
     convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2)).save_pretrained(tmp_path)
     deep, wide = (
         convert_to_mpoe(gpt2(**sizes), MPOEConfig(num_experts=2))

@@ -1,8 +1,6 @@
 """A tiny run of the quick suite through the command line, shared by the tests that read its
 results."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

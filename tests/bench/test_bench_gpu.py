@@ -1,8 +1,6 @@
 """The script for a GPU, tried on the CPU: what its parts select, its limits, its report; and the
 suite ``gpu``."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -51,13 +49,13 @@ def plan(device: str) -> dict[str, tuple[int, str]]:
     return {name: (int(seconds), command) for name, seconds, command in parts}
 
 
-def test_the_limits_of_the_parts_fit_thirty_minutes() -> None:
+def test_the_limits_of_the_parts_fit_thirty_minutes():
     parts = plan("cuda")
     assert list(parts) == ["card", *ON_CPU]
     assert sum(seconds for seconds, _ in parts.values()) <= 30 * 60
 
 
-def test_the_parts_on_a_gpu() -> None:
+def test_the_parts_on_a_gpu():
     parts = {name: command for name, (_, command) in plan("cuda").items()}
     assert parts["neurons"].endswith("test_device_experts.py::test_neurons_of_any_number_of_tokens")
     for name in ("neurons-times", "others-times"):
@@ -82,7 +80,7 @@ def test_the_parts_on_a_gpu() -> None:
     assert "build_ext" not in " ".join(parts.values())
 
 
-def test_the_library_is_built_beforehand(tmp_path: Path) -> None:
+def test_the_library_is_built_beforehand(tmp_path):
     program = tmp_path / "python"
     program.write_text('#!/usr/bin/env bash\necho "$MPOE_BUILD $TORCH_CUDA_ARCH_LIST $*"\n')
     program.chmod(0o755)
@@ -91,7 +89,7 @@ def test_the_library_is_built_beforehand(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_visit_tries_every_part_without_a_gpu(tmp_path: Path) -> None:
+def test_a_visit_tries_every_part_without_a_gpu(tmp_path):
     """Tests are collected: a name that the script has wrong fails its part."""
     walked = tmp_path / "trial"
     done = script("--device", "cpu", "--minutes", "60", "--out", str(walked))
@@ -163,9 +161,7 @@ def trial(tmp_path: Path, code: str, *words: str) -> tuple[int, str]:
         ("any_number_of_tokens", "experts.py tests", "E       assert False"),
     ],
 )
-def test_after_a_wrong_result_a_visit_goes_on(
-    tmp_path: Path, failing: str, wrong: str, line: str
-) -> None:
+def test_after_a_wrong_result_a_visit_goes_on(tmp_path, failing, wrong, line):
     """Its status says so; it does not of a missing package, nor of a program that fails."""
     missing = "E   ModuleNotFoundError: no"
     code = (
@@ -180,7 +176,7 @@ def test_after_a_wrong_result_a_visit_goes_on(
     assert report.splitlines()[-1].startswith("| graphs-times | passed |")
 
 
-def test_what_gave_a_wrong_result_is_left_out_afterwards(tmp_path: Path) -> None:
+def test_what_gave_a_wrong_result_is_left_out_afterwards(tmp_path):
     """By its backend and op: of two tests that ask for the same, the first of which is wrong, and
     in the next run."""
     (tmp_path / "conftest.py").write_text("from tests.device.conftest import *\n")
@@ -214,7 +210,7 @@ def test_what_gave_a_wrong_result_is_left_out_afterwards(tmp_path: Path) -> None
     assert not end.strip()
 
 
-def test_what_has_no_time_is_left_for_the_next_call(tmp_path: Path) -> None:
+def test_what_has_no_time_is_left_for_the_next_call(tmp_path):
     status, report = trial(tmp_path, "exit 0", "--minutes", "0")
     assert status == 0
     assert report.count("| no time was left |") == len(ON_CPU)
@@ -224,7 +220,7 @@ def test_what_has_no_time_is_left_for_the_next_call(tmp_path: Path) -> None:
     assert "step" not in (tmp_path / "out" / "done").read_text().split()
 
 
-def test_what_has_no_time_is_named() -> None:
+def test_what_has_no_time_is_named():
     results = run_suite("gpu", threads=1, scale="tiny", backend="eager", minutes=1e-9)
     assert results["sections"] == []
     assert results["skipped"][0] == "FFN E=8 48x192 T=8 bfloat16"
@@ -233,8 +229,8 @@ def test_what_has_no_time_is_named() -> None:
 
 
 def test_after_a_capture_that_broke_off_nothing_is_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     """Not in that section, not in a later one; the run has failed and says why."""
 
     def graphed(function):
@@ -265,6 +261,6 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(
     ]
 
 
-def test_the_gpu_suite_on_a_cpu_is_a_trial_only() -> None:
+def test_the_gpu_suite_on_a_cpu_is_a_trial_only():
     with pytest.raises(ValueError, match="scale must be tiny for suite gpu on a CPU"):
         check_options("gpu", "cpu", None, "real")

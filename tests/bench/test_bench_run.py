@@ -1,7 +1,5 @@
 """`mpoe bench` on tiny sizes: results, tables, report, refusals."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -24,7 +22,7 @@ from mpoe_kernels import available_backends
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
+def test_quick_measures_everything_and_nothing_is_wrong(quick):
     assert quick.code == 0
     results = quick.results
     assert results["failures"] == []
@@ -45,7 +43,7 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
     assert ours["weight_bytes"] == 4 * ours["parameters"]
 
 
-def test_report_shows_every_section(quick) -> None:
+def test_report_shows_every_section(quick):
     report = (quick.folder / "report.md").read_text()
     for section in quick.results["sections"]:
         assert f"### {table_of(section).title}" in report
@@ -55,7 +53,7 @@ def test_report_shows_every_section(quick) -> None:
         assert not line.startswith("|") or line.endswith("|")
 
 
-def test_results_tell_the_machine_but_not_whose_it_is(quick) -> None:
+def test_results_tell_the_machine_but_not_whose_it_is(quick):
     machine = quick.results["machine"]
     assert machine["processor"]
     assert machine["threads"] == 1
@@ -66,7 +64,7 @@ def test_results_tell_the_machine_but_not_whose_it_is(quick) -> None:
         assert len(private) < 3 or private not in text
 
 
-def test_failures_are_told_without_folders() -> None:
+def test_failures_are_told_without_folders():
     error = RuntimeError("kernels_of, /some/where/csrc/linear.cpp:98, no kernel at 3 tokens/s")
     assert (
         failure_text(error)
@@ -74,14 +72,14 @@ def test_failures_are_told_without_folders() -> None:
     )
 
 
-def test_results_are_json_without_nan(quick) -> None:
+def test_results_are_json_without_nan(quick):
     text = (quick.folder / "results.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert not (quick.folder / "incomplete.json").exists()
 
 
 @pytest.mark.parametrize("suite", ["planner", pytest.param("targets", marks=pytest.mark.slow)])
-def test_other_suites(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_suites(suite, monkeypatch):
     seen, plan = [], suites.Plan(suites.SCALES["tiny"], "cpu", ("eager",))
     dtypes = [each.facts["dtype"] for each in plan.of(suite)]
     monkeypatch.setattr(suites, "HALVES", (torch.bfloat16,))
@@ -113,7 +111,7 @@ def test_other_suites(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_mixtures_around_a_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixtures_around_a_dense_network(monkeypatch):
     monkeypatch.setattr(suites, "HALVES", (torch.bfloat16,))  # the quick suite has some in float32
     monkeypatch.setattr(suites, "STOCK_LAYERS", ())  # and these
     results = run_suite("layers", threads=1, scale="tiny", backend="eager")
@@ -136,7 +134,7 @@ def test_mixtures_around_a_dense_network(monkeypatch: pytest.MonkeyPatch) -> Non
         assert neurons["forward"]["x"] > 0
 
 
-def test_the_planner_suite_judges_all_cases() -> None:
+def test_the_planner_suite_judges_all_cases():
     assert len(JUDGED_WORKLOADS) == len({case.name for case in JUDGED_WORKLOADS}) == 49
 
 
@@ -175,13 +173,13 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
         ),
     ],
 )
-def test_refusals(capsys, tmp_path: Path, arguments: list[object], words: str) -> None:
+def test_refusals(capsys, tmp_path, arguments, words):
     line = refusal(capsys, "--out", tmp_path / "out", *arguments)
     assert words in line
     assert not (tmp_path / "out").exists()
 
 
-def test_cuda_without_cuda_is_refused(capsys, tmp_path: Path) -> None:
+def test_cuda_without_cuda_is_refused(capsys, tmp_path):
     if torch.cuda.is_available():
         line = refusal(capsys, "--device", "cuda", "--suite", "planner", "--out", tmp_path / "out")
         assert "its cases are a CPU's" in line
@@ -191,14 +189,14 @@ def test_cuda_without_cuda_is_refused(capsys, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_earlier_results_are_not_overwritten_by_accident(capsys, quick) -> None:
+def test_earlier_results_are_not_overwritten_by_accident(capsys, quick):
     before = (quick.folder / "results.json").read_bytes()
     assert "holds earlier results" in refusal(capsys, "--out", quick.folder)
     assert (quick.folder / "results.json").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_pytest_benchmark_suites_pass_on_tiny_sizes() -> None:
+def test_pytest_benchmark_suites_pass_on_tiny_sizes():
     pytest.importorskip("pytest_benchmark")
     command = [
         sys.executable,

@@ -1,7 +1,5 @@
 """Sections: whatever is wrong, fails or is absent gets no times, and says why."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -107,7 +105,7 @@ wrong_result = result(lambda y: y * 1.01)
         (result(lambda y: y[:-1], grad_y=None), "y is [11, 24] instead of [12, 24]"),
     ],
 )
-def test_a_sabotaged_contender_has_no_speed(change, words: str) -> None:
+def test_a_sabotaged_contender_has_no_speed(change, words):
     *_, (name, kind, build) = builds_of(change)
     contender, row = checked(name, kind, build, shared())
     assert contender is None
@@ -118,7 +116,7 @@ def test_a_sabotaged_contender_has_no_speed(change, words: str) -> None:
     assert table.notes == [f"sabotaged: {row['reason']}"]
 
 
-def test_our_own_wrong_result_fails_the_run_and_a_peers_does_not(measure) -> None:
+def test_our_own_wrong_result_fails_the_run_and_a_peers_does_not(measure):
     peer, own = (measure(builds_of(wrong_result, kind)) for kind in ("peer", "mpoe"))
     assert peer["failures"] == []
     assert "sabotaged (t): wrong result" in own["failures"][0]
@@ -128,7 +126,7 @@ def test_our_own_wrong_result_fails_the_run_and_a_peers_does_not(measure) -> Non
         assert rows["mpoe separable [eager]"]["forward"]["x"] > 0  # the others are measured
 
 
-def test_absent_and_failing_contenders_say_why() -> None:
+def test_absent_and_failing_contenders_say_why():
     def absent(_: Contender) -> Contender:
         raise BackendError("no such package")
 
@@ -143,14 +141,14 @@ def test_absent_and_failing_contenders_say_why() -> None:
         assert checked(name, kind, build, shared())[1]["reason"] == reason
 
 
-def test_a_wrong_baseline_is_no_baseline(measure) -> None:
+def test_a_wrong_baseline_is_no_baseline(measure):
     results = measure(builds_of(lambda contender: contender, baseline=wrong_result))
     assert "dense FFN (t): wrong result, not timed" in results["failures"][0]
     assert not any("forward" in row for row in rows_of(results).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_peer_computes_the_truth(dtype: torch.dtype) -> None:
+def test_every_peer_computes_the_truth(dtype):
     at = AT._replace(dtype=dtype)
     layers = [
         *peer_layers(tuple(PEERS), EXPERTS, at),
@@ -167,7 +165,7 @@ def test_every_peer_computes_the_truth(dtype: torch.dtype) -> None:
         assert row["errors"].keys() > {"y", "dx"}  # and the weights' gradients
 
 
-def test_masked_contenders_have_no_central_gradient() -> None:
+def test_masked_contenders_have_no_central_gradient():
     contender, truth = comparison_of([ours("separable", masked=True)]).contenders[1][2](shared())
     contender.train()
     found = gradients_of(contender.leaves)

@@ -1,8 +1,6 @@
 """Targets judged on made-up results: the worse of two dtypes counts, each kind of backend by its
 own limits."""
 
-from __future__ import annotations
-
 from mpoe_bench.targets import check_targets
 
 
@@ -35,7 +33,7 @@ def lines_of(sections: list[dict]) -> dict[tuple[str, str], dict]:
     return {(line["what"], line["backend"]): line for line in check_targets(sections)}
 
 
-def test_the_worse_dtype_decides() -> None:
+def test_the_worse_dtype_decides():
     sections = [
         section("float32", [ours("separable", "auto", 1.2, 1.4)]),
         section("bfloat16", [ours("separable", "auto", 1.31, 1.4)]),
@@ -48,7 +46,7 @@ def test_the_worse_dtype_decides() -> None:
     assert lines["separable, E=8 T=2048, forward + backward", "auto"]["reached"]
 
 
-def test_faster_than_a_peer_is_a_ratio_of_times() -> None:
+def test_faster_than_a_peer_is_a_ratio_of_times():
     original = row("original: rebuild all (paper_64)", 2.6, 2.6)
     loop = row("dense experts, loop", 10.0)
     sections = [
@@ -71,7 +69,7 @@ def test_faster_than_a_peer_is_a_ratio_of_times() -> None:
     assert not any("paper_64, E=64 T=64" in what for what, _ in lines)  # it has no target there
 
 
-def test_masked_and_memory() -> None:
+def test_masked_and_memory():
     whole, masked = (
         ours("paper_full", "auto", 3.0, 4.0),
         ours("paper_full", "auto", 3.0, 3.5, masked=True),
@@ -84,7 +82,7 @@ def test_masked_and_memory() -> None:
     assert not memory["reached"]
 
 
-def test_mixtures_around_a_dense_network() -> None:
+def test_mixtures_around_a_dense_network():
     def needs(count: int) -> dict:
         return {"memory": {"train": {"peak": count + 5, "kept": 5}}}
 
@@ -106,7 +104,7 @@ def test_mixtures_around_a_dense_network() -> None:
     assert memory["reached"]
 
 
-def test_planner() -> None:
+def test_planner():
     def reached(within: int) -> bool:
         rows = [{"name": str(k), "ratio": 1.15 if k < within else 1.16} for k in range(48)]
         return check_targets([{"key": "planner", "rows": rows, "backend": "auto"}])[0]["reached"]

@@ -1,7 +1,5 @@
 """Interleaving and memory, on functions whose times and allocations are known."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -40,7 +38,7 @@ class Machine:
         return in_turn(self, functions, budget, lambda: self.now)
 
 
-def test_a_drifting_machine_hardly_moves_the_ratio() -> None:
+def test_a_drifting_machine_hardly_moves_the_ratio():
     machine = Machine(drift=0.01)
     samples = machine.timed(Budget(60.0, sample=0.0), ours=2.0, dense=1.0)
     facts = facts_of(samples["ours"], samples["dense"], tokens=8)
@@ -50,7 +48,7 @@ def test_a_drifting_machine_hardly_moves_the_ratio() -> None:
     assert facts["tokens_per_second"] == 8 / facts["seconds"]
 
 
-def test_rounds_alternate_and_quick_functions_repeat_within_a_sample() -> None:
+def test_rounds_alternate_and_quick_functions_repeat_within_a_sample():
     machine = Machine()
     samples = machine.timed(Budget(3.0, 3, 4, 0.5), quick=0.1, slow=1.0)
     assert machine.log[:2] == ["quick", "slow"]  # sizing
@@ -59,7 +57,7 @@ def test_rounds_alternate_and_quick_functions_repeat_within_a_sample() -> None:
     assert samples["slow"] == pytest.approx([1.0] * 4)
 
 
-def test_peak_counts_temporaries_and_kept_counts_the_result() -> None:
+def test_peak_counts_temporaries_and_kept_counts_the_result():
     size = 1 << 20  # float32: 4 MiB
 
     def work() -> torch.Tensor:
@@ -74,7 +72,7 @@ def test_peak_counts_temporaries_and_kept_counts_the_result() -> None:
     assert memory["kept"] == pytest.approx(2 * size, rel=0.01)
 
 
-def test_resident_memory_sees_what_torch_does_not_allocate() -> None:
+def test_resident_memory_sees_what_torch_does_not_allocate():
     count = 32 << 20
 
     def work() -> int:

@@ -1,8 +1,6 @@
 """Studies: a tiny one end to end, stopped and continued; what files may say; sizes, statistics,
 routers."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -101,9 +99,7 @@ def study_file(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_study_runs_what_is_missing_and_nothing_twice(
-    study_file: Path, data: Path, capsys
-) -> None:
+def test_a_study_runs_what_is_missing_and_nothing_twice(study_file, data, capsys):
     words = [str(study_file), "--data_dir", str(data)]
     first = "16/4 neurons 0.004 0"
     assert main([*words, "--run", first]) == 0
@@ -132,7 +128,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(
     assert capsys.readouterr().out.strip() == ""
 
 
-def test_a_run_made_again_is_the_same(study_file: Path, data: Path) -> None:
+def test_a_run_made_again_is_the_same(study_file, data):
     study, blocks = read_study(study_file), read_blocks(data)
     for arm in ("neurons", "fine"):
         run, starts = Run(Corner(16, 4), arm, 0.004, 1), {}
@@ -142,7 +138,7 @@ def test_a_run_made_again_is_the_same(study_file: Path, data: Path) -> None:
         assert {**one, "cpu_seconds": 0} == {**two, "cpu_seconds": 0}
 
 
-def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file: Path, data: Path) -> None:
+def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file, data):
     record = run_once(
         read_study(study_file), Run(Corner(16, 4), "dense", math.inf, 0), read_blocks(data), {}
     )
@@ -172,9 +168,7 @@ def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file: Path, d
         (("steps = 8\n", "steps = 8\nlayers = 0\n"), "layers of a stage must be at least 1; got 0"),
     ],
 )
-def test_files_that_make_no_sense_are_refused(
-    study_file: Path, change: tuple[str, str], words: str, capsys
-) -> None:
+def test_files_that_make_no_sense_are_refused(study_file, change, words, capsys):
     study_file.write_text(TINY.replace(*change))
     with pytest.raises(ValueError, match=words):
         read_study(study_file)
@@ -182,9 +176,7 @@ def test_files_that_make_no_sense_are_refused(
     assert re.search(words, capsys.readouterr().err)
 
 
-def test_unknown_runs_and_absent_data_are_refused(
-    study_file: Path, data: Path, monkeypatch, capsys
-) -> None:
+def test_unknown_runs_and_absent_data_are_refused(study_file, data, monkeypatch, capsys):
     assert main([str(study_file), "--data_dir", str(data), "--run", "16/5 dense 0.004 0"]) == 2
     wanted = "run must be one that waits, as '16/4 neurons 0.004 0'; got '16/5 dense 0.004 0'"
     assert wanted in capsys.readouterr().err
@@ -195,7 +187,7 @@ def test_unknown_runs_and_absent_data_are_refused(
         domain_texts(data, "novels", "train")
 
 
-def test_sizes_of_the_study_of_neurons() -> None:
+def test_sizes_of_the_study_of_neurons():
     study = read_study(NEURONS)
     assert len(study.compared()) == 44
     assert sum(one.must_win for _, one in study.compared()) == 10
@@ -215,7 +207,7 @@ def test_sizes_of_the_study_of_neurons() -> None:
     assert steps_of(study, "neurons", Corner(48, 1600)) == 1600
 
 
-def test_deeper_models_have_corners_of_their_own() -> None:
+def test_deeper_models_have_corners_of_their_own():
     shallow = Run.of("96/6400 dense 0.008 0")
     deep = Run.of("96/6400/4 dense 0.008 0")
     assert (shallow.corner, deep.corner) == (Corner(96, 6400), Corner(96, 6400, 4))
@@ -227,9 +219,7 @@ def test_deeper_models_have_corners_of_their_own() -> None:
     assert four.whole - head == 2 * (two.whole - head)
 
 
-def test_a_stage_names_its_layers_and_rates_are_chosen_with_two(
-    study_file: Path, data: Path
-) -> None:
+def test_a_stage_names_its_layers_and_rates_are_chosen_with_two(study_file, data):
     text = TINY.replace("steps = 8\n", "steps = 8\nlayers = 3\n").replace("must_win = true", "")
     text = text.replace('"neurons", "large"]', '"neurons"]')
     study_file.write_text(text)
@@ -248,7 +238,7 @@ def test_a_stage_names_its_layers_and_rates_are_chosen_with_two(
     assert len(trained.model.transformer.h) == 3
 
 
-def test_a_rate_that_is_known_is_not_searched(study_file: Path) -> None:
+def test_a_rate_that_is_known_is_not_searched(study_file):
     known = 'name = "as large"\nknown_rates = { 16 = 0.002 }'
     study_file.write_text(
         TINY.replace('name = "as large"', known).replace("16 = [0.004, 0.008]", "16 = [0.004]")
@@ -265,7 +255,7 @@ def test_a_rate_that_is_known_is_not_searched(study_file: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1], ids=["four layers", "width 192"])
-def test_the_candidate_of_the_study_of_depth_is_at_most_twice_the_dense_model(stage: int) -> None:
+def test_the_candidate_of_the_study_of_depth_is_at_most_twice_the_dense_model(stage):
     study = read_study(DEPTH)
     corner = study.stages[stage].corner
 
@@ -282,7 +272,7 @@ def test_the_candidate_of_the_study_of_depth_is_at_most_twice_the_dense_model(st
     assert parameters("large") == pytest.approx(candidate, rel=0.01)
 
 
-def test_experts_of_their_own_start_differ() -> None:
+def test_experts_of_their_own_start_differ():
     arm = Arm("fine", {"expert_type": "dense", "num_experts": 3}, own_start=True)
     layer = arms.convert(dense_model(16, 32, 0), arm, 16, 0).transformer.h[0].mlp
     weight = layer.experts.up.weight
@@ -290,20 +280,20 @@ def test_experts_of_their_own_start_differ() -> None:
     assert float(weight.detach().std()) == pytest.approx(arms.INIT_STD, rel=0.2)
 
 
-def test_batches_are_the_same_for_every_arm() -> None:
+def test_batches_are_the_same_for_every_arm():
     train = {"one": byte_blocks(["ab" * 400], 8), "two": byte_blocks(["cd" * 100], 8)}
     first, second = (torch.cat(list(batches(train, 3, 4))) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, torch.cat(list(batches(train, 4, 4))))
 
 
-def test_schedule_warms_up_and_ends_at_zero() -> None:
+def test_schedule_warms_up_and_ends_at_zero():
     factors = [schedule(step, 100) for step in range(100)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[-1] < 1e-3
 
 
-def test_verdicts_are_those_of_a_paired_t_test() -> None:
+def test_verdicts_are_those_of_a_paired_t_test():
     for values in ([0.1, 0.12, 0.09], [0.1, -0.12, 0.3], [-0.1, -0.11, -0.1], [0.01, 0.05, 0.02]):
         p = ttest_1samp(values, 0).pvalue
         expected = "not significant" if p >= 0.05 else "better" if values[0] > 0 else "worse"
@@ -311,7 +301,7 @@ def test_verdicts_are_those_of_a_paired_t_test() -> None:
     assert Spread.of([0.3]).verdict() == "one seed"
 
 
-def test_a_comparison_waits_for_all_seeds(study_file: Path) -> None:
+def test_a_comparison_waits_for_all_seeds(study_file):
     study = read_study(study_file)
 
     def record(loss: float) -> dict[str, float]:
@@ -336,9 +326,7 @@ def test_a_comparison_waits_for_all_seeds(study_file: Path) -> None:
 @pytest.mark.parametrize(
     ("losses", "verdict"), [((0.9, 1.12), "enough"), ((0.9, 1.17), "not enough")]
 )
-def test_a_mean_gain_may_be_enough(
-    study_file: Path, losses: tuple[float, float], verdict: str
-) -> None:
+def test_a_mean_gain_may_be_enough(study_file, losses, verdict):
     known = 'name = "{0}"\nknown_rates = {{ 16 = 0.004 }}'
     text = TINY.replace("must_win = true", "must_win = true\nat_least = 0.03")
     for arm in ("dense", "neurons"):
@@ -356,7 +344,7 @@ def test_a_mean_gain_may_be_enough(
     )
 
 
-def test_what_explains_an_expert() -> None:
+def test_what_explains_an_expert():
     classes = torch.arange(400) % 4
     assert mutual_information(classes, classes[:, None], 4) == pytest.approx(1.0)
     assert mutual_information(classes, torch.zeros(400, 1, dtype=torch.long), 4) == pytest.approx(
@@ -378,14 +366,14 @@ COMPOSED = NEURONS.with_name("composed.toml")
 QUIET = NEURONS.with_name("quiet.toml")
 
 
-def test_a_study_that_no_runner_is_for_is_refused(capsys) -> None:
+def test_a_study_that_no_runner_is_for_is_refused(capsys):
     assert main([str(COMPOSED), "--table"]) == 2
     assert (
         "must have arms, or the success of quiet experts; it has title," in capsys.readouterr().err
     )
 
 
-def test_quiet_experts_need_a_model(tmp_path: Path, capsys) -> None:
+def test_quiet_experts_need_a_model(tmp_path, capsys):
     file = tmp_path / "quiet.toml"
     file.write_text(QUIET.read_text())
     assert main([str(file)]) == 2
@@ -441,7 +429,7 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(background, name, value)
 
 
-def test_runs_and_success_of_quiet_experts() -> None:
+def test_runs_and_success_of_quiet_experts():
     study = open_study(QUIET)
     plan = study.plan
     waiting = study.waiting({})
@@ -509,9 +497,7 @@ def test_runs_and_success_of_quiet_experts() -> None:
 
 
 @pytest.mark.slow
-def test_a_study_of_quiet_experts_from_its_first_run_to_its_table(
-    tmp_path: Path, tiny_data: Path, short_texts: None
-) -> None:
+def test_a_study_of_quiet_experts_from_its_first_run_to_its_table(tmp_path, tiny_data, short_texts):
     with QUIET.open() as file:
         tenants = next(line.partition("  #")[0] for line in file if line.startswith("tenants"))
     smaller = {

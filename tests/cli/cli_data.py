@@ -1,7 +1,5 @@
 """Small data: rows in a file, and folders that described tasks fit."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

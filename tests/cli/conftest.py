@@ -1,7 +1,5 @@
 """The command line run inside the test process, and small data folders."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """`mpoe compare`, the report of a run, what `mpoe train` shows while it runs; the demos."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -85,7 +83,7 @@ def make_run(
     return folder
 
 
-def test_runs_side_by_side(cli, tmp_path: Path) -> None:
+def test_runs_side_by_side(cli, tmp_path):
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.7, 2e-3)
     third = make_run(tmp_path / "c", 0.0, 1e-3, ended=False)
     answer = cli("compare", first, second, third, "--output_dir", tmp_path / "out")
@@ -116,7 +114,7 @@ def test_runs_side_by_side(cli, tmp_path: Path) -> None:
     ]
 
 
-def test_means_over_seeds(cli, tmp_path: Path) -> None:
+def test_means_over_seeds(cli, tmp_path):
     runs = []
     for k, (rate, accuracy) in enumerate([(1e-3, 0.6), (1e-3, 0.64), (2e-3, 0.7), (2e-3, 0.72)]):
         runs.append(make_run(tmp_path / f"r{k}", accuracy, rate))
@@ -136,7 +134,7 @@ def test_means_over_seeds(cli, tmp_path: Path) -> None:
     assert "Arms" not in cli("compare", runs[0], runs[2], "--output_dir", tmp_path / "two").out
 
 
-def test_names_and_refusals(cli, refused, tmp_path: Path) -> None:
+def test_names_and_refusals(cli, refused, tmp_path):
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.6, 1e-3)
     out = ["--output_dir", tmp_path / "out"]
     assert "needs two runs or more; got 1" in refused("compare", first, *out)
@@ -155,7 +153,7 @@ def test_names_and_refusals(cli, refused, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_the_report_of_a_run_says_everything(tmp_path: Path) -> None:
+def test_the_report_of_a_run_says_everything(tmp_path):
     run = read_run(str(make_run(tmp_path / "a", 0.6, 1e-3)))
     write_report(tmp_path / "report.html", [run])
     text = (tmp_path / "report.html").read_text()
@@ -180,7 +178,7 @@ def test_the_report_of_a_run_says_everything(tmp_path: Path) -> None:
     assert text.count("data:image/png;base64,iVBOR") == 2  # curves, and the expert load
 
 
-def test_a_line_for_each_log_call() -> None:
+def test_a_line_for_each_log_call():
     lines: list[str] = []
     shown, state = LogLineCallback(lines.append), TrainerState(global_step=20, max_steps=500)
     call = (None, state, TrainerControl())
@@ -203,9 +201,7 @@ def test_a_line_for_each_log_call() -> None:
     ]
 
 
-def test_an_interrupted_run_says_how_to_go_on(
-    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_says_how_to_go_on(cli, tmp_path, monkeypatch):
     def stop(words: list[str]) -> None:
         with going_on(tmp_path, shlex.join(["mpoe", "train", *words])):
             raise KeyboardInterrupt
@@ -221,7 +217,7 @@ def test_an_interrupted_run_says_how_to_go_on(
 # ------------------------------------------------------------------ demos
 
 
-def test_a_short_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_short_comparison(tmp_path, monkeypatch, capsys):
     short = " --n_train 64 --n_val 16 --per_device_train_batch_size 2"
     monkeypatch.setitem(
         demo.SETTINGS, "t5", (demo.SETTINGS["t5"][0] + short, *demo.SETTINGS["t5"][1:])
@@ -243,7 +239,7 @@ def test_a_short_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert all(f"<th>{name}</th>" in page for name in total)
 
 
-def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_short_demo_of_experts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "TESTED", 2)
     monkeypatch.setattr("mpoe.models.expert_mixture.PIECES", 8)
     short = {name: " ".join(f"{name} of {number}" for number in range(400)) for name in DOMAINS}
@@ -282,7 +278,7 @@ def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(f"<li>{escape(line)}</li>" in page for line in demo.conclusions(results))
 
 
-def test_what_the_demo_says_of_its_numbers() -> None:
+def test_what_the_demo_says_of_its_numbers():
     by_way = {"base": 5.0, "always_on": 4.0, "quiet": 4.1, "composed": 4.25}
     names = ("law", "code", "names")
     losses = dict.fromkeys(names, by_way) | {"documentation": {"base": 5.0, "composed": 5.125}}
@@ -295,7 +291,7 @@ def test_what_the_demo_says_of_its_numbers() -> None:
     assert "The three in one model keep 75% and cost documentation 0.125" in lines[1]
 
 
-def test_bars_are_as_long_as_their_numbers() -> None:
+def test_bars_are_as_long_as_their_numbers():
     page = bars_html([("a < b", 2.0), ("c", 1.0), ("d", -1.0)])
     assert "a &lt; b" in page
     assert re.findall(r'width:([\d.]+)%"></b>(-?[\d.]+)<', page) == [
@@ -306,7 +302,7 @@ def test_bars_are_as_long_as_their_numbers() -> None:
 
 
 @pytest.mark.parametrize("name", DOMAINS)
-def test_texts_of_the_domains(name: str) -> None:
+def test_texts_of_the_domains(name):
     train, held_out = (domain_text(name, part) for part in (False, True))
     assert len(train) > 50_000
     assert len(held_out) > 10_000
@@ -325,9 +321,7 @@ slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
         pytest.param("doc_module", 0.1, marks=slow),
     ],
 )
-def test_the_readme_trains_clearly_above_the_majority(
-    request, tmp_path: Path, task: str, margin: float
-) -> None:
+def test_the_readme_trains_clearly_above_the_majority(request, tmp_path, task, margin):
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     (line,) = [line for line in readme.splitlines() if line.startswith("mpoe train ")]
     words = shlex.split(line)[1:]
@@ -349,7 +343,7 @@ def test_the_readme_trains_clearly_above_the_majority(
 
 
 @slow
-def test_demo(tmp_path: Path) -> None:
+def test_demo(tmp_path):
     ready = os.environ.get("MPOE_DEMO")  # CI has run the README's
     folder = Path(ready) if ready else tmp_path / "demo"
     if not folder.is_dir():
@@ -382,7 +376,7 @@ def test_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", [pytest.param("t5", marks=slow), pytest.param("gpt2", marks=exhaustive)]
 )
-def test_comparison(tmp_path: Path, kind: str) -> None:
+def test_comparison(tmp_path, kind):
     folder = tmp_path / "demo"
     run_python("-m", "mpoe", "demo", "--compare", "--output_dir", folder, "--model", kind)
     runs = {

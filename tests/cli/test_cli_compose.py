@@ -1,8 +1,6 @@
 """`mpoe compose`: fine-tunes, adapters or experts' files into one mixture, an expert more or fewer,
 and refusals."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil
@@ -97,7 +95,7 @@ def compose(folder: Path, *words: str) -> None:
     command.command([BASE, *(word.format(folder) for word in words)])
 
 
-def test_two_fine_tunes_and_an_adapter(folder: Path, adapter: str) -> None:
+def test_two_fine_tunes_and_an_adapter(folder, adapter):
     texts = ["--texts", "{}/t0.txt", "{}/t1.txt", "{}/t2.txt", *SMALL]
     compose(folder, "{}/ft0", "{}/ft1", adapter, "--output_dir", "{}/triple", *texts)
     three = load_mpoe(folder / "triple")
@@ -111,7 +109,7 @@ def test_two_fine_tunes_and_an_adapter(folder: Path, adapter: str) -> None:
     assert not torch.equal(experts[2], base.transformer.h[0].mlp.c_fc.weight)
 
 
-def test_a_trained_router(folder: Path) -> None:
+def test_a_trained_router(folder):
     options = [
         "--texts",
         "{}/t0.txt",
@@ -129,7 +127,7 @@ def test_a_trained_router(folder: Path) -> None:
     assert (config.expert_type, config.router.top_k) == ("dense", 2)
 
 
-def test_a_base_of_few_positions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_of_few_positions(folder, monkeypatch):
     base, read = load_stand_in("gpt2")[0], command.read_batches
     base.config.n_positions = 64
     same_length = lambda *given: read(*given) if given[2] == 64 else pytest.fail(str(given))  # noqa: E731
@@ -147,12 +145,12 @@ def test_a_base_of_few_positions(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
-def test_an_adapter_without_peft(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_without_peft(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     refuses(CommandError, "needs PEFT", command.load_fine_tune, adapter, None)
 
 
-def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_more_and_one_fewer(folder, capsys):
     text = ["--background", "{}/none.txt", *SMALL]
     compose(folder, "{}/law.expert", "{}/med.expert", "--output_dir", "{}/two", *text)
     assert "law, med, none" in capsys.readouterr().out
@@ -180,9 +178,7 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
     assert [expert.name for expert in experts_in(folder / "three")[0]] == ["law", "med", "code"]
 
 
-def test_the_background_beside_an_expert_is_taken(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_background_beside_an_expert_is_taken(folder, capsys):
     base, tokenizer = load_stand_in("gpt2")
     beside = folder / "beside"
     beside.mkdir()
@@ -281,12 +277,12 @@ def test_the_background_beside_an_expert_is_taken(
         ),
     ],
 )
-def test_refused(folder: Path, words: list[str], message: str) -> None:
+def test_refused(folder, words, message):
     refuses(ValueError, message, compose, folder, *words)
     assert not (folder / "x" / "config.json").exists()
 
 
-def test_names_that_are_refused(folder: Path, adapter: str) -> None:
+def test_names_that_are_refused(folder, adapter):
     for name in (["t5"], [adapter, "--neurons", "8"]):
         with pytest.raises(CommandError, match="of others a causal language model"):
             command.command(
@@ -312,9 +308,7 @@ def test_names_that_are_refused(folder: Path, adapter: str) -> None:
         compose(folder, "{}/law.expert", "{}/other/law.expert", "--output_dir", "{}/x")
 
 
-def test_texts_a_trained_router_and_one_network(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_texts_a_trained_router_and_one_network(folder, capsys):
     files, texts = ["{}/law.expert", "{}/med.expert"], ["--texts", "{}/none.txt", "{}/none.txt"]
     compose(folder, *files, "--output_dir", "{}/refined", *texts, *SMALL)
     compose(
@@ -352,9 +346,7 @@ def test_texts_a_trained_router_and_one_network(
     assert (type(merged).__name__, merged.config.n_inner) == ("GPT2LMHeadModel", 512 + 8 + 9)
 
 
-def test_what_a_file_expects_and_what_a_mixture_holds(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_file_expects_and_what_a_mixture_holds(folder, capsys):
     compose(
         folder,
         "{}/law.expert",
@@ -387,9 +379,7 @@ def test_what_a_file_expects_and_what_a_mixture_holds(
     )
 
 
-def test_upload(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_upload(folder, monkeypatch, capsys):
     asked = []
 
     def push(path: str, repository: str, private: bool | None) -> str:
@@ -402,9 +392,7 @@ def test_upload(
     assert "uploaded to https://hub/commit/1" in capsys.readouterr().out
 
 
-def test_what_experts_are_worth(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_experts_are_worth(folder, tmp_path, capsys):
     compose(
         folder,
         "{}/law.expert",
@@ -452,11 +440,11 @@ def test_what_experts_are_worth(
 
 
 def test_an_adapter_as_an_expert(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    folder,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
     peft = pytest.importorskip("peft")
     base, tokenizer = load_stand_in("gpt2")
     adapter = peft.LoraConfig(r=2, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True)
@@ -495,7 +483,7 @@ def test_an_adapter_as_an_expert(
     assert expert.facts["training"]["kept"] >= 0.8
 
 
-def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
+def test_faults_leave_nothing_behind(folder, tmp_path):
     base, tokenizer = load_stand_in("gpt2")
     expert = load_expert(folder / "law.expert")
     compose(
@@ -526,9 +514,7 @@ def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
             assert set(tmp_path.iterdir()) == there
 
 
-def test_from_texts_to_a_mixture(
-    prose: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_texts_to_a_mixture(prose, folder, tmp_path, monkeypatch):
     shutil.copytree(prose, prose.parent / "sea")
     (prose.parent / "sea" / "train.txt").write_text("ship sea sail wave " * 400)
     seen: list[Any] = []  # for the statistics
@@ -577,7 +563,7 @@ def test_from_texts_to_a_mixture(
     assert (mixture.config.mpoe_experts, mixture.mpoe_config.top_k) == (["a", "law", "none"], 1)
 
 
-def test_a_run_of_an_expert_goes_on(prose: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_expert_goes_on(prose, tmp_path):
     flags = [
         "train",
         "--model",
@@ -619,9 +605,7 @@ def test_a_run_of_an_expert_goes_on(prose: Path, tmp_path: Path) -> None:
         (["--expert", "a", "--model", "{}"], "expert needs a dense language model"),
     ],
 )
-def test_training_that_is_refused(
-    prose: Path, tmp_path: Path, words: list[str], message: str
-) -> None:
+def test_training_that_is_refused(prose, tmp_path, words, message):
     convert_to_mpoe(load_stand_in("gpt2")[0]).save_pretrained(tmp_path / "mixture")
     words = [word.format(tmp_path / "mixture") for word in words]
     (tmp_path / "run").mkdir()

@@ -1,7 +1,5 @@
 """Every file in examples/ runs."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re
@@ -25,9 +23,7 @@ from .cli_data import described, write_described
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def test_drop_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_drop_in(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["drop_in.py", str(tmp_path / "model")])
     runpy.run_path(str(EXAMPLES / "drop_in.py"), run_name="__main__")
     assert "central:" in capsys.readouterr().out
@@ -35,7 +31,7 @@ def test_drop_in(
 
 
 @pytest.mark.slow
-def test_plain_loop() -> None:
+def test_plain_loop():
     out = run_python(EXAMPLES / "plain_loop.py", 3)
     assert re.search(
         r"step 0: loss .*, masked True, tokens per expert .*\nstep 2: loss .*, masked False", out
@@ -76,7 +72,7 @@ FLAGS += [
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("train_*.yaml")), ids=lambda p: p.stem)
-def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file: Path) -> None:
+def test_configurations(cli, sentiment, prose, tmp_path, file):
     values = yaml.safe_load(file.read_text())
     assert not Path(values["data_dir"]).is_absolute()
     assert not Path(values["output_dir"]).is_absolute()
@@ -94,7 +90,7 @@ def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file:
 
 
 @pytest.mark.parametrize("name", ["finetune.sh", "finetune_single_task.sh"])
-def test_scripts_of_the_original_are_one_line(cli, tmp_path: Path, name: str) -> None:
+def test_scripts_of_the_original_are_one_line(cli, tmp_path, name):
     lines = [
         line for line in (EXAMPLES / name).read_text().splitlines() if not line.startswith("#")
     ]
@@ -107,7 +103,7 @@ def test_scripts_of_the_original_are_one_line(cli, tmp_path: Path, name: str) ->
     assert list(json.loads((tmp_path / "run" / "results.json").read_text())["validation"]) == tasks
 
 
-def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
+def test_tasks_of_a_file(cli, refused, tmp_path):
     file = EXAMPLES / "my_tasks.yaml"
     for spec in read_task_file(file).values():
         write_described(tmp_path / "data", spec)
@@ -193,7 +189,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
     return run
 
 
-def test_convert_and_look(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_and_look(run_script, tmp_path, capsys):
     names = run_script("convert_and_look.py", tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").is_file()
     out = capsys.readouterr().out
@@ -203,7 +199,7 @@ def test_convert_and_look(run_script, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-def test_one_domain(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_domain(run_script, tmp_path, capsys):
     names = run_script("one_domain.py", tmp_path / "walk")
     out = capsys.readouterr().out
     assert "What code changes" in out
@@ -214,7 +210,7 @@ def test_one_domain(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_several_domains(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_domains(run_script, tmp_path, capsys):
     names = run_script("several_domains.py", tmp_path / "walk")
     assert type(names["model"]).__name__ == "GraniteMoeSharedForCausalLM"
     assert names["model"].config.num_local_experts == 4
@@ -222,7 +218,7 @@ def test_several_domains(run_script, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.count("$ mpoe ") == 5
 
 
-def test_choose_a_shape(run_script, capsys: pytest.CaptureFixture[str]) -> None:
+def test_choose_a_shape(run_script, capsys):
     run_script("choose_a_shape.py")
     lines = capsys.readouterr().out.splitlines()
     losses = [float(line.split()[-1]) for line in lines if " loss " in line]
@@ -233,7 +229,7 @@ def test_choose_a_shape(run_script, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_hf_trainer(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hf_trainer(run_script, tmp_path, capsys):
     from mpoe import load_mpoe
 
     names = run_script("hf_trainer.py", tmp_path / "run", 4)
@@ -245,7 +241,7 @@ def test_hf_trainer(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_fine_tune_and_compare(tmp_path: Path) -> None:
+def test_fine_tune_and_compare(tmp_path):
     out = run_python(EXAMPLES / "fine_tune_and_compare.py", 40, tmp_path)
     rows = [line.split() for line in out.splitlines() if line.endswith(" M")]
     assert [" ".join(row[:-5]) for row in rows] == ["dense", "8 dense experts", "8 MPO experts"]
@@ -255,7 +251,7 @@ def test_fine_tune_and_compare(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", notebooks.NAMES)
-def test_notebooks_hold_the_cells_of_their_scripts_and_pictures(name: str) -> None:
+def test_notebooks_hold_the_cells_of_their_scripts_and_pictures(name):
     file = EXAMPLES / f"{name}.ipynb"
     stored = json.loads(file.read_text(encoding="utf-8"))["cells"]
     cells = notebooks.cells_of((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
@@ -278,7 +274,7 @@ def test_notebooks_hold_the_cells_of_their_scripts_and_pictures(name: str) -> No
         for n in notebooks.NAMES
     ],
 )
-def test_notebooks_run(name: str, lacks, tmp_path: Path) -> None:
+def test_notebooks_run(name, lacks, tmp_path):
     if (
         importlib.util.find_spec("nbclient") is None
         or importlib.util.find_spec("ipykernel") is None

@@ -1,8 +1,6 @@
 """`mpoe inspect`: a report that stands alone, and its numbers; spectra, routes and totals in it;
 refusals."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -50,7 +48,7 @@ def page(folder: Path) -> str:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_report_of_a_t5(cli, models: Path, sentiment: Path, tmp_path: Path) -> None:
+def test_report_of_a_t5(cli, models, sentiment, tmp_path):
     out, run = tmp_path / "out", models / "t5"
     arguments = [
         "inspect",
@@ -81,7 +79,7 @@ def test_report_of_a_t5(cli, models: Path, sentiment: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_other_mixtures(cli, models: Path, prose: Path, tmp_path: Path) -> None:
+def test_other_mixtures(cli, models, prose, tmp_path):
     data = ["--data_dir", prose, "--max_source_length", 16]
     for name in ("gpt2", "dense", "none"):
         cli("inspect", models / name, *data, "--output_dir", tmp_path / name)
@@ -94,7 +92,7 @@ def test_other_mixtures(cli, models: Path, prose: Path, tmp_path: Path) -> None:
     assert "Expert load" not in page(tmp_path / "none")
 
 
-def test_help_and_refusals(cli, refused, models: Path, tmp_path: Path) -> None:
+def test_help_and_refusals(cli, refused, models, tmp_path):
     assert "--output_dir" in cli("inspect").out
     out, t5 = ["--output_dir", tmp_path / "out"], models / "t5"
     (tmp_path / "old").mkdir()
@@ -116,7 +114,7 @@ def test_help_and_refusals(cli, refused, models: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_runs_load_is_counted_on_its_own_data(cli, prose: Path, tmp_path: Path) -> None:
+def test_a_runs_load_is_counted_on_its_own_data(cli, prose, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     flags = [
         "--data_dir",
@@ -171,7 +169,7 @@ def full_weights(cores: MPOCores) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_spectra_are_singular_values_of_the_unfoldings(name: str) -> None:
+def test_spectra_are_singular_values_of_the_unfoldings(name):
     shape = SHAPES[name]
     cores = MPOCores(shape, 3, dtype=torch.float64)
     for parameter in cores.parameters():
@@ -187,7 +185,7 @@ def test_spectra_are_singular_values_of_the_unfoldings(name: str) -> None:
             )
 
 
-def test_entropy_counts_the_directions_in_use() -> None:
+def test_entropy_counts_the_directions_in_use():
     cores = MPOCores(MPOShape((4, 4), (4, 4), central=0), 1, dtype=torch.float64)
     left, right = torch.linalg.qr(torch.randn(2, 16, 16, dtype=torch.float64))[0]
     tensor = torch.einsum(
@@ -205,7 +203,7 @@ def test_entropy_counts_the_directions_in_use() -> None:
 
 
 @pytest.mark.parametrize(("kind", "top_k"), [("t5", 1), ("gpt2", 2)])
-def test_routes_are_the_routers_choices(kind: str, top_k: int) -> None:
+def test_routes_are_the_routers_choices(kind, top_k):
     dense, tokenizer = load_stand_in(kind)
     router = {"top_k": top_k, "bias_update_rate": 0.01}
     model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, router=router, shape="separable"))

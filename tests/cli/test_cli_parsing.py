@@ -1,7 +1,5 @@
 """Configuration files and flags: precedence, kinds of values, refusals; help and `mpoe info`."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -53,20 +51,20 @@ def write(folder: Path, name: str, text: str) -> Path:
     return file
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = write(tmp_path, "c.yaml", "rate: 5e-5\nsteps: 3\nlong_name: from file\n")
     (first, second), given, *_ = parse([First, Second], ["--steps", "4"], file)
     assert (first.rate, first.steps, second.long_name) == (5e-5, 4, "from file")
     assert given == {"rate", "steps", "long_name"}
 
 
-def test_dashes_and_underscores_and_aliases_name_the_same_option() -> None:
+def test_dashes_and_underscores_and_aliases_name_the_same_option():
     for flags in (["--long_name", "a"], ["--long-name=a"], ["--other_name", "a"]):
         (second,), given, *_ = parse([Second], flags)
         assert (second.long_name, given) == ("a", {"long_name"})
 
 
-def test_lists_and_booleans_from_a_file_and_what_is_empty_there(tmp_path: Path) -> None:
+def test_lists_and_booleans_from_a_file_and_what_is_empty_there(tmp_path):
     file = write(
         tmp_path, "c.json", '{"tasks": ["a", "b"], "fast": true, "careful": false, "limit": null}'
     )
@@ -82,17 +80,17 @@ def test_lists_and_booleans_from_a_file_and_what_is_empty_there(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_short_help_names_options_that_are_there(name: str, cli) -> None:
+def test_short_help_names_options_that_are_there(name, cli):
     whole = cli(name, "--help", "all").out
     options = set(re.findall(r"(?:--|, |^)(\w+)", whole, re.MULTILINE))  # the Trainer's in lists
     assert set(SHORT[name].options) <= options
 
 
-def test_every_command_has_a_short_help() -> None:
+def test_every_command_has_a_short_help():
     assert set(SHORT) == set(COMMANDS)
 
 
-def test_help_needs_no_torch() -> None:
+def test_help_needs_no_torch():
     code = (
         "import sys; from mpoe.cli.main import run; run(['compose', '--help']); assert 'torch' "
         "not in sys.modules"
@@ -102,7 +100,7 @@ def test_help_needs_no_torch() -> None:
     assert "mpoe compose --help all" in said
 
 
-def test_help_of_train_shows_what_matters_first(cli, refused) -> None:
+def test_help_of_train_shows_what_matters_first(cli, refused):
     short, full = cli("train", "--help").out, cli("train", "--help", "all").out
     lines = short.splitlines()
     assert len(lines) < 40
@@ -131,7 +129,7 @@ def test_help_of_train_shows_what_matters_first(cli, refused) -> None:
         ),
     ],
 )
-def test_flags_that_are_refused(flags: list[str], message: str) -> None:
+def test_flags_that_are_refused(flags, message):
     refuses(CommandError, message, parse, [First], flags)
 
 
@@ -154,7 +152,7 @@ def test_flags_that_are_refused(flags: list[str], message: str) -> None:
         ("c.toml", "", r"must be a \.json, \.yaml or \.yml file"),
     ],
 )
-def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_files_that_are_refused(tmp_path, name, text, message):
     refuses(CommandError, message, parse, [First, Second], [], write(tmp_path, name, text))
     refuses(
         CommandError,
@@ -182,7 +180,7 @@ def read(request: Request) -> Request:
     return request
 
 
-def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
+def test_words_may_follow_options_and_surplus_ones_are_refused():
     tokens = [
         "m",
         "--prompt",
@@ -217,7 +215,7 @@ def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
     )
 
 
-def test_help_is_printed_wherever_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_printed_wherever_it_is_asked_for(capsys):
     for tokens in (["-h"], ["m", "--fast", "--help"], []):
         assert read(tokens) is None
         out = capsys.readouterr().out
@@ -234,7 +232,7 @@ def test_help_is_printed_wherever_it_is_asked_for(capsys: pytest.CaptureFixture[
     assert anything([]) == (Third(),)
 
 
-def test_help_lists_the_commands_without_importing_torch() -> None:
+def test_help_lists_the_commands_without_importing_torch():
     code = (
         "import sys\nfrom mpoe.cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
@@ -245,7 +243,7 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
         assert command in out
 
 
-def test_info_shows_versions_and_backends(cli) -> None:
+def test_info_shows_versions_and_backends(cli):
     assert cli("--version").out == f"mpoe {__version__}\n"
     of_torchao = logging.makeLogRecord(
         {"msg": "%s is an Enum subclass and is now natively supported by"}
@@ -260,5 +258,5 @@ def test_info_shows_versions_and_backends(cli) -> None:
     assert facts["cores"] >= 1
 
 
-def test_the_package_runs_as_a_module() -> None:
+def test_the_package_runs_as_a_module():
     assert "frobnicate" in run_python("-m", "mpoe", "frobnicate", code=2)

@@ -1,8 +1,6 @@
 """`mpoe plan`: its numbers against converted models and by hand, its table, refusals, and huge
 models."""
 
-from __future__ import annotations
-
 import json
 import resource
 import time
@@ -62,9 +60,7 @@ REFERENCE = [
 
 
 @pytest.mark.parametrize(("model", "experts", "dense", "switch", "mpoe"), REFERENCE)
-def test_parameters_of_the_reference_table(
-    cli, tmp_path, model, experts, dense, switch, mpoe
-) -> None:
+def test_parameters_of_the_reference_table(cli, tmp_path, model, experts, dense, switch, mpoe):
     values = plan(cli, tmp_path, model, "--experts", experts, "--shape", "paper")
     whole = values["totals"]["whole"]
     assert [round(whole[d]["parameters"] / 1e6, 1) for d in ("dense", "switch", "mpoe")] == [
@@ -92,7 +88,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("shape", "values"), pairwise(SHAPES, [T5, GATED, GPT2]))
-def test_parameters_are_those_of_the_converted_model(tmp_path, values: dict, shape: dict) -> None:
+def test_parameters_are_those_of_the_converted_model(tmp_path, values, shape):
     (tmp_path / "config.json").write_text(json.dumps(values))
     costs = costs_of(str(tmp_path), num_experts=3, **shape)["totals"]["whole"]
     cls = GPT2LMHeadModel if values is GPT2 else T5ForConditionalGeneration
@@ -104,7 +100,7 @@ def test_parameters_are_those_of_the_converted_model(tmp_path, values: dict, sha
     ]
 
 
-def test_json_has_every_number(cli, tmp_path) -> None:
+def test_json_has_every_number(cli, tmp_path):
     values = plan(cli, tmp_path, "t5-base", "--shape", "separable")
     assert (values["schema"], values["name"], values["class"]) == (
         3,
@@ -137,7 +133,7 @@ def test_json_has_every_number(cli, tmp_path) -> None:
     assert totals["whole"]["dense"]["x_dense"] == 1.0
 
 
-def test_operations_of_the_designs_by_hand(cli, tmp_path) -> None:
+def test_operations_of_the_designs_by_hand(cli, tmp_path):
     tokens, rows, columns = 4096, 768, 3072
     flags = ["gpt2", "--tokens", tokens, "--top_k", 2]
     values = plan(cli, tmp_path, *flags, "--separable_left", 256, "--separable_right", 64)
@@ -157,7 +153,7 @@ def test_operations_of_the_designs_by_hand(cli, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_hidden_side_blocks_add_their_products(tmp_path, training: bool) -> None:
+def test_hidden_side_blocks_add_their_products(tmp_path, training):
     """FLOPs 1 + k b / I forward, 1 + 7/6 k b / I with the backward pass, which recomputes; no rows
     are copied."""
     (tmp_path / "config.json").write_text(json.dumps(T5))
@@ -171,7 +167,7 @@ def test_hidden_side_blocks_add_their_products(tmp_path, training: bool) -> None
 
 @pytest.mark.parametrize("latent", [None, 16])
 @pytest.mark.parametrize("training", [False, True])
-def test_neurons_add_their_products(tmp_path, training: bool, latent: int | None) -> None:
+def test_neurons_add_their_products(tmp_path, training, latent):
     """As `NeuronFeedForward.relative_flops`; with the backward pass, which recomputes, 4, 4 and 3
     products."""
     (tmp_path / "config.json").write_text(json.dumps(GATED))
@@ -189,7 +185,7 @@ def test_neurons_add_their_products(tmp_path, training: bool, latent: int | None
     assert (network["strategy"], network["lossless"]) == ("neurons", True)
 
 
-def test_one_expert_and_temporary_weights(tmp_path: Path) -> None:
+def test_one_expert_and_temporary_weights(tmp_path):
     for part in costs_of("gpt2", num_experts=1, shape="separable")["parts"]:
         assert part["switch"] == part["dense"]
     (tmp_path / "config.json").write_text(json.dumps({**T5, "d_model": 1024, "d_ff": 4096}))
@@ -209,12 +205,12 @@ def test_one_expert_and_temporary_weights(tmp_path: Path) -> None:
         ("bert-large-uncased", 335_141_888),
     ],
 )
-def test_published_sizes(name: str, parameters: int) -> None:
+def test_published_sizes(name, parameters):
     found = costs_of(name, num_experts=2)["totals"]["whole"]
     assert found["dense"]["parameters"] == parameters
 
 
-def test_a_head_of_its_own_is_counted(tmp_path: Path) -> None:
+def test_a_head_of_its_own_is_counted(tmp_path):
     """Of T5 v1.1, although Transformers 5 builds every T5 with a tied one."""
     (tmp_path / "config.json").write_text(json.dumps(GATED))
     (tmp_path / "untied.json").write_text(json.dumps({**GATED, "tie_word_embeddings": False}))
@@ -223,7 +219,7 @@ def test_a_head_of_its_own_is_counted(tmp_path: Path) -> None:
     assert untied - tied == 64 * 100
 
 
-def test_the_table_fits_and_says_what_it_counts(cli, monkeypatch) -> None:
+def test_the_table_fits_and_says_what_it_counts(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")  # not that of a pipe
     answer = cli("plan", "t5-base", "--experts", 64, "--shape", "paper")
     assert max(map(len, answer.out.splitlines())) <= 110
@@ -240,9 +236,7 @@ def test_the_table_fits_and_says_what_it_counts(cli, monkeypatch) -> None:
     ("model", "shape", "share"),
     [("t5", "hidden", "63%"), ("t5", "separable", None), ("gpt2", "hidden", None)],
 )
-def test_experts_that_are_not_small_are_told(
-    cli, model: str, shape: str, share: str | None
-) -> None:
+def test_experts_that_are_not_small_are_told(cli, model, shape, share):
     told = " ".join(cli("plan", model, "--shape", shape).out.split())
     assert ("At this width these experts are not small" in told) == (share is not None)
     assert (
@@ -251,7 +245,7 @@ def test_experts_that_are_not_small_are_told(
 
 
 @pytest.mark.parametrize("flags", [[], ["--inference"]])
-def test_no_tokens(cli, tmp_path, flags: list[str]) -> None:
+def test_no_tokens(cli, tmp_path, flags):
     whole = plan(cli, tmp_path, "t5", "--tokens", 0, *flags)["totals"]["whole"]
     for design in DESIGNS:
         assert (whole[design]["flops"], whole[design]["x_dense"]) == (0, None)
@@ -259,7 +253,7 @@ def test_no_tokens(cli, tmp_path, flags: list[str]) -> None:
     assert whole["dense"]["parameters"] == 1_312_512
 
 
-def test_configuration_files_and_converted_models(cli, refused, tmp_path) -> None:
+def test_configuration_files_and_converted_models(cli, refused, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(GATED))
     values = plan(
         cli, tmp_path, tmp_path / "c.json", "--layers_to_transform", 1, "--shape", "separable"
@@ -289,7 +283,7 @@ def test_configuration_files_and_converted_models(cli, refused, tmp_path) -> Non
     )
 
 
-def test_other_modules_in_mpo_form(cli, tmp_path) -> None:
+def test_other_modules_in_mpo_form(cli, tmp_path):
     values = plan(
         cli,
         tmp_path,
@@ -312,7 +306,7 @@ def test_other_modules_in_mpo_form(cli, tmp_path) -> None:
     assert whole["mpoe"]["parameters"] > plain["mpoe"]["parameters"]  # at full bonds
 
 
-def test_without_a_shape_it_plans_what_conversion_makes(cli, tmp_path) -> None:
+def test_without_a_shape_it_plans_what_conversion_makes(cli, tmp_path):
     values = plan(cli, tmp_path, "t5-base")
     assert (values["config"]["shape"], values["config"]["router"]["top_k"]) == ("hidden", 2)
     assert values["totals"]["whole"]["mpoe"]["parameters"] == 298_548_480
@@ -325,7 +319,7 @@ def highest_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def test_eleven_billion_parameters_and_a_thousand_experts(cli) -> None:
+def test_eleven_billion_parameters_and_a_thousand_experts(cli):
     before, start = highest_memory(), time.perf_counter()
     answer = cli("plan", "t5-11b", "--experts", "1024")
     assert "1,024 experts" in answer.out
@@ -345,11 +339,11 @@ def test_eleven_billion_parameters_and_a_thousand_experts(cli) -> None:
         (["--experts", 8], "plan needs a model first"),
     ],
 )
-def test_refusals(refused, flags: list, message: str) -> None:
+def test_refusals(refused, flags, message):
     assert message in refused("plan", *flags)
 
 
-def test_refusals_of_files(refused, tmp_path: Path) -> None:
+def test_refusals_of_files(refused, tmp_path):
     config = tmp_path / "config.json"
     for text, message in (
         (

@@ -1,7 +1,5 @@
 """`mpoe compose RECIPE.yaml`, and `mpoe export --to hub --local`: a folder ready to upload."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,7 @@ def write(folder: Path, text: str) -> str:
     return str(file)
 
 
-def test_a_recipe_is_the_same_as_words(experts: Path, tmp_path: Path) -> None:
+def test_a_recipe_is_the_same_as_words(experts, tmp_path):
     names = [str(experts / "law.expert"), str(experts / "med.expert")]
     lines = f"base: {BASE}\nexperts: {names}\npreference: 1.5\noutput_dir: {tmp_path / 'a'}\n"
     recipe = write(tmp_path, f"{lines}top_k: 2\n")
@@ -86,12 +84,12 @@ def test_a_recipe_is_the_same_as_words(experts: Path, tmp_path: Path) -> None:
         ("base: b\nbackground: [x.txt, --merge]\n", "names must not begin with '-'"),
     ],
 )
-def test_a_wrong_recipe_names_the_key(refused, tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_recipe_names_the_key(refused, tmp_path, text, message):
     assert message in refused("compose", write(tmp_path, text))
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_a_folder_that_is_ready_to_upload(refused, experts: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_ready_to_upload(refused, experts, tmp_path):
     law = str(experts / "law.expert")
     out = tmp_path / "out"
     run(["export", law, str(out), "--to", "hub", "--local"])
@@ -113,19 +111,19 @@ def test_a_folder_that_is_ready_to_upload(refused, experts: Path, tmp_path: Path
     assert b"| med.expert | - | - | - | - | - | - |" in expert_repository(experts)["README.md"]
 
 
-def test_after_a_recipe_come_options(refused, tmp_path: Path) -> None:
+def test_after_a_recipe_come_options(refused, tmp_path):
     said = refused("compose", write(tmp_path, "base: b\n"), "b.expert")
     assert "after a recipe come options alone; got 'b.expert'" in said
 
 
-def test_a_preference_is_finite(refused, experts: Path, tmp_path: Path) -> None:
+def test_a_preference_is_finite(refused, experts, tmp_path):
     law = experts / "law.expert"
     said = refused("compose", BASE, law, "--preference", "nan", "--output_dir", tmp_path / "out")
     assert "preference must be a finite number; got nan" in said
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_what_is_kept_of_no_gain_is_not_told() -> None:
+def test_what_is_kept_of_no_gain_is_not_told():
     losses = FACTS["held_out"]
     assert kept(losses) == pytest.approx(0.9)
     assert kept({**losses, "expert, always on": 5.5}) is None

@@ -1,14 +1,11 @@
 """Every refusal: exit code 2, one line, and nothing written. What commands write is whole or not
 there."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -202,7 +199,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED]
 )
-def test_refused(refused, here: Path, arguments: list, message: str) -> None:
+def test_refused(refused, here, arguments, message):
     assert message in refused(*arguments)
     assert not (here / "run").exists()
     assert (here / "old" / "results.json").read_text() == "{}"
@@ -220,8 +217,8 @@ def test_refused(refused, here: Path, arguments: list, message: str) -> None:
     ids=["train", "evaluate", "compare", "inspect", "demo"],
 )
 def test_a_missing_extra_is_named_before_any_work(
-    refused, here: Path, monkeypatch: pytest.MonkeyPatch, command: list, missing: str, extra: str
-) -> None:
+    refused, here, monkeypatch, command, missing, extra
+):
     whole = importlib.util.find_spec
 
     def without(name: str, *rest: object) -> object:
@@ -233,9 +230,7 @@ def test_a_missing_extra_is_named_before_any_work(
     assert not (here / "run").exists()
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(
-    refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
@@ -268,18 +263,14 @@ def test_a_hub_that_does_not_answer_is_asked_once(
     ],
     ids=["cut", "no_pickle", "tokenizer"],
 )
-def test_damaged_dense_models(
-    refused, tmp_path: Path, spoil: Callable[[Path], object], message: str
-) -> None:
+def test_damaged_dense_models(refused, tmp_path, spoil, message):
     shutil.copytree(stand_in_path("t5"), tmp_path / "t5")
     spoil(tmp_path / "t5")
     assert message in refused("convert", tmp_path / "t5", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_benchmarks_that_are_wrong_or_absent(
-    refused, monkeypatch: pytest.MonkeyPatch, here: Path
-) -> None:
+def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch, here):
     monkeypatch.setattr(bench, "_measure", lambda options: {"failures": ["linear: a wrong sum"]})
     assert "wrong or failed: linear: a wrong sum" in refused("bench")
     monkeypatch.undo()
@@ -292,9 +283,7 @@ def test_benchmarks_that_are_wrong_or_absent(
 # ------------------------------------------------------------------ files
 
 
-def test_convert_that_fails_while_saving_leaves_no_model(
-    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_convert_that_fails_while_saving_leaves_no_model(cli, tmp_path, monkeypatch):
     from transformers import PreTrainedTokenizerBase
 
     def full(*_: object, **__: object) -> None:
@@ -310,7 +299,7 @@ def test_convert_that_fails_while_saving_leaves_no_model(
     assert not staging_folder(tmp_path / "out").exists()
 
 
-def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_replaced_in_one_step(tmp_path, monkeypatch):
     file = tmp_path / "report.html"
     weight_files.write_text(file, "old")
 
@@ -323,14 +312,14 @@ def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert file.read_text() == "old"
 
 
-def test_how_many_words_compose_takes(refused: Callable[..., str]) -> None:
+def test_how_many_words_compose_takes(refused):
     """A base and 128 others."""
     words = ["compose", "base", *(["x"] * 128)]
     assert "texts must name a file for each of 128 fine-tunes" in refused(*words)
     assert "values without an option: 'x'" in refused(*words, "x")
 
 
-def test_a_folder_with_an_adapter_is_no_model(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_folder_with_an_adapter_is_no_model(refused, tmp_path):
     """Transformers would load it unasked, in some versions into a model at any path it names."""
     base = tmp_path / "base"
     shutil.copytree(stand_in_path("gpt2"), base)

@@ -1,8 +1,6 @@
 """Which data a task's name stands for, and what the options then mean; runs of encoders and on
 instruction data."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -33,7 +31,7 @@ def tasks(names: list[str], style: str = "seq2seq", **options: object) -> list:
     return resolve(names, DataOptions(**options), style)  # type: ignore[arg-type]
 
 
-def test_folders_of_known_tasks_are_read_as_described(tmp_path: Path) -> None:
+def test_folders_of_known_tasks_are_read_as_described(tmp_path):
     data = described(tmp_path, "rte", "imdb")
     (data / "rte").rename(data / "RTE")  # as in the official download
     rte, imdb, embedded = tasks(
@@ -47,7 +45,7 @@ def test_folders_of_known_tasks_are_read_as_described(tmp_path: Path) -> None:
     assert rte.train()[0].source == "RTE sentence1: sentence1 0 of train"
 
 
-def test_folders_of_one_last_name_are_two_tasks(sentiment: Path, tmp_path: Path) -> None:
+def test_folders_of_one_last_name_are_two_tasks(sentiment, tmp_path):
     for language in ("en", "fr"):
         shutil.copytree(sentiment, tmp_path / language / "s")
     one, two = tasks(["en/s", "fr/s/"], data_dir=str(tmp_path))
@@ -55,7 +53,7 @@ def test_folders_of_one_last_name_are_two_tasks(sentiment: Path, tmp_path: Path)
     assert two.train()[0].source.startswith("fr_s sentence: ")
 
 
-def test_lengths_splits_and_sizes_apply_to_described_tasks(tmp_path: Path) -> None:
+def test_lengths_splits_and_sizes_apply_to_described_tasks(tmp_path):
     data = described(tmp_path, "rte")
     (rte,) = tasks(
         ["rte"], data_dir=str(data), split_validation_test=True, n_train=3, max_target_length=2
@@ -69,7 +67,7 @@ def test_lengths_splits_and_sizes_apply_to_described_tasks(tmp_path: Path) -> No
         tasks(["rte"], data_dir=str(data))[0].test()
 
 
-def test_task_files(tmp_path: Path) -> None:
+def test_task_files(tmp_path):
     file = tmp_path / "t.yaml"
     file.write_text(
         "imdb: {template: 'mine: {text}', label_words: {0: bad, 1: good}, data_dir: elsewhere}\n"
@@ -116,9 +114,7 @@ def test_task_files(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_refusals(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list, options: dict, message: str
-) -> None:
+def test_refusals(monkeypatch, tmp_path, names, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     refuses(ValueError, message, tasks, names, **options)
@@ -128,7 +124,7 @@ def offline(*_: object, **__: object) -> dict:
     raise ConnectionError("Couldn't reach it")
 
 
-def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch):
     rows = [{"sentence": f"sentence {i}", "label": i % 2} for i in range(20)]
     datasets = ModuleType("datasets")
     datasets.load_dataset = lambda path, *_, **__: {"train": rows, "test": rows[:2]}  # type: ignore[attr-defined]
@@ -149,7 +145,7 @@ def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.Monk
     )
 
 
-def test_average_is_over_tasks_in_the_table() -> None:
+def test_average_is_over_tasks_in_the_table():
     one, constant = (
         {"a": {"accuracy": 1.0, "f1": 0.0, "items": 3}},
         {"a": {"accuracy": 0.5, "f1": 0.25}},
@@ -176,7 +172,7 @@ def as_trained(folder: Path, run: dict, data: DataOptions | None = None, *flags:
     return data_of_run(str(folder), data or DataOptions(), set(flags))
 
 
-def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
+def test_evaluation_divides_the_data_as_the_run_did(tmp_path):
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
     assert data_of_run(str(checkpoint), DataOptions(), set())[1:] == (0, None)
@@ -194,9 +190,7 @@ def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_of_an_earlier_run_is_not_taken_for_the_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_of_an_earlier_run_is_not_taken_for_the_runs(tmp_path, capsys):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).touch()
     prepare_output_dir(tmp_path, True, run_config={"drawn_by": 5}, keep_model=True)
@@ -210,9 +204,7 @@ def test_a_model_of_an_earlier_run_is_not_taken_for_the_runs(
     assert data_of_run(str(tmp_path / "checkpoint-3"), DataOptions(), set())[1] == 5
 
 
-def test_evaluation_reads_the_data_as_the_run_did(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_evaluation_reads_the_data_as_the_run_did(capsys, tmp_path):
     run = {
         "data": {
             **vars(DataOptions()),
@@ -285,7 +277,7 @@ def bert(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("baseline", [[], ["--baseline", "dense"]])
-def test_classification(cli, bert: Path, sentiment: Path, tmp_path: Path, baseline: list) -> None:
+def test_classification(cli, bert, sentiment, tmp_path, baseline):
     data = ["--data_dir", sentiment]
     flags = ["train", "--model", bert, *data, *FLAGS, "--max_steps", 30, *baseline]
     cli(*flags, "--output_dir", tmp_path / "run")
@@ -304,7 +296,7 @@ def test_classification(cli, bert: Path, sentiment: Path, tmp_path: Path, baseli
     assert results["validation"]["sentiment"]["accuracy"] == 1.0
 
 
-def test_regression_learns_exact_numbers(cli, bert: Path, tmp_path: Path) -> None:
+def test_regression_learns_exact_numbers(cli, bert, tmp_path):
     (tmp_path / "rating").mkdir()
     for split, size in (("train", 32), ("validation", 8), ("test", 8)):
         rows = [
@@ -318,7 +310,7 @@ def test_regression_learns_exact_numbers(cli, bert: Path, tmp_path: Path) -> Non
     assert results["validation"]["rating"]["pearson"] > 0.99  # T5 writes .2 for both
 
 
-def test_a_converted_encoder_gets_a_head(cli, bert: Path, sentiment: Path, tmp_path: Path) -> None:
+def test_a_converted_encoder_gets_a_head(cli, bert, sentiment, tmp_path):
     cli("convert", bert, tmp_path / "mixture", "--num_experts", 2)
     flags = [
         "train",
@@ -337,9 +329,7 @@ def test_a_converted_encoder_gets_a_head(cli, bert: Path, sentiment: Path, tmp_p
     )
 
 
-def test_labels_that_the_head_does_not_know(
-    refused, bert: Path, sentiment: Path, tmp_path: Path
-) -> None:
+def test_labels_that_the_head_does_not_know(refused, bert, sentiment, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for split in ("train", "validation"):
@@ -386,7 +376,7 @@ def texts(item: dict, tokenizer) -> tuple[str, str]:
     return tokenizer.decode(item["input_ids"]), tokenizer.decode(counted)
 
 
-def test_pairs(cli, tmp_path: Path) -> None:
+def test_pairs(cli, tmp_path):
     task = load_task_from_folder(
         data(tmp_path / "pairs", lambda word: {"prompt": f"say {word}", "response": word})
     )
@@ -420,7 +410,7 @@ def test_pairs(cli, tmp_path: Path) -> None:
     )
 
 
-def test_conversations(cli, refused, tmp_path: Path) -> None:
+def test_conversations(cli, refused, tmp_path):
     chats = data(tmp_path / "chats", chat)
     model, tokenizer = load_stand_in("gpt2")
     tokenizer.chat_template = TEMPLATE
@@ -465,7 +455,7 @@ def test_conversations(cli, refused, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "user", "content": "a"}] * 2, ["a", "b"], "ab"])
-def test_what_is_no_conversation(refused, tmp_path: Path, messages: object) -> None:
+def test_what_is_no_conversation(refused, tmp_path, messages):
     write_rows(tmp_path / "train.jsonl", [{"messages": messages}])
     write_rows(tmp_path / "validation.jsonl", [{"messages": messages}])
     line = refused(

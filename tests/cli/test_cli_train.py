@@ -1,8 +1,6 @@
 """`mpoe train`: a tiny run from start to end, resumed and used; the rate and the shape that it
 takes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from functools import partial
@@ -57,7 +55,7 @@ def t5_run(trained, tmp_path: Path) -> tuple[list, Path]:
     return trained[0], tmp_path / "run"
 
 
-def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, tmp_path: Path) -> None:
+def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, tmp_path):
     _, run = t5_run
     results = json.loads((run / "results.json").read_text())
     assert results["steps"] == 3
@@ -79,7 +77,7 @@ def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, tmp_p
     assert answer.out.count("\n") == 1
 
 
-def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path: Path) -> None:
+def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path):
     flags, run = t5_run
     torn = tmp_path / "torn"
     shutil.copytree(run, torn)
@@ -105,7 +103,7 @@ def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path: Pa
     assert same_weights(run, torn)
 
 
-def test_finished_run_is_refused_resumed_and_overwritten(cli, refused, t5_run) -> None:
+def test_finished_run_is_refused_resumed_and_overwritten(cli, refused, t5_run):
     flags, run = t5_run
     assert "holds another run" in refused(*flags, "--output_dir", run)
     before = (run / "model.safetensors").read_bytes()
@@ -123,7 +121,7 @@ def test_finished_run_is_refused_resumed_and_overwritten(cli, refused, t5_run) -
     assert json.loads((run / "results.json").read_text())["steps"] == 1
 
 
-def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Path) -> None:
+def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose, tmp_path):
     (tmp_path / "gpt2.yaml").write_text(
         f"model: gpt2\ndata_dir: {prose}\noutput_dir: {tmp_path / 'run'}\nmax_source_length: "
         "16\nshape: light\n"
@@ -139,7 +137,7 @@ def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Pat
     assert (config["num_experts"], config["shape"]) == (2, "light")
 
 
-def test_the_originals_baseline_trains_too(cli, sentiment: Path, tmp_path: Path) -> None:
+def test_the_originals_baseline_trains_too(cli, sentiment, tmp_path):
     flags = [
         "train",
         "--model",
@@ -167,7 +165,7 @@ def test_the_originals_baseline_trains_too(cli, sentiment: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "baseline", [pytest.param("dense", marks=pytest.mark.exhaustive), "wider", "switch"]
 )
-def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline: str) -> None:
+def test_named_baselines(cli, refused, sentiment, tmp_path, baseline):
     flags = [
         "train",
         "--model",
@@ -212,8 +210,8 @@ def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline
 
 
 def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
-    cli, refused, sentiment: Path, tmp_path: Path
-) -> None:
+    cli, refused, sentiment, tmp_path
+):
     out = tmp_path / "converted"
     answer = cli("convert", "t5", out, "--num_experts", 4, "--max-bond", 8)
     assert "error: of the conversion" in answer.out
@@ -239,9 +237,7 @@ def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
     )  # AdamW's steps would vanish in bfloat16
 
 
-def test_neurons_are_converted_trained_continued_and_inspected(
-    cli, sentiment: Path, tmp_path: Path
-) -> None:
+def test_neurons_are_converted_trained_continued_and_inspected(cli, sentiment, tmp_path):
     shape = ["--shape", "neurons", "--neurons", 8, "--latent", 16, "--num_experts", 4]
     cli("convert", "t5", tmp_path / "converted", *shape)
     router = ["--scoring_func", "sigmoid", "--bias_update_rate", 0.001]
@@ -271,9 +267,7 @@ def test_neurons_are_converted_trained_continued_and_inspected(
     assert "8 neurons" in (tmp_path / "seen" / "report.html").read_text()
 
 
-def test_a_model_without_a_tokenizer_is_converted_exported_and_inspected(
-    cli, tmp_path: Path
-) -> None:
+def test_a_model_without_a_tokenizer_is_converted_exported_and_inspected(cli, tmp_path):
     tiny_model("llama", "LlamaForCausalLM").save_pretrained(tmp_path / "llama")
     answer = cli("convert", tmp_path / "llama", tmp_path / "mixture", "--num_experts", 2)
     assert "llama holds no tokenizer: what needs one is left out" in answer.out
@@ -283,7 +277,7 @@ def test_a_model_without_a_tokenizer_is_converted_exported_and_inspected(
     assert "left out" in cli("inspect", tmp_path / "mixture", "--output_dir", tmp_path / "seen").out
 
 
-def test_a_train_file_alone_is_enough(cli, sentiment: Path, tmp_path: Path) -> None:
+def test_a_train_file_alone_is_enough(cli, sentiment, tmp_path):
     for split in ("validation", "test"):
         (sentiment / f"{split}.jsonl").unlink()
     flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1]
@@ -303,14 +297,14 @@ def test_a_train_file_alone_is_enough(cli, sentiment: Path, tmp_path: Path) -> N
     assert "<td>training.train_batch_size</td><td>4</td>" in report.split("<details>")[1]
 
 
-def test_generate_from_a_file_with_the_dense_stand_ins(cli, tmp_path: Path) -> None:
+def test_generate_from_a_file_with_the_dense_stand_ins(cli, tmp_path):
     (tmp_path / "prompts.txt").write_text("Return the\n\nA list of\n")
     answer = cli("generate", "gpt2", "--file", tmp_path / "prompts.txt", "--max_new_tokens", 3)
     assert answer.out.startswith("Return the")
     assert "A list of" in answer.out
 
 
-def test_several_tasks_one_per_step_at_any_accumulation() -> None:
+def test_several_tasks_one_per_step_at_any_accumulation():
     pools = {"a": [("a", i) for i in range(40)], "b": [("b", i) for i in range(24)]}
     batch = {
         "per_device_train_batch_size": 4,
@@ -326,7 +320,7 @@ def test_several_tasks_one_per_step_at_any_accumulation() -> None:
     assert order_items(pools, arguments, temperature=9.0, seed=3)[0].indices != dataset.indices
 
 
-def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_path: Path) -> None:
+def test_a_diverged_run_publishes_nothing(cli, refused, sentiment, tmp_path):
     flags = [
         "train",
         "--model",
@@ -353,7 +347,7 @@ def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_pat
     assert (tmp_path / "allowed" / "results.json").exists()
 
 
-def test_of_the_command(sentiment: Path, tmp_path: Path) -> None:
+def test_of_the_command(sentiment, tmp_path):
     flags = [
         "--max_steps",
         "2",
@@ -387,9 +381,7 @@ def test_of_the_command(sentiment: Path, tmp_path: Path) -> None:
     assert parameters["trainable"] == parameters["auxiliary"] + parameters["router"]
 
 
-def test_runs_report_and_go_on_from_earlier_ones(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_report_and_go_on_from_earlier_ones(tmp_path, capsys):
     for name in ("one", "other"):
         write_sentiment(tmp_path / "data" / name)
     first, second = tmp_path / "first", tmp_path / "second"
@@ -458,9 +450,7 @@ def settle(planned):
     return settled
 
 
-def test_family_shape_and_regime_decide(
-    settle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_family_shape_and_regime_decide(settle, tmp_path, capsys):
     assert settle("--model", "t5") == (
         1.5e-3,
         "what to start from with a pretrained t5, hidden experts, width 128",
@@ -486,7 +476,7 @@ def test_family_shape_and_regime_decide(
         settle(source=Source(str(tmp_path), "t5"))
 
 
-def test_a_resumed_run_keeps_its_rate(settle, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_rate(settle, tmp_path):
     (tmp_path / "run").mkdir()
     record = {"config": {"training": {"learning_rate": 5e-5}, "learning_rate_from": "a search"}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
@@ -511,9 +501,7 @@ def test_a_resumed_run_keeps_its_rate(settle, tmp_path: Path) -> None:
         ([], "bert", "hidden", 2),
     ],
 )
-def test_shapes(
-    planned, capsys: pytest.CaptureFixture[str], flags: list, kind: str, shape: str, top_k: int
-) -> None:
+def test_shapes(planned, capsys, flags, kind, shape, top_k):
     plan, source = planned(*flags), Source("somewhere", kind)
     config = settle_experts(plan, source)
     assert config is not None
@@ -530,7 +518,7 @@ def test_shapes(
     assert settle_experts(plan, source) == config
 
 
-def test_where_there_is_no_shape_to_speak_of(planned, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_there_is_no_shape_to_speak_of(planned, capsys):
     for flags in (["--mpo_layers", "nompo", "--moe_type", "none"], ["--expert_type", "dense"]):
         plan = planned(*flags)
         settle_experts(plan, find(plan.run.model))
@@ -541,7 +529,7 @@ def test_where_there_is_no_shape_to_speak_of(planned, capsys: pytest.CaptureFixt
     assert "shape" not in capsys.readouterr().out
 
 
-def test_when_a_run_evaluates(planned) -> None:
+def test_when_a_run_evaluates(planned):
     for flags, wanted in {
         "": 25,
         "--do_eval": 25,
@@ -555,8 +543,8 @@ def test_when_a_run_evaluates(planned) -> None:
 
 
 def test_a_rate_that_is_searched_for_is_recorded_and_kept(
-    cli, refused, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    cli, refused, sentiment, tmp_path, monkeypatch
+):
     monkeypatch.setattr("mpoe.training.rates.find_rate", partial(find_rate, steps=1))
     flags = [
         "train",

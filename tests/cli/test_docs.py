@@ -1,8 +1,6 @@
 """Commands and examples of the README and of docs/ run, on small data; what pages list is what
 there is."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -89,9 +87,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page(
-    cli, page: Path, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page(cli, page, sentiment, tmp_path, monkeypatch):
     text = page.read_text(encoding="utf-8")
     fences = len(re.findall(r"^```\w", text, flags=re.M)) - len(
         re.findall(r"^<!-- run: ", text, flags=re.M)
@@ -110,7 +106,7 @@ def test_page(
     assert ran == {"train", "compose", "plan"} or page.stem != "README"
 
 
-def test_every_described_task_is_listed() -> None:
+def test_every_described_task_is_listed():
     rows = [
         line
         for line in (DOCS / "tasks.md").read_text(encoding="utf-8").splitlines()
@@ -125,7 +121,7 @@ def test_every_described_task_is_listed() -> None:
         ), name
 
 
-def test_every_public_name_is_described() -> None:
+def test_every_public_name_is_described():
     pages = {
         name: (DOCS / f"api_{name}.md").read_text() for name in ("mpoe", "parts", "data", "kernels")
     }
@@ -154,19 +150,19 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_somewhere():
     links = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
     assert len(links) >= 10
     absent = [link for link in links if not (ROOT / link.partition("#")[0]).exists()]
     assert not absent
 
 
-def test_lines_of_the_readme_fit_a_window() -> None:
+def test_lines_of_the_readme_fit_a_window():
     long = [line for line in README.splitlines() if len(line) > 120 and not line.startswith("|")]
     assert not long
 
 
-def test_it_says_so_until_a_gpu_was_measured() -> None:
+def test_it_says_so_until_a_gpu_was_measured():
     """`bench/gpu.sh` leaves a list of its parts beside its report, also when it only walks them on
     a CPU."""
     lists = (ROOT / "bench" / "results").glob("*/visit.md")
@@ -185,7 +181,7 @@ def listed_folders() -> list[str]:
     return paths
 
 
-def test_the_tree_is_the_real_one(lacks) -> None:
+def test_the_tree_is_the_real_one(lacks):
     listed = listed_folders()
     for package in ("mpoe", "mpoe_kernels"):
         inside = {
@@ -226,7 +222,7 @@ def launch(folder: Path, example: bool) -> str:
 
 
 @pytest.mark.slow
-def test_the_launch_line_runs(sentiment: Path, tmp_path: Path) -> None:
+def test_the_launch_line_runs(sentiment, tmp_path):
     sentiment.rename(tmp_path / "my_folder")
     (tmp_path / "law").mkdir()
     sentence = "In case {} the court found for the plaintiff.\n"
@@ -236,5 +232,5 @@ def test_the_launch_line_runs(sentiment: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_launch_line_of_the_sharded_loop_runs(tmp_path: Path) -> None:
+def test_the_launch_line_of_the_sharded_loop_runs(tmp_path):
     assert len(re.findall(r"step \d: loss \d", launch(tmp_path, example=True))) == 2

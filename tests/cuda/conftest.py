@@ -1,8 +1,6 @@
 """Tests of the CUDA kernels, compiled for the CPU and emulated. They need a C++ compiler for
 x86-64, but no GPU."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

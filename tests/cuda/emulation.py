@@ -1,8 +1,6 @@
 """The CUDA kernels, compiled for the CPU and run by the emulator of tests/emulator: ops
 ``torch.ops.mpoe_emulated``."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

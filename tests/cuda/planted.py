@@ -1,8 +1,6 @@
 """Bugs for the emulator and the sanitizers to find; each is a textual change to one kernel
 source."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

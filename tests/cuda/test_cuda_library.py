@@ -1,10 +1,7 @@
 """The compiled library: which GPUs it runs on, what it reports if it cannot run, and what it
 offers."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,14 +39,12 @@ SHIPPED = "80-real 90a-real 100-real 100-virtual"
         ("90a-virtual", (9, 0), True),
     ],
 )
-def test_which_gpus_the_code_runs_on(
-    architectures: str, capability: tuple[int, int], runs: bool
-) -> None:
+def test_which_gpus_the_code_runs_on(architectures, capability, runs):
     assert runs_on(architectures, *capability) == runs
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_backend_says_so() -> None:
+def test_without_a_gpu_the_backend_says_so():
     assert "no CUDA device was found" in backend_reasons()["cuda"]
     with pytest.raises(BackendError, match="no CUDA device"), use_backend("cuda"):
         raise AssertionError("not reached")
@@ -57,7 +52,7 @@ def test_without_a_gpu_the_backend_says_so() -> None:
         route(torch.zeros(1, 1, dtype=torch.int64), 1, backend="cuda")
 
 
-def test_requests_of_other_devices_and_dtypes_are_refused() -> None:
+def test_requests_of_other_devices_and_dtypes_are_refused():
     reasons = CUDA.request_reasons(Request("combine", "cpu", torch.float64))
     assert reasons == [
         "it runs on cuda, not on cpu",
@@ -66,7 +61,7 @@ def test_requests_of_other_devices_and_dtypes_are_refused() -> None:
     assert CUDA.request_reasons(Request("route", "cuda", torch.int64)) == []
 
 
-def test_a_library_that_is_missing_or_none_gives_its_reason(tmp_path: Path) -> None:
+def test_a_library_that_is_missing_or_none_gives_its_reason(tmp_path):
     path = tmp_path / "_C_cuda.abi3.so"
     (missing,) = load_library(path, open_ops("mpoe_cuda"), "_cuda_missing.txt", set()).reasons
     assert missing.startswith(f"_C_cuda.abi3.so is not in {tmp_path}")
@@ -81,7 +76,7 @@ def test_a_library_that_is_missing_or_none_gives_its_reason(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_weights_stay_on_chip_and_other_strategies_are_refused(strategy: str, phase: str) -> None:
+def test_weights_stay_on_chip_and_other_strategies_are_refused(strategy, phase):
     kernels = LinearKernels(None)
     shape = "separable" if strategy == "separable" else "paper_64"
     dims = BlockDims.of_shape(workload_shape(shape, 768, 3072))
@@ -99,9 +94,7 @@ EXPERTS = ("hidden_experts", "hidden_experts_backward", "neuron_experts", "neuro
 
 
 @pytest.mark.parametrize("op", EXPERTS)
-def test_experts_are_refused_by_name_with_what_to_take_instead(
-    op: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_are_refused_by_name_with_what_to_take_instead(op, monkeypatch):
     for backend in (CUDA, TRITON):
         monkeypatch.setattr(backend, "unavailable_reasons", list)
     monkeypatch.setattr(
@@ -114,7 +107,7 @@ def test_experts_are_refused_by_name_with_what_to_take_instead(
     assert select(request) is TRITON.kernels[op]
 
 
-def test_the_fused_chain_refuses_other_strategies_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_chain_refuses_other_strategies_by_name(monkeypatch):
     monkeypatch.setattr(CUDA, "unavailable_reasons", list)
     dims = BlockDims.of_shape(workload_shape("separable", 768, 3072))
     problem = Problem("grouped_mpo_linear", dims, 8, 64, torch.bfloat16, "cuda:0", backend="cuda")

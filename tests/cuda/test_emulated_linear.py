@@ -1,7 +1,5 @@
 """The fused chain by the CUDA kernels, forward and backward, against the float64 reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,12 +42,12 @@ class TestScenarios(LinearScenarios):
 
 
 @pytest.mark.parametrize("name", ["light", "separable"])
-def test_float16(name: str) -> None:
+def test_float16(name):
     Case(SMALL_SHAPES[name], torch.float16).check("rebuild")
 
 
 @pytest.mark.parametrize(("name", "dtype"), pairwise(list(WIDE), [torch.bfloat16, torch.float32]))
-def test_asynchronous_copies(name: str, dtype: torch.dtype) -> None:
+def test_asynchronous_copies(name, dtype):
     case = Case(WIDE[name], dtype, tokens=48, experts=2, capacity=None, activation="relu")
     stats()
     case.check("rebuild")
@@ -63,21 +61,21 @@ def test_asynchronous_copies(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("order", "copies", "dtype"), pairwise(*SCHEDULE_PARTS, [torch.float32, torch.bfloat16])
 )
-def test_schedules(order: str, copies: str, dtype: torch.dtype) -> None:
+def test_schedules(order, copies, dtype):
     with schedule(order, copies):
         for name in ("light", "separable"):
             Case(WIDE[name], dtype, tokens=40, experts=2).check("rebuild")
             Case(SMALL_SHAPES[name], dtype).check("rebuild")
 
 
-def test_random_schedule() -> None:
+def test_random_schedule():
     for seed in range(3):
         with schedule("random", "lazy", seed):
             Case(SMALL_SHAPES["light"], torch.bfloat16).check("rebuild")
 
 
 @pytest.mark.parametrize("columns", [64, 128])
-def test_rows_in_several_tiles(columns: int) -> None:
+def test_rows_in_several_tiles(columns):
     """One block computes 128 rows and either number of columns."""
     shape = MPOShape((16, 4), (16, columns // 8), max_bond=32, central=1)
     case = Case(
@@ -86,7 +84,7 @@ def test_rows_in_several_tiles(columns: int) -> None:
     case.check("rebuild")
 
 
-def test_what_is_not_needed_is_not_computed() -> None:
+def test_what_is_not_needed_is_not_computed():
     case = Case(SMALL_SHAPES["light"])
     saved = case.forward("rebuild")
     counts = []
@@ -102,7 +100,7 @@ def test_what_is_not_needed_is_not_computed() -> None:
     assert max(counts[2:]) < counts[0]
 
 
-def test_launches() -> None:
+def test_launches():
     """Forward one, whatever follows the product or is saved; backward one for x, left and central,
     and right each."""
     case = Case(WIDE["light"], experts=2, activation="gelu", gathered=False)
@@ -113,7 +111,7 @@ def test_launches() -> None:
     assert stats()["launches"] == 3
 
 
-def test_the_same_bits_on_every_schedule() -> None:
+def test_the_same_bits_on_every_schedule():
     for name in ("paper", "separable"):
         case = Case(SMALL_SHAPES[name], torch.bfloat16, with_bias=False)
         first = case.run("rebuild")
@@ -124,7 +122,7 @@ def test_the_same_bits_on_every_schedule() -> None:
 
 @settings(max_examples=25)
 @given(st.data())
-def test_any_small_shape(data: st.DataObject) -> None:
+def test_any_small_shape(data):
     count = data.draw(st.integers(1, 4))
     factors = st.lists(st.integers(1, 4), min_size=count, max_size=count)
     shape = MPOShape(

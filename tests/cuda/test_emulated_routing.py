@@ -1,8 +1,6 @@
 """Route, dispatch, combine and their gradients on the emulated CUDA kernels, against the
 reference."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
@@ -16,7 +14,7 @@ from mpoe_kernels.routing.op import CombineBackwardCall
 from tests.linear_problem import LAYOUTS
 from tests.routing_problem import check_route, check_rows, parts_of
 
-from .emulation import DTYPES, OPS, REFUSED, ROUTING, SCHEDULES, Schedule, schedule, stats
+from .emulation import DTYPES, OPS, REFUSED, ROUTING, SCHEDULES, schedule, stats
 
 pytestmark = pytest.mark.usefixtures("registered")
 check = partial(check_route, backend="emulated")
@@ -25,7 +23,7 @@ check = partial(check_route, backend="emulated")
 @pytest.mark.parametrize("timing", SCHEDULES, ids=lambda timing: "-".join(timing))
 @pytest.mark.parametrize("capacity", [None, 30])
 @pytest.mark.parametrize("tokens", [90, 700])  # in one launch, in several
-def test_route(timing: Schedule, capacity: int | None, tokens: int) -> None:
+def test_route(timing, capacity, tokens):
     index = expert_choice("zipf", tokens, 10, 2)
     mask = torch.rand(tokens) > 0.2
     with schedule(*timing):
@@ -36,18 +34,18 @@ def test_route(timing: Schedule, capacity: int | None, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uniform", "all_to_one", "some_idle"])
-def test_route_distributions(kind: str) -> None:
+def test_route_distributions(kind):
     for tokens in (1, 31, 513, 1100):
         check(expert_choice(kind, tokens, 5), 5)
         check(expert_choice(kind, tokens, 5, 2), 5, capacity=3)
 
 
-def test_route_of_no_tokens() -> None:
+def test_route_of_no_tokens():
     check(torch.zeros(0, 2, dtype=torch.int64), 3)
     check(torch.zeros(0, 2, dtype=torch.int64), 3, capacity=1)
 
 
-def test_many_experts() -> None:
+def test_many_experts():
     for tokens in (20, 600):
         check(torch.randint(0, 300, (tokens, 2)), 300, capacity=2)
     with pytest.raises(REFUSED, match="at most 11999 experts; got 12000"):
@@ -55,7 +53,7 @@ def test_many_experts() -> None:
 
 
 @pytest.mark.parametrize("tokens", [40, 1200])
-def test_indices_out_of_range_count_as_masked(tokens: int) -> None:
+def test_indices_out_of_range_count_as_masked(tokens):
     """The op does not check them, because that would wait for the device; memory must stay
     intact."""
     index = torch.randint(0, 4, (tokens, 1))
@@ -74,9 +72,7 @@ def test_indices_out_of_range_count_as_masked(tokens: int) -> None:
     st.booleans(),
     st.data(),
 )
-def test_any_route(
-    tokens: int, experts: int, top_k: int, capacity: int | None, masked: bool, data
-) -> None:
+def test_any_route(tokens, experts, top_k, capacity, masked, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     index = torch.randint(0, experts, (tokens, top_k), generator=generator)
     check(
@@ -87,14 +83,14 @@ def test_any_route(
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 @pytest.mark.parametrize("columns", [1, 7, 16, 520, 1040])
 @pytest.mark.parametrize("capacity", [None, 2])
-def test_rows_and_gradients(dtype: torch.dtype, columns: int, capacity: int | None) -> None:
+def test_rows_and_gradients(dtype, columns, capacity):
     """On aligned, unaligned and strided memory."""
     routing = check(expert_choice("zipf", 9, 4, 2), 4, capacity, torch.arange(9) != 3)
     for place in LAYOUTS.values():
         check_rows(routing, columns, dtype, "emulated", place=place)
 
 
-def test_each_gradient_alone() -> None:
+def test_each_gradient_alone():
     routing = check(expert_choice("zipf", 9, 4, 2), 4)
     grad, rows, gates = torch.randn(9, 7), torch.randn(18, 7), torch.rand(9, 2)
 

@@ -1,8 +1,6 @@
 """Tests of the emulator itself: every mistake in tests/emulator/probes.cuh is detected by what
 should detect it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 
@@ -43,14 +41,14 @@ def run(
 
 @pytest.mark.parametrize("probe", DETECTED_BY)
 @pytest.mark.parametrize("sanitizer", BY)
-def test_nothing_is_reported_without_the_mistake(probe: str, sanitizer: str) -> None:
+def test_nothing_is_reported_without_the_mistake(probe, sanitizer):
     for schedule in SCHEDULES if sanitizer == "" else SCHEDULES[::3]:
         done = run(probe, False, schedule, sanitizer)
         assert (done.returncode, done.stderr) == (0, ""), (schedule, done.stderr)
 
 
 @pytest.mark.parametrize(("probe", "how"), PAIRS)
-def test_the_mistake_is_detected(probe: str, how: str) -> None:
+def test_the_mistake_is_detected(probe, how):
     sanitizer = how if how in cuda_emulate.SANITIZERS else ""
     for schedule in SCHEDULES:
         done = run(probe, True, schedule, sanitizer)
@@ -67,12 +65,12 @@ def test_the_mistake_is_detected(probe: str, how: str) -> None:
             assert (done.returncode, done.stderr) == (0 if missed else 1, "")
 
 
-def test_random_order_is_another_schedule() -> None:
+def test_random_order_is_another_schedule():
     assert run("reverse", False, Schedule("random", "lazy")).returncode == 0
     assert run("reverse", True, Schedule("random", "lazy")).returncode == 1
 
 
-def test_compiler_errors_are_shown(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiler_errors_are_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_emulate, "CACHE", tmp_path)
     wrong = tmp_path / "wrong.cu"
     wrong.write_text("int f( {}")

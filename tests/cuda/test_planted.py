@@ -1,8 +1,6 @@
 """Tests of the tests: every bug of planted.py, built from the real sources, is found by what should
 find it."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -51,13 +49,13 @@ def run(program: Path, schedule: Schedule) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_the_text_to_change_is_there(bug: Bug, tmp_path: Path) -> None:
+def test_the_text_to_change_is_there(bug, tmp_path):
     bug.plant(cuda_emulate.CSRC, tmp_path)
     assert (tmp_path / bug.file).read_text() != (cuda_emulate.CSRC / bug.file).read_text()
 
 
 @pytest.mark.parametrize(("bug", "lane"), CASES)
-def test_the_bug_is_found(bug: Bug, lane: str, tmp_path: Path) -> None:
+def test_the_bug_is_found(bug, lane, tmp_path):
     bug.plant(cuda_emulate.CSRC, tmp_path)
     sanitizer = lane if lane in REPORTS else ""
     program = cuda_emulate.sweep(bug.part, sanitizer, tmp_path)
@@ -84,7 +82,7 @@ def test_the_bug_is_found(bug: Bug, lane: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", cuda_emulate.SWEEPS)
-def test_nothing_is_found_without_a_bug(part: str) -> None:
+def test_nothing_is_found_without_a_bug(part):
     program = cuda_emulate.sweep(part)
     for schedule in SCHEDULES:
         done = run(program, schedule)
@@ -94,7 +92,7 @@ def test_nothing_is_found_without_a_bug(part: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", cuda_emulate.SWEEPS)
 @pytest.mark.parametrize("sanitizer", REPORTS)
-def test_sanitizers_report_nothing_without_a_bug(sanitizer: str, part: str) -> None:
+def test_sanitizers_report_nothing_without_a_bug(sanitizer, part):
     """The thread sanitizer takes longest: each order and each kind of copies once."""
     program = cuda_emulate.sweep(part, sanitizer)
     for schedule in SCHEDULES[::3] if sanitizer == "thread" else SCHEDULES:

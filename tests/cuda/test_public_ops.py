@@ -1,7 +1,5 @@
 """The tests of the public ops on the emulated CUDA kernels, each file in a separate process."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -35,7 +33,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "which", "mark"), CASES)
-def test_on_the_emulated_backend(name: str, which: str, mark: str) -> None:
+def test_on_the_emulated_backend(name, which, mark):
     library()  # built before the time limit begins
     environment = os.environ | {"MPOE_TEST_BACKENDS": "emulated", "OMP_NUM_THREADS": "1"}
     plugins = ("-p", "tests.cuda.emulated_plugin", "-p", "no:xdist")

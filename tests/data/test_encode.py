@@ -1,8 +1,6 @@
 """Encoding, padding, generation and scoring, with a word-level tokenizer; sampling; metrics and
 constant answers."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from types import SimpleNamespace

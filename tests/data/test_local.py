@@ -1,7 +1,5 @@
 """Local files: what is detected, what is refused, and that every refusal names file and line."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -1,8 +1,6 @@
 """The tasks that come described, from the hub and from the official folders; the embedded corpus
 and stand-ins."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import json

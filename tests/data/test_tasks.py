@@ -1,7 +1,5 @@
 """Tasks: the registry refuses well; what a few lines of YAML or Python describe."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

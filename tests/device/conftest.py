@@ -8,8 +8,6 @@ tests of that pair, also in later runs, are skipped.
 They are few and small: on a GPU every shape and dtype compiles kernels of its own.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Hidden-side experts and neurons on the device, in the sizes people use first, against the float64
 reference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from mpoe_kernels import hidden_experts, neuron_experts
 from tests.expert_problems import HiddenProblem, NeuronProblem
 
-from .conftest import DEVICE, Able
+from .conftest import DEVICE
 
 ON_GPU = DEVICE.startswith("cuda")
 TOKENS = 300 if ON_GPU else 19
@@ -66,26 +64,20 @@ def op_of(name: str) -> str:
 
 
 @pytest.mark.parametrize(("dtype", "name"), CASES, ids=IDS)
-def test_experts(
-    dtype: torch.dtype, name: str, backend: str, device: torch.device, check_able: Able
-) -> None:
+def test_experts(dtype, name, backend, device, check_able):
     check_able(backend, op_of(name))
     problem_of(name, dtype, device).check(backend, 3)
 
 
 @pytest.mark.parametrize("tokens", COUNTS, ids=[f"T{tokens}" for tokens in COUNTS])
-def test_neurons_of_any_number_of_tokens(
-    tokens: int, backend: str, device: torch.device, check_able: Able
-) -> None:
+def test_neurons_of_any_number_of_tokens(tokens, backend, device, check_able):
     """Forward and backward; few pairs of token and choice have launches of their own."""
     check_able(backend, "neuron_experts")
     problem_of("neurons of 64", torch.bfloat16, device, tokens=tokens).check(backend, 3)
 
 
 @pytest.mark.parametrize("name", ["neurons", "hidden"])
-def test_an_infinite_token_spoils_its_own_row_alone(
-    name: str, backend: str, device: torch.device, check_able: Able
-) -> None:
+def test_an_infinite_token_spoils_its_own_row_alone(name, backend, device, check_able):
     check_able(backend, op_of(name))
     made = problem_of(name, torch.bfloat16, device, none_share=0.0)
     op, rows = (hidden_experts, "u") if name == "hidden" else (neuron_experts, "x")

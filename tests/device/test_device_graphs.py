@@ -1,8 +1,6 @@
 """opcheck, torch.compile, CUDA graphs and repeated runs on the device, for every backend that runs
 there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +12,6 @@ from torch import Tensor
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
 from tests.cases import SMALL_SHAPES
 
-from .conftest import Able
 from .test_device_experts import op_of, problem_of
 from .test_device_ops import make_blocks
 
@@ -39,7 +36,7 @@ def product(
     return grouped_mpo_linear(x, blocks, ends, activation="gelu", backend=backend)
 
 
-def test_opcheck(able: str, device: torch.device) -> None:
+def test_opcheck(able, device):
     sizes = (SHAPE.in_features, SHAPE.out_features, "gelu", "rebuild", able, True)
     torch.library.opcheck(
         torch.ops.mpoe.grouped_mpo_linear.default,
@@ -49,7 +46,7 @@ def test_opcheck(able: str, device: torch.device) -> None:
     torch.library.opcheck(torch.ops.mpoe.route.default, (index, 3, 2, None, able))
 
 
-def test_compiled_graphs_are_whole_and_give_the_same(able: str, device: torch.device) -> None:
+def test_compiled_graphs_are_whole_and_give_the_same(able, device):
     inputs, ends = tensors(device), offsets(device)
     grad = torch.randn(9, SHAPE.out_features, device=device)
     compiler = "inductor" if device.type == "cuda" else "aot_eager"
@@ -63,7 +60,7 @@ def test_compiled_graphs_are_whole_and_give_the_same(able: str, device: torch.de
         torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_two_runs_agree_bit_for_bit(able: str, device: torch.device) -> None:
+def test_two_runs_agree_bit_for_bit(able, device):
     inputs, ends = tensors(device), offsets(device)
 
     def run() -> list[Tensor]:
@@ -140,7 +137,7 @@ def check_captured(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", ["light", "separable"])
-def test_a_decoding_step_fits_a_cuda_graph(able: str, name: str, device: torch.device) -> None:
+def test_a_decoding_step_fits_a_cuda_graph(able, name, device):
     """In a process of its own: a capture that breaks off spoils its process."""
     check_captured(able, device)
     if device.type == "cuda":
@@ -151,9 +148,7 @@ def test_a_decoding_step_fits_a_cuda_graph(able: str, name: str, device: torch.d
 
 @pytest.mark.parametrize("tokens", [1, 64], ids=["T1", "T64"])
 @pytest.mark.parametrize("name", ["neurons of 64", "hidden of 64"])
-def test_experts_fit_a_cuda_graph_whatever_the_routing(
-    name: str, tokens: int, backend: str, device: torch.device, check_able: Able
-) -> None:
+def test_experts_fit_a_cuda_graph_whatever_the_routing(name, tokens, backend, device, check_able):
     check_able(backend, op_of(name))
     check_captured(backend, device)
     if device.type == "cuda":

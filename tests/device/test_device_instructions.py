@@ -1,8 +1,6 @@
 """On an NVIDIA GPU, the instructions that tests/emulator imitates give the emulator's results, bit
 for bit."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -23,7 +21,7 @@ def results_of(program: Path) -> dict[str, list[str]]:
     return {name: words for name, *words in (line.split() for line in done.stdout.splitlines())}
 
 
-def test_instructions_are_as_emulated(device: torch.device, tmp_path: Path) -> None:
+def test_instructions_are_as_emulated(device, tmp_path):
     """mma.sync, ldmatrix, cp.async, roundings, shuffles and votes."""
     if device.type != "cuda":
         pytest.skip("a CPU has no such instructions")

@@ -1,8 +1,6 @@
 """Every backend that runs on the device, through the public ops, against the float64 reference on
 the same device."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -106,14 +104,14 @@ def check_linear(
 
 @dtypes
 @pytest.mark.parametrize("name", ["paper_bond_4", "light", "separable", "padded", "seven_cores"])
-def test_strategies(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_strategies(able, name, dtype, device):
     shape = SMALL_SHAPES[name]
     check_linear(able, strategies_of(able, shape, dtype, device), shape, dtype, device, capacity=9)
 
 
 @dtypes
 @pytest.mark.parametrize("name", LARGE)
-def test_large_shapes(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_large_shapes(able, name, dtype, device):
     if device.type == "cpu":
         pytest.skip("the tests of the CPU backends have sizes of their own")
     strategy = "separable" if name == "separable" else "rebuild"
@@ -125,7 +123,7 @@ def test_large_shapes(able: str, name: str, dtype: torch.dtype, device: torch.de
 @pytest.mark.parametrize(
     ("kind", "tokens"), [("all_to_one", 37), ("some_idle", 37), ("uniform", 37), ("uniform", 0)]
 )
-def test_loads(able: str, kind: str, tokens: int, device: torch.device) -> None:
+def test_loads(able, kind, tokens, device):
     way = ["rebuild" if tokens else "auto"]
     check_linear(able, way, SMALL_SHAPES["light"], torch.float32, device, kind=kind, tokens=tokens)
 
@@ -133,9 +131,7 @@ def test_loads(able: str, kind: str, tokens: int, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "capacity"), [(5, 3, 2, None), (700, 64, 2, 11), (0, 3, 1, 2)]
 )
-def test_routing_is_the_same_everywhere(
-    able: str, tokens: int, experts: int, top_k: int, capacity: int | None, device: torch.device
-) -> None:
+def test_routing_is_the_same_everywhere(able, tokens, experts, top_k, capacity, device):
     index = expert_choice("zipf", tokens, experts, top_k).to(device)
     mask = (torch.arange(tokens, device=device) % 7 != 3) if capacity else None
     ours = route(index, experts, capacity, mask, backend=able)
@@ -144,7 +140,7 @@ def test_routing_is_the_same_everywhere(
         assert torch.equal(getattr(ours, field), getattr(plain, field)), field
 
 
-def test_dispatch_and_combine(able: str, device: torch.device) -> None:
+def test_dispatch_and_combine(able, device):
     routing = make_routing(300, 7, "zipf", device, capacity=50)
 
     def run(backend: str, kind: torch.dtype) -> list[Tensor]:
@@ -163,9 +159,7 @@ def test_dispatch_and_combine(able: str, device: torch.device) -> None:
 
 @dtypes
 @pytest.mark.parametrize("name", ["paper_bond_4", "light", "separable", "padded", *LARGE])
-def test_rows_at_their_tokens(
-    able: str, name: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_rows_at_their_tokens(able, name, dtype, device):
     """The last product of a network without gradients: the bits of `combine`."""
     large = LARGE if device.type == "cuda" else LARGE_ON_CPU  # whose tiles are full long before
     shape = large[name] if name in large else SMALL_SHAPES[name]
@@ -183,7 +177,7 @@ def test_rows_at_their_tokens(
 
 
 @pytest.mark.parametrize("rows", [3, 500])
-def test_embedding(rows: int, device: torch.device) -> None:
+def test_embedding(rows, device):
     shape = SMALL_SHAPES["padded"]
     blocks, ids = (
         make_blocks(shape, 1, torch.float32, device),
@@ -210,9 +204,7 @@ def test_embedding(rows: int, device: torch.device) -> None:
 @dtypes
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", ["light", "padded", "separable", *LARGE])
-def test_networks(
-    able: str, name: str, gated: bool, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_networks(able, name, gated, dtype, device):
     if name in LARGE and device.type == "cpu":
         pytest.skip("tiles are full on a GPU alone; the other tests have the CPU's sizes")
     shape, tokens = (LARGE[name], 300) if name in LARGE else (SMALL_SHAPES[name], 37)
@@ -224,9 +216,7 @@ def test_networks(
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_float32_logits(
-    dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
-) -> None:
+def test_float32_logits(dtype, weight_dtype, device):
     """The router's logits, against float64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(70, 96, generator=generator).to(device, dtype).requires_grad_()

@@ -1,8 +1,6 @@
 """Runs on the device that must agree bit for bit: many in a row, on two streams beside a busy
 third."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -71,7 +69,7 @@ def finished() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_runs_agree(kind: str, backend: str, device: torch.device, check_able: Able) -> None:
+def test_many_runs_agree(kind, backend, device, check_able):
     step = step_of(kind, backend, device, check_able)
     first = step()
     for run in range(RUNS):
@@ -79,9 +77,7 @@ def test_many_runs_agree(kind: str, backend: str, device: torch.device, check_ab
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_streams_beside_a_busy_one_agree(
-    kind: str, backend: str, device: torch.device, check_able: Able
-) -> None:
+def test_two_streams_beside_a_busy_one_agree(kind, backend, device, check_able):
     step = step_of(kind, backend, device, check_able)
     first = step()
     load = torch.randn(4096 if ON_GPU else 16, 4096 if ON_GPU else 16, device=device)
@@ -101,9 +97,7 @@ def test_two_streams_beside_a_busy_one_agree(
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_a_token_s_result_does_not_depend_on_its_batch(
-    kind: str, backend: str, device: torch.device, check_able: Able
-) -> None:
+def test_a_token_s_result_does_not_depend_on_its_batch(kind, backend, device, check_able):
     """Of kernels that promise it."""
     check_able(backend, op_of(kind))
     if backend != "triton":

@@ -5,8 +5,6 @@ emulator's controls. Compiled files are kept in build/emulated under a hash of a
 a second call compiles nothing. Sanitizers: ``address`` (with undefined behaviour), ``thread``.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.util

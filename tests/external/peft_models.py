@@ -5,8 +5,6 @@ these models had been downloaded: small random ones, dense or converted, as ``$E
 (``dense`` or ``mpoe``).
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -4,8 +4,6 @@ Exit status 1 if a failure is open: our class fails the test, the dense class pa
 below explains why. ``--failed FILE`` lists one file's failed tests instead.
 """
 
-from __future__ import annotations
-
 import argparse
 import fnmatch
 import json

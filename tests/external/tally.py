@@ -6,8 +6,6 @@ counts once, with its worst outcome. Classes ``MPOE_x`` and ``Dense_x`` hold the
 dense one's result is asked for only where ours did not pass.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -10,8 +10,6 @@ llama-cpp-python`` beside them. ``pytest -m slow -s`` shows what llama.cpp's spe
 types and losses quantised files have.
 """
 
-from __future__ import annotations
-
 import collections
 import ctypes
 import importlib.util
@@ -130,7 +128,7 @@ def served(
 
 @pytest.mark.parametrize("program", ["MPOE_VLLM"], indirect=True)
 @pytest.mark.parametrize("served", ["granitemoeshared", "mixtral"], indirect=True)
-def test_vllm(program: Path, served: tuple[Path, list[Any]]) -> None:
+def test_vllm(program, served):
     folder, rows = served
     said = ran(
         program, "-I", "-c", VLLM, folder / "mixture", json.dumps([prompt for prompt, _, _ in rows])
@@ -161,7 +159,7 @@ def loss_in_llama_cpp(file: Path, texts: list[list[int]]) -> float:
 
 @pytest.mark.parametrize("program", ["MPOE_LLAMA_CPP"], indirect=True)
 @pytest.mark.parametrize("served", ["granitemoeshared"], indirect=True)
-def test_quantised(program: Path, served: tuple[Path, list[Any]]) -> None:
+def test_quantised(program, served):
     """What quantisation costs a mixture on its own answers is what it costs the dense model on
     its own."""
     gguf, llama_cpp = pytest.importorskip("gguf"), pytest.importorskip("llama_cpp")
@@ -197,7 +195,7 @@ def test_quantised(program: Path, served: tuple[Path, list[Any]]) -> None:
 
 @pytest.mark.parametrize("program", ["MPOE_LLAMA_CPP"], indirect=True)
 @pytest.mark.parametrize("served", ["granitemoeshared"], indirect=True)
-def test_llama_cpp(program: Path, served: tuple[Path, list[Any]]) -> None:
+def test_llama_cpp(program, served):
     """The same texts; and in a file and a time little above the dense model's."""
     folder, rows = served
     simple, bench = (BUILD / "bin" / name for name in ("llama-simple", "llama-bench"))

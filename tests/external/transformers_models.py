@@ -7,8 +7,6 @@ every family) names the families to run, ``MPOE_SHAPE`` (default: separable) the
 experts.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import unittest

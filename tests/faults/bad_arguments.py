@@ -4,8 +4,6 @@ else.
 That is something of another kind, size, device or dtype, or a path that is not what it seems.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

@@ -4,8 +4,6 @@ bytes and files.
 Files are data, configurations of runs, and saved models, read through the public functions.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

@@ -3,8 +3,6 @@
 They end where a model would be loaded or measured. The options are those that the commands declare.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -5,8 +5,6 @@ What was saved must stay whole. ``SEED`` is that of the exhaustive tests, ``SEED
 environment tries others.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import multiprocessing.context

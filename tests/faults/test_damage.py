@@ -1,8 +1,6 @@
 """Damaged and malicious checkpoints are refused in our words, without running anything or taking
 memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -183,9 +181,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_refused(
-    saved: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damage_is_refused(saved, tmp_path, name, monkeypatch):
     folder, (spoil, message) = tmp_path / "model", DAMAGES[name]
     shutil.copytree(saved, folder)
     spoil(folder)
@@ -196,7 +192,7 @@ def test_damage_is_refused(
     assert not (tmp_path / "pwned").exists()
 
 
-def test_shards_and_links_in_their_own_folder_load(saved: Path, tmp_path: Path) -> None:
+def test_shards_and_links_in_their_own_folder_load(saved, tmp_path):
     """The hub's cache holds links to its files: reading through one is as safe as reading a
     file."""
     folder = tmp_path / "model"
@@ -207,7 +203,7 @@ def test_shards_and_links_in_their_own_folder_load(saved: Path, tmp_path: Path) 
     assert load_mpoe(folder).num_parameters() == load_mpoe(saved).num_parameters()
 
 
-def test_parts_of_a_damaged_checkpoint_are_not_taken(saved: Path, tmp_path: Path) -> None:
+def test_parts_of_a_damaged_checkpoint_are_not_taken(saved, tmp_path):
     model = mpoe_model("t5", seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for name in ("weights cut short", "shard in the parent folder"):
@@ -224,9 +220,7 @@ def test_parts_of_a_damaged_checkpoint_are_not_taken(saved: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("content", [b"", b"half", pickle.dumps(Evil()), pickle.dumps([1, 2])])
-def test_pickles_of_the_original_are_refused(
-    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickles_of_the_original_are_refused(tmp_path, content, monkeypatch):
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
@@ -237,7 +231,7 @@ def test_pickles_of_the_original_are_refused(
 
 
 @pytest.mark.parametrize("change", ["cut", "config", "record", "ratios"])
-def test_damaged_mpoe_only_saves(tmp_path: Path, change: str) -> None:
+def test_damaged_mpoe_only_saves(tmp_path, change):
     base = dense_model("gpt2")
     save_mpoe_only(
         convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), tmp_path, base
@@ -272,7 +266,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"]
 )
-def test_flipped_bit_in_a_checkpoint(trained: Path, tmp_path: Path, name: str) -> None:
+def test_flipped_bit_in_a_checkpoint(trained, tmp_path, name):
     """Sizes fit, sums do not: the run goes on from the checkpoint before."""
     shutil.copytree(trained, tmp_path / "run")
     file = tmp_path / "run" / "checkpoint-6" / name
@@ -296,7 +290,7 @@ def test_flipped_bit_in_a_checkpoint(trained: Path, tmp_path: Path, name: str) -
         '{"files": {"a": "b"}}',
     ],
 )
-def test_foreign_manifests_are_no_checkpoints(tmp_path: Path, text: str) -> None:
+def test_foreign_manifests_are_no_checkpoints(tmp_path, text):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / checkpoints.MANIFEST).write_text(text)
     assert find_last_checkpoint(tmp_path) is None
@@ -305,7 +299,7 @@ def test_foreign_manifests_are_no_checkpoints(tmp_path: Path, text: str) -> None
 @pytest.mark.parametrize(
     "name", ["checkpoint-7", ".incomplete-checkpoints", ".deleting-checkpoint-3"]
 )
-def test_links_are_removed_and_not_followed(trained: Path, tmp_path: Path, name: str) -> None:
+def test_links_are_removed_and_not_followed(trained, tmp_path, name):
     shutil.copytree(trained, tmp_path / "run")
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -316,9 +310,7 @@ def test_links_are_removed_and_not_followed(trained: Path, tmp_path: Path, name:
     assert (precious / "work.txt").read_text() == "years of it"
 
 
-def test_pickled_optimizer_state_is_refused(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickled_optimizer_state_is_refused(trained, tmp_path, monkeypatch):
     """Someone else's checkpoint, with a manifest to match."""
     staged = checkpoints.staging_root(tmp_path) / "checkpoint-6"
     shutil.copytree(trained / "checkpoint-6", staged)

@@ -1,12 +1,9 @@
 """Killed runs, full disks, folders that cannot be written, memory: slow in a slice, exhaustive at
 length."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +39,7 @@ slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize("count", [pytest.param(3, marks=slow), pytest.param(50, marks=exhaustive)])
-def test_killed_runs_go_on_to_the_same_weights(tmp_path: Path, count: int) -> None:
+def test_killed_runs_go_on_to_the_same_weights(tmp_path, count):
     tally = kill_runs(count, SEED, tmp_path)
     print(f"{dict(tally)}: all runs resumed to the same weights")
     assert tally["killed"] == count
@@ -55,7 +52,7 @@ def test_killed_runs_go_on_to_the_same_weights(tmp_path: Path, count: int) -> No
         pytest.param([2 * number / 5 for number in range(6)], marks=exhaustive),
     ],
 )
-def test_full_disk_loses_nothing(tmp_path: Path, sizes: list[float]) -> None:
+def test_full_disk_loses_nothing(tmp_path, sizes):
     """By what the weights take: before the first checkpoint, with room for them and not for the
     optimizer's state."""
     expected = straight_run(tmp_path)
@@ -108,9 +105,7 @@ OF_TRAIN += ["--save_strategy", "no"]
 @pytest.mark.parametrize(
     "command", ["convert", *(pytest.param(name, marks=slow) for name in list(COMMANDS)[1:])]
 )
-def test_command_line_tells_of_the_disk_in_one_line(
-    tmp_path: Path, command: str, options: dict
-) -> None:
+def test_command_line_tells_of_the_disk_in_one_line(tmp_path, command, options):
     out = tmp_path / "out"
     if "as_user" in options:
         out.mkdir(mode=0o555)
@@ -159,9 +154,7 @@ ENDS = {  # of a run that replaces another, in their order: where it is killed
     "point",
     [name if name == "the exchange" else pytest.param(name, marks=slow) for name in ENDS],
 )
-def test_a_killed_run_leaves_the_earlier_expert_or_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
-) -> None:
+def test_a_killed_run_leaves_the_earlier_expert_or_its_own(tmp_path, monkeypatch, point):
     run = tmp_path / "out"
     run.mkdir()
     for split in ("train", "validation"):
@@ -193,9 +186,7 @@ def test_a_killed_run_leaves_the_earlier_expert_or_its_own(
     assert (run / "background.safetensors").read_text() == "old"
 
 
-def test_a_file_that_appears_meanwhile_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     run = tmp_path / "out"
     run.mkdir()
     for split in ("train", "validation"):
@@ -216,7 +207,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(
     assert (run / "b.expert").read_text() == "earlier"
 
 
-def test_loads_and_conversions_in_threads(tmp_path: Path) -> None:
+def test_loads_and_conversions_in_threads(tmp_path):
     dense, model = dense_model("gpt2"), mpoe_model("t5")
     model.save_pretrained(tmp_path)
     expected = [
@@ -248,7 +239,7 @@ def test_loads_and_conversions_in_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
-def test_same_seed_same_bits(tmp_path: Path, family: str) -> None:
+def test_same_seed_same_bits(tmp_path, family):
     """Six steps with dropout, jitter and the gradient mask, twice in one process, once with forked
     readers of data."""
     finals, losses = [], []
@@ -275,7 +266,7 @@ def count_tensors() -> int:
     ("steps", "warm", "most"),
     [pytest.param(150, 50, 20_000, marks=slow), pytest.param(1000, 200, 2_000, marks=exhaustive)],
 )
-def test_memory_stays_flat(steps: int, warm: int, most: int) -> None:
+def test_memory_stays_flat(steps, warm, most):
     """Bytes per step by least squares; batches change their sizes, and the first ``warm`` ones fill
     caches."""
     model = mpoe_model("t5", dropout=0.1, jitter=0.1).train()

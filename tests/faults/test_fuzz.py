@@ -1,8 +1,6 @@
 """Random inputs: each works or is refused in our words; exhaustive, hundreds of each kind. What
 public names take."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -131,7 +129,7 @@ def try_inputs(kind: str, count: int, seed: int, folder: Path) -> None:
     ("count", "seed"), [(25, 0), pytest.param(500, SEED, marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_inputs(kind: str, count: int, seed: int, tmp_path: Path) -> None:
+def test_inputs(kind, count, seed, tmp_path):
     """In a forked process: what that dies of, or hangs in, is its last words."""
     (folder := tmp_path / "in").mkdir()
     calls = kind == "bad calls"  # many names, and a call is short
@@ -143,7 +141,7 @@ def test_inputs(kind: str, count: int, seed: int, tmp_path: Path) -> None:
     assert status == 0, said
 
 
-def test_the_command_lines_that_are_changed_work(tmp_path: Path) -> None:
+def test_the_command_lines_that_are_changed_work(tmp_path):
     inside = fuzz_commands.prepare(tmp_path)
     for command in fuzz_commands.COMMANDS:
         fuzz_commands.run([command, *fuzz_commands.start_of(command, 0)], inside)
@@ -157,11 +155,11 @@ NOT_CALLED = {"BackendError", "ContractionPlan", "Decomposition", "DivergenceErr
 NOT_CALLED |= {"__version__", "available_backends", "backend_reasons"}
 
 
-def test_every_public_name_is_called(tmp_path: Path) -> None:
+def test_every_public_name_is_called(tmp_path):
     assert set(starts(tmp_path)) | NOT_CALLED == set(mpoe.__all__) | set(mpoe_kernels.__all__)
 
 
-def test_what_is_exchanged_worked(tmp_path: Path) -> None:
+def test_what_is_exchanged_worked(tmp_path):
     make_paths(tmp_path)
     for name, (function, make) in starts(tmp_path).items():
         # Sharding wants a process group, and these three something that only their own tests build.
@@ -188,7 +186,7 @@ FREE = {
 
 
 @pytest.mark.parametrize("name", [name for name in starts(Path()) if name in mpoe_kernels.__all__])
-def test_every_size(name: str) -> None:
+def test_every_size(name):
     """Of every axis of every tensor that an op takes: one more or less is refused, by name."""
     function, make = starts(Path())[name]
     function(**make())

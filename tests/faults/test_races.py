@@ -5,8 +5,6 @@ Whoever is in makes a folder `inside` and removes it when it leaves, so that two
 unnoticed.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -191,7 +189,7 @@ def judge(children: list[Child], tally: Counter[str], most: int) -> None:
     [(5, 7), pytest.param(200, SEED, marks=pytest.mark.exhaustive)],
     ids=["a slice", "at length"],
 )
-def test_races(tmp_path: Path, races: int, seed: int) -> None:
+def test_races(tmp_path, races, seed):
     """Four of ten are double starts, four resumes of a live run, two of Trainers."""
     draw, tally = random.Random(seed), Counter()
     kinds = [double_start, resume_of_live, double_start, resume_of_live, double_training]
@@ -221,7 +219,7 @@ def holding(folder: Path) -> Child:
     return child
 
 
-def test_who_holds_a_folder_is_named_and_a_killed_process_holds_none(tmp_path: Path) -> None:
+def test_who_holds_a_folder_is_named_and_a_killed_process_holds_none(tmp_path):
     folder, link = tmp_path / "run", tmp_path / "link"
     link.symlink_to(folder)
     child = holding(folder)
@@ -245,7 +243,7 @@ def test_who_holds_a_folder_is_named_and_a_killed_process_holds_none(tmp_path: P
     assert not (folder / LOCK_FILE).exists()
 
 
-def test_children_do_not_keep_the_lock_of_a_process_that_has_ended(tmp_path: Path) -> None:
+def test_children_do_not_keep_the_lock_of_a_process_that_has_ended(tmp_path):
     def with_a_child() -> None:  # as a process with workers that read data
         with hold(tmp_path / "run"):
             if os.fork() == 0:
@@ -262,7 +260,7 @@ def test_children_do_not_keep_the_lock_of_a_process_that_has_ended(tmp_path: Pat
         pass
 
 
-def test_a_lock_that_says_nothing_about_its_holder(tmp_path: Path) -> None:
+def test_a_lock_that_says_nothing_about_its_holder(tmp_path):
     child = holding(tmp_path / "run")
     (tmp_path / "run" / LOCK_FILE).write_text("{")
     with (
@@ -273,9 +271,7 @@ def test_a_lock_that_says_nothing_about_its_holder(tmp_path: Path) -> None:
     child.kill()
 
 
-def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path, monkeypatch):
     original, calls = run_lock._try, []
 
     def first_too_late(descriptor: int, kind: int) -> bool:
@@ -290,7 +286,7 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(
     assert len(calls) == 2
 
 
-def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_systems_without_locks(tmp_path, monkeypatch):
     def refuse(code: int) -> None:
         def flock(*_: object) -> None:
             raise OSError(code, os.strerror(code))
@@ -312,7 +308,7 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_the_command_line_beside_a_run_that_is_going(tmp_path: Path) -> None:
+def test_the_command_line_beside_a_run_that_is_going(tmp_path):
     data, folder = write_sentiment(tmp_path / "data"), tmp_path / "run"
     words = f"train --model t5 --data_dir {data} --output_dir {folder}".split()
     words += ["--num_experts", "2", "--use_cpu"]

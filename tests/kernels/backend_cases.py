@@ -1,8 +1,6 @@
 """The backends that op tests run on. What each supports is read from its table, so new kernels are
 tested at once."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Choosing by timing with stand-ins, in an empty cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """Functions of every op with tensors that fit, and the arguments of the raw ops that they lead
 to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

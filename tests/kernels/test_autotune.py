@@ -1,8 +1,6 @@
 """The choice by one timing: what is timed, what it depends on, where nothing is timed, and the file
 that keeps it."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -30,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 PROBLEM = Problem(LINEAR, DIMS, 8, 64, torch.float32, "cpu")
 
 
-def test_the_fastest_is_kept(seconds: dict[str, float], empty_cache: Path) -> None:
+def test_the_fastest_is_kept(seconds, empty_cache):
     chosen = resolve_contraction(PROBLEM)
     assert chosen.backend == "second"
     assert chosen.strategy == PROBLEM.plans()[0].strategy
@@ -45,7 +43,7 @@ def test_the_fastest_is_kept(seconds: dict[str, float], empty_cache: Path) -> No
     assert resolve_contraction(PROBLEM).backend == "first", "timed again"
 
 
-def test_one_choice_for_rows_up_to_a_power_of_two(seconds: dict[str, float]) -> None:
+def test_one_choice_for_rows_up_to_a_power_of_two(seconds):
     for slots in (33, 50, 64):
         resolve_contraction(PROBLEM._replace(slots=slots))
     assert len(choices()) == 1
@@ -65,15 +63,13 @@ def test_one_choice_for_rows_up_to_a_power_of_two(seconds: dict[str, float]) -> 
         {"strategy": "chain"},
     ],
 )
-def test_what_a_choice_depends_on(seconds: dict[str, float], change: dict[str, object]) -> None:
+def test_what_a_choice_depends_on(seconds, change):
     resolve_contraction(PROBLEM)
     resolve_contraction(PROBLEM._replace(**change))
     assert len(choices()) == 2
 
 
-def test_threads_versions_and_instructions_are_part_of_the_key(
-    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_versions_and_instructions_are_part_of_the_key(seconds, monkeypatch):
     for threads in (1, 2):
         with torch_threads(threads):
             resolve_contraction(PROBLEM)
@@ -98,16 +94,14 @@ def first_of(problem: Problem = PROBLEM) -> tuple[str, str]:
     return "first", problem.rounded().plans()[0].strategy
 
 
-def test_the_setting_turns_timing_off(
-    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_setting_turns_timing_off(seconds, monkeypatch):
     monkeypatch.setenv("MPOE_AUTOTUNE", "0")
     kept.add_choices({autotune._key(PROBLEM): f"second {first_of()[1]}"})
     assert ranked() == first_of(), "the file does not count either"
     assert list(choices().values()) == [" ".join(first_of())], "what ran is told, for a resumed run"
 
 
-def test_deterministic_programs_rank_alone(seconds: dict[str, float]) -> None:
+def test_deterministic_programs_rank_alone(seconds):
     assert ranked()[0] == "second"
     adopt({autotune._key(PROBLEM): f"second {first_of()[1]}"})
     torch.use_deterministic_algorithms(True)
@@ -121,9 +115,7 @@ def test_deterministic_programs_rank_alone(seconds: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     "true", ["compiler.is_compiling", "cuda.is_initialized cuda.is_current_stream_capturing"]
 )
-def test_under_capture_and_tracing_nothing_is_timed(
-    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch, true: str
-) -> None:
+def test_under_capture_and_tracing_nothing_is_timed(seconds, monkeypatch, true):
     with monkeypatch.context() as patched:
         for each in true.split():
             patched.setattr(f"torch.{each}", lambda: True)
@@ -132,9 +124,7 @@ def test_under_capture_and_tracing_nothing_is_timed(
     assert ranked()[0] == "second", "and nothing of it is remembered"
 
 
-def test_several_ranks_rank_alone_or_take_what_was_adopted(
-    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_ranks_rank_alone_or_take_what_was_adopted(seconds, monkeypatch):
     assert ranked()[0] == "second"
     told = choices()
     monkeypatch.setattr(autotune, "_has_ranks", lambda: True)
@@ -149,7 +139,7 @@ def test_several_ranks_rank_alone_or_take_what_was_adopted(
     assert ranked()[0] == "second", "one rank times"
 
 
-def test_adopted_choices_come_before_timing(seconds: dict[str, float], empty_cache: Path) -> None:
+def test_adopted_choices_come_before_timing(seconds, empty_cache):
     assert ranked()[0] == "second"
     told = choices()
     autotune.forget()
@@ -165,14 +155,14 @@ def test_adopted_choices_come_before_timing(seconds: dict[str, float], empty_cac
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["a"], {"a": 1}, {1: "a"}])
-def test_what_cannot_be_adopted(wrong: object) -> None:
+def test_what_cannot_be_adopted(wrong):
     with pytest.raises(
         TypeError, match=r"choices must (be a mapping of|map) strings to strings; got"
     ):
         adopt(wrong)  # type: ignore[arg-type]
 
 
-def test_what_fails_when_it_is_timed_does_not_run() -> None:
+def test_what_fails_when_it_is_timed_does_not_run():
     found = autotune._seconds([partial(torch.ones(2).view, 3), lambda: None], "cpu")
     assert found[0] == float("inf")
     assert found[1] < 1
@@ -181,9 +171,7 @@ def test_what_fails_when_it_is_timed_does_not_run() -> None:
 @pytest.mark.parametrize(
     ("takes", "calls"), [((1, 2, 3), (21, 21, 1)), ((40, 41), (4, 4)), ((300, 301), (2, 2))]
 )
-def test_how_often_candidates_are_timed(
-    takes: tuple[int, ...], calls: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_often_candidates_are_timed(takes, calls, monkeypatch):
     """Milliseconds: for 200 of them or 20 rounds; once if hopeless."""
     ran: list[int] = []
     for threads, clock in ((1, "thread_time"), (2, "perf_counter")):
@@ -204,9 +192,7 @@ def test_how_often_candidates_are_timed(
         (4, 1, [(1, 4), (2, 8)]),
     ],
 )
-def test_a_timed_call_is_short(
-    rows: int, share: float, sizes: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_timed_call_is_short(rows, share, sizes, monkeypatch):
     """Of 8 experts and 64 slots, by one thread and by two, for so many rows and this share of the
     FLOPs of each."""
     monkeypatch.setitem(autotune.ROWS, "cpu", rows)
@@ -217,9 +203,7 @@ def test_a_timed_call_is_short(
 
 
 @pytest.mark.parametrize(("slots", "strategies"), [(64, 2), (4096, 1)])
-def test_what_holds_too_much_memory_is_not_timed(
-    slots: int, strategies: int, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_holds_too_much_memory_is_not_timed(slots, strategies, seconds, monkeypatch):
     timed: list[int] = []
     monkeypatch.setattr(
         autotune, "_seconds", lambda runs, device: timed.append(len(runs)) or [1.0] * len(runs)
@@ -233,7 +217,7 @@ def test_what_holds_too_much_memory_is_not_timed(
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["light", "separable", "padded"])
-def test_a_first_use_is_timed_and_leaves_no_trace(name: str, training: bool) -> None:
+def test_a_first_use_is_timed_and_leaves_no_trace(name, training):
     """Through the op: the random numbers go on, and so does the gradient."""
     shape = SMALL_SHAPES[name]
     blocks = random_blocks(shape, 3, torch.float32, requires_grad=training)
@@ -248,7 +232,7 @@ def test_a_first_use_is_timed_and_leaves_no_trace(name: str, training: bool) -> 
     assert set(choices().values()) <= {f"{b} {s}" for b in ("native", "eager") for s in STRATEGIES}
 
 
-def test_fake_tensors_are_not_timed() -> None:
+def test_fake_tensors_are_not_timed():
     shape = SMALL_SHAPES["light"]
     with FakeTensorMode():
         blocks = random_blocks(shape, 2, torch.float32)
@@ -257,7 +241,7 @@ def test_fake_tensors_are_not_timed() -> None:
     assert choices() == {}
 
 
-def test_a_compiled_graph_times_when_it_runs() -> None:
+def test_a_compiled_graph_times_when_it_runs():
     shape = SMALL_SHAPES["light"]
     blocks, offsets = random_blocks(shape, 2, torch.float32), torch.tensor([0, 2, 4])
     x = torch.ones(4, shape.in_features)
@@ -268,7 +252,7 @@ def test_a_compiled_graph_times_when_it_runs() -> None:
     assert len(choices()) == 1
 
 
-def test_two_threads_at_once(seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_at_once(seconds, monkeypatch):
     timed: list[int] = []
     timing: Callable[..., list[float]] = autotune._seconds
     monkeypatch.setattr(autotune, "_seconds", lambda *given: (timed.append(1), timing(*given))[1])
@@ -279,9 +263,7 @@ def test_two_threads_at_once(seconds: dict[str, float], monkeypatch: pytest.Monk
 # ------------------------------------------------------------------ the file, whatever it holds
 
 
-def test_two_machines_share_a_home(
-    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_machines_share_a_home(seconds, monkeypatch):
     found = []
     for machine, second in (("one", 1.0), ("other", 3.0), ("one", 9.0), ("other", 9.0)):
         monkeypatch.setattr(autotune, "processor_name", lambda name=machine: name)
@@ -292,14 +274,14 @@ def test_two_machines_share_a_home(
     assert len(kept.read_choices()) == 2
 
 
-def test_what_other_processes_wrote_stays(seconds: dict[str, float], empty_cache: Path) -> None:
+def test_what_other_processes_wrote_stays(seconds, empty_cache):
     kept.add_choices({"theirs": "native chain"})
     resolve_contraction(PROBLEM)
     assert len(kept.read_choices()) == 2
     assert list(empty_cache.parent.iterdir()) == [empty_cache], "nothing half written is left"
 
 
-def test_two_processes_write_at_once(empty_cache: Path) -> None:
+def test_two_processes_write_at_once(empty_cache):
     """A choice may be lost, and is measured again; the file stays whole, and a link is not written
     through."""
     empty_cache.parent.mkdir()
@@ -320,7 +302,7 @@ def test_two_processes_write_at_once(empty_cache: Path) -> None:
     assert sorted(path.name for path in empty_cache.parent.iterdir()) == ["choices.json", "victim"]
 
 
-def test_the_oldest_choices_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_choices_go(monkeypatch):
     monkeypatch.setattr(kept, "MOST_CHOICES", 2)
     for name in "abca":
         kept.add_choices({name: "native chain"})
@@ -356,9 +338,7 @@ def test_the_oldest_choices_go(monkeypatch: pytest.MonkeyPatch) -> None:
         "NaN",
     ],
 )
-def test_a_damaged_or_foreign_file_is_measured_again(
-    seconds: dict[str, float], empty_cache: Path, content: str | bytes
-) -> None:
+def test_a_damaged_or_foreign_file_is_measured_again(seconds, empty_cache, content):
     empty_cache.parent.mkdir()
     empty_cache.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert resolve_contraction(PROBLEM).backend == "second"
@@ -366,7 +346,7 @@ def test_a_damaged_or_foreign_file_is_measured_again(
 
 
 @pytest.mark.parametrize("value", ["native unheard-of", "abacus chain", "", "second"])
-def test_an_entry_that_cannot_run_is_measured_again(seconds: dict[str, float], value: str) -> None:
+def test_an_entry_that_cannot_run_is_measured_again(seconds, value):
     resolve_contraction(PROBLEM)
     (key,) = choices()
     kept.add_choices({key: value})
@@ -377,9 +357,7 @@ def test_an_entry_that_cannot_run_is_measured_again(seconds: dict[str, float], v
 @pytest.mark.parametrize(
     "kind", ["pipe", "folder", "link to itself", "read-only home", "home is a file"]
 )
-def test_an_unwritable_place_is_no_error(
-    seconds: dict[str, float], empty_cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_place_is_no_error(seconds, empty_cache, kind, monkeypatch):
     if kind == "home is a file":
         empty_cache.parent.write_text("")
     else:
@@ -404,15 +382,13 @@ def test_an_unwritable_place_is_no_error(
 @pytest.mark.parametrize(
     ("home", "expected"), [("relative", "/home/of/user/.cache"), ("", "/home/of/user/.cache")]
 )
-def test_the_place_of_the_file(home: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_place_of_the_file(home, expected, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setenv("HOME", "/home/of/user")
     assert kept.choices_file() == Path(expected) / "mpoe" / "choices.json"
 
 
-def test_without_a_home_and_a_user_choices_lie_in_the_temporary_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_home_and_a_user_choices_lie_in_the_temporary_folder(tmp_path, monkeypatch):
     """As in a container."""
 
     def nobody(number: int) -> None:

@@ -1,13 +1,10 @@
 """The registry's reasons, the planner's choices, the memory guarantee; ``python -m
 mpoe_kernels.info``."""
 
-from __future__ import annotations
-
 import gc
 import json
 import weakref
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,7 +60,7 @@ def run(**options: object) -> torch.Tensor:
     )
 
 
-def test_eager_is_always_there() -> None:
+def test_eager_is_always_there():
     assert "eager" in available_backends()
     assert backend_reasons()["eager"] == []
     with use_backend("eager"):
@@ -71,8 +68,8 @@ def test_eager_is_always_there() -> None:
 
 
 def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(
-    broken_backend: backends.Backend,
-) -> None:
+    broken_backend,
+):
     assert "broken" not in available_backends()
     assert backend_reasons()["broken"] == ["it needs a device that is not here"]
     with pytest.raises(BackendError) as caught:
@@ -89,8 +86,8 @@ def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(
 
 
 def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     calls = []
 
     def logged(name: str):
@@ -118,7 +115,7 @@ def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(
     assert calls == ["grouped_mpo_linear", "grouped_mpo_linear_backward"]
 
 
-def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_and_strategy_are_chosen_together(monkeypatch):
     """Fewest FLOPs on the preferred backend, forward and backward independently; naming a strategy
     forces both."""
     calls = []
@@ -150,7 +147,7 @@ def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatc
         y.sum().backward()
 
 
-def test_use_backend_holds_in_its_thread_alone() -> None:
+def test_use_backend_holds_in_its_thread_alone():
     seen = []
     with use_backend("eager"):
         seen += in_threads(1, lambda _: requested_backend(None))
@@ -163,7 +160,7 @@ def test_use_backend_holds_in_its_thread_alone() -> None:
     assert requested_backend(None) == "auto"
 
 
-def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_graphs_follow_use_backend(monkeypatch):
     """Inside a graph and around it: torch.compile guards on the setting at tracing time."""
     calls = []
     kernel = eager_kernel("grouped_mpo_linear")
@@ -189,9 +186,7 @@ def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == ["slow", "slow"]
 
 
-def test_no_backend_at_all_lists_everyone(
-    monkeypatch: pytest.MonkeyPatch, broken_backend: backends.Backend
-) -> None:
+def test_no_backend_at_all_lists_everyone(monkeypatch, broken_backend):
     # A copy: an item that is deleted and set again would be last in every later test.
     others = {name: backend for name, backend in backends.BACKENDS.items() if name != "eager"}
     monkeypatch.setattr(backends, "BACKENDS", others)
@@ -199,7 +194,7 @@ def test_no_backend_at_all_lists_everyone(
     refuses(BackendError, r"no backend can run .*broken: it needs a device", run)
 
 
-def test_names_are_taken_once_and_checked() -> None:
+def test_names_are_taken_once_and_checked():
     refuses(ValueError, "already taken", backends.register_backend, backends.Backend("eager", {}))
     with pytest.raises(ValueError, match="backend must be one of"), use_backend("nonsense"):
         raise AssertionError("not reached")
@@ -227,7 +222,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("experts", [2, 12])
-def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
+def test_at_most_two_rebuilt_weights_are_alive(experts):
     """Peak memory of forward and backward kernels beyond inputs and results: two weights, for any
     E."""
     shape = MPOShape((4, 4, 4), (4, 8, 4))
@@ -261,7 +256,7 @@ class Flops(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", SMALL_SHAPES)
-def test_eager_computes_the_products_that_are_counted(name: str) -> None:
+def test_eager_computes_the_products_that_are_counted(name):
     """Once each, but for the half of `rebuild`, which a backward that needs x's gradient too builds
     twice."""
     shape, experts, slots = SMALL_SHAPES[name], 3, 12
@@ -302,7 +297,7 @@ def test_eager_computes_the_products_that_are_counted(name: str) -> None:
                 assert found.count == plan.flops + more, (strategy, need, phase)
 
 
-def test_what_a_compiled_kernel_refuses_is_a_value_error() -> None:
+def test_what_a_compiled_kernel_refuses_is_a_value_error():
     """PyTorch turns it into a RuntimeError that starts with a source file's path."""
 
     def kernel(message: str) -> None:
@@ -321,7 +316,7 @@ def test_what_a_compiled_kernel_refuses_is_a_value_error() -> None:
 # ------------------------------------------------------------------ info
 
 
-def test_facts_are_those_of_this_process() -> None:
+def test_facts_are_those_of_this_process():
     facts = info.collect()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["backends"] == backend_reasons()
@@ -334,7 +329,7 @@ def test_facts_are_those_of_this_process() -> None:
         assert facts["native"]["isa_used"] in facts["native"]["isa_compiled"].split()
 
 
-def test_text_names_every_fact_and_every_reason() -> None:
+def test_text_names_every_fact_and_every_reason():
     facts = info.collect(("torch", "no-such-package"))
     facts["backends"] = {"eager": [], "abacus": ["its beads are gone", "it has no frame"]}
     text = info.show(facts)
@@ -351,7 +346,7 @@ def test_text_names_every_fact_and_every_reason() -> None:
     assert "it has no frame" in text
 
 
-def test_where_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_choices_are_kept(monkeypatch, tmp_path):
     facts = info.collect()
     assert facts["choices"] is None
     assert "by FLOPs alone (MPOE_AUTOTUNE=0)" in info.show(facts)
@@ -362,7 +357,7 @@ def test_where_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert facts["choices"] in info.show(facts)
 
 
-def test_native_summary() -> None:
+def test_native_summary():
     built = {
         "compiler": "gcc 12",
         "torch": "any",
@@ -377,9 +372,7 @@ def test_native_summary() -> None:
     assert info.native_summary({**built, "isa_used": "avx2"}).endswith("avx2 in use (MPOE_CPU_ISA)")
 
 
-def test_command_as_json_and_text(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_as_json_and_text(capsys, monkeypatch):
     info.main(["--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["mpoe"] == info.__version__

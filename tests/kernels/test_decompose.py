@@ -24,7 +24,7 @@ from tests.cases import SMALL_SHAPES
 # ------------------------------------------------------------------ shapes
 
 
-def test_t5_base_bonds_and_counts() -> None:
+def test_t5_base_bonds_and_counts():
     shape = MPOShape.paper(768, 3072)
     assert shape.in_factors == (3, 4, 4, 4, 4)
     assert shape.out_factors == (4, 4, 8, 6, 4)
@@ -46,9 +46,7 @@ def test_t5_base_bonds_and_counts() -> None:
         ((32128, 1024), None, None, 0.0626),
     ],
 )
-def test_counts_of_the_original_shapes(
-    sizes: tuple, bond: int | None, central: int | None, auxiliary: float
-) -> None:
+def test_counts_of_the_original_shapes(sizes, bond, central, auxiliary):
     """Of full bonds the share of the auxiliary cores, as the original says."""
     shape = MPOShape.paper(*sizes, max_bond=bond)
     assert shape.is_full == (bond is None)
@@ -60,7 +58,7 @@ def test_counts_of_the_original_shapes(
     assert central is not None or share == pytest.approx(auxiliary, abs=6e-5)
 
 
-def test_separable_is_detected_and_shapes_mirror() -> None:
+def test_separable_is_detected_and_shapes_mirror():
     up = MPOShape.separable(768, 3072, left=256, right=64)
     assert (up.in_factors, up.out_factors) == ((256, 3, 1), (1, 48, 64))
     down = up.mirrored()
@@ -74,7 +72,7 @@ def test_separable_is_detected_and_shapes_mirror() -> None:
     assert MPOShape.paper(768, 3072).mirrored() == MPOShape.paper(3072, 768)
 
 
-def test_light_is_small_and_lossless() -> None:
+def test_light_is_small_and_lossless():
     shape = MPOShape.light(768, 3072, p=64)
     dims = shape.block_dims
     assert dims["iL"] * dims["jL"] == dims["iR"] * dims["jR"] == 64
@@ -83,9 +81,7 @@ def test_light_is_small_and_lossless() -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 7))
-def test_automatic_factors_cover_any_size(
-    in_features: int, out_features: int, num_cores: int
-) -> None:
+def test_automatic_factors_cover_any_size(in_features, out_features, num_cores):
     shape = MPOShape.automatic(in_features, out_features, num_cores)
     assert shape.in_features == in_features
     assert in_features <= shape.padded_in <= math.ceil(in_features * 1.125)
@@ -95,13 +91,13 @@ def test_automatic_factors_cover_any_size(
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000))
-def test_every_constructor_takes_any_size(in_features: int, out_features: int) -> None:
+def test_every_constructor_takes_any_size(in_features, out_features):
     for make in (MPOShape.paper, MPOShape.light, MPOShape.separable):
         shape = make(in_features, out_features)
         assert (shape.in_features, shape.out_features) == (in_features, out_features)
 
 
-def test_balanced_factors_put_the_largest_in_the_middle() -> None:
+def test_balanced_factors_put_the_largest_in_the_middle():
     factors = balanced_factors(1440, 5)
     assert math.prod(factors) == 1440
     assert max(factors) == factors[2]
@@ -147,7 +143,7 @@ def original_algorithm(weight: Tensor, shape: MPOShape) -> Tensor:
 
 @pytest.mark.parametrize("gauge", GAUGES)
 @pytest.mark.parametrize("name", SMALL_SHAPES)
-def test_full_bonds_are_exact_and_truncation_meets_its_bound(name: str, gauge: str) -> None:
+def test_full_bonds_are_exact_and_truncation_meets_its_bound(name, gauge):
     shape = SMALL_SHAPES[name]
     weight = torch.randn(shape.in_features, shape.out_features, dtype=torch.float64)
     result = decompose_with_errors(weight, shape, gauge)
@@ -166,9 +162,7 @@ def test_full_bonds_are_exact_and_truncation_meets_its_bound(name: str, gauge: s
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 7), st.data())
-def test_any_size_any_chain_any_centre(
-    in_features: int, out_features: int, num_cores: int, data: st.DataObject
-) -> None:
+def test_any_size_any_chain_any_centre(in_features, out_features, num_cores, data):
     """Also matrices without full rank, with zero rows, and all zero: neither side of a bond is
     divided by zero."""
     central, bond = (
@@ -189,7 +183,7 @@ def test_any_size_any_chain_any_centre(
 
 @pytest.mark.parametrize("bond", [1, 4, 16, 40])
 @pytest.mark.parametrize("kind", ["gaussian", "decaying"])
-def test_truncation_is_never_worse_than_the_original(bond: int, kind: str) -> None:
+def test_truncation_is_never_worse_than_the_original(bond, kind):
     shape = MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=bond)
     weight = torch.randn(shape.in_features, shape.out_features, dtype=torch.float64)
     if kind == "decaying":
@@ -200,7 +194,7 @@ def test_truncation_is_never_worse_than_the_original(bond: int, kind: str) -> No
     assert ours <= theirs * 1.01
 
 
-def test_symmetric_gauge_balances_every_bond() -> None:
+def test_symmetric_gauge_balances_every_bond():
     shape = SMALL_SHAPES["light"]
     weight = torch.randn(shape.in_features, shape.out_features, dtype=torch.float64)
     left, central, right = decompose(weight, shape, "symmetric")
@@ -211,7 +205,7 @@ def test_symmetric_gauge_balances_every_bond() -> None:
     assert relative_error(reconstruct([left, central, right]), weight) < 1e-13
 
 
-def test_orthogonal_gauge_leaves_all_scale_in_the_centre() -> None:
+def test_orthogonal_gauge_leaves_all_scale_in_the_centre():
     shape = SMALL_SHAPES["paper"]
     weight = torch.randn(shape.in_features, shape.out_features, dtype=torch.float64)
     cores = decompose(weight, shape, "orthogonal")
@@ -228,7 +222,7 @@ def test_orthogonal_gauge_leaves_all_scale_in_the_centre() -> None:
 
 
 @pytest.mark.parametrize("name", ["light", "paper", "padded", "separable"])
-def test_identity_gauge_leaves_the_weight_in_the_centre(name: str) -> None:
+def test_identity_gauge_leaves_the_weight_in_the_centre(name):
     shape = SMALL_SHAPES[name]
     weight = torch.randn(shape.in_features, shape.out_features)
     result = decompose_with_errors(weight, shape, "identity")
@@ -246,7 +240,7 @@ def test_identity_gauge_leaves_the_weight_in_the_centre(name: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)]
 )
-def test_low_precision_comes_back_in_its_dtype(dtype: torch.dtype, tolerance: float) -> None:
+def test_low_precision_comes_back_in_its_dtype(dtype, tolerance):
     shape = SMALL_SHAPES["padded"]
     weight = torch.randn(shape.in_features, shape.out_features).to(dtype)
     cores = decompose(weight, shape)
@@ -254,13 +248,13 @@ def test_low_precision_comes_back_in_its_dtype(dtype: torch.dtype, tolerance: fl
     assert relative_error(reconstruct([c.double() for c in cores], shape), weight) < tolerance
 
 
-def test_t5_base_matrix_is_exact() -> None:
+def test_t5_base_matrix_is_exact():
     weight = torch.randn(768, 3072) * 0.05
     assert relative_error(reconstruct(decompose(weight, MPOShape.paper(768, 3072))), weight) <= 1e-5
 
 
 @pytest.mark.parametrize("name", SMALL_SHAPES)
-def test_fold_and_reconstruct_agree_with_the_definition(name: str) -> None:
+def test_fold_and_reconstruct_agree_with_the_definition(name):
     shape = SMALL_SHAPES[name]
     cores = random_cores(shape, 3)
     blocks = fold(cores, shape=shape, num_experts=3)
@@ -286,9 +280,7 @@ def test_fold_and_reconstruct_agree_with_the_definition(name: str) -> None:
     ("dtype", "size"), [(torch.float32, 1e37), (torch.float64, 1e300), (torch.bfloat16, 1e37)]
 )
 @pytest.mark.parametrize("factors", [((2, 3, 2), (3, 2, 2)), ((2, 6), (6, 2)), ((12,), (12,))])
-def test_decompose_large_numbers(
-    gauge: str, dtype: torch.dtype, size: float, factors: tuple
-) -> None:
+def test_decompose_large_numbers(gauge, dtype, size, factors):
     weight = (torch.randn(12, 12, dtype=torch.float64) / 3).to(dtype)
     shape = MPOShape(*factors)
     same, found = (decompose_with_errors(w, shape, gauge) for w in (weight, weight * size))

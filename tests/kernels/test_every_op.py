@@ -1,8 +1,6 @@
 """What holds for every op on every backend: registration, gradients, memory, transforms, refusals
 of raw calls."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -51,7 +49,7 @@ def fitting(op: str, backend: str) -> Iterator[dict[str, Any]]:
 
 @on_every_backend
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_opcheck(op: str, backend: str) -> None:
+def test_opcheck(op, backend):
     """Of a few gradients each has the bits that it has among all; a result, if nothing is kept for
     a backward."""
     need_of(op.removesuffix("_backward"), backend, trains=False)
@@ -104,7 +102,7 @@ def test_opcheck(op: str, backend: str) -> None:
 @on_every_backend
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "dense"])
 @pytest.mark.parametrize("name", OPS)
-def test_layouts_of_memory(name: str, layout: str, backend: str) -> None:
+def test_layouts_of_memory(name, layout, backend):
     """Of the inputs; the gradient of a sum is one number expanded."""
     need_of(name, backend)
     function, inputs = of_ops()[name]
@@ -127,9 +125,7 @@ def test_layouts_of_memory(name: str, layout: str, backend: str) -> None:
 @pytest.mark.parametrize(
     "name", ["grouped_mpo_linear", "mpo_linear", "mpo_ffn", "hidden_experts", "neuron_experts"]
 )
-def test_autocast_is_a_cast_of_all_but_the_gates(
-    name: str, dtype: torch.dtype, backend: str
-) -> None:
+def test_autocast_is_a_cast_of_all_but_the_gates(name, dtype, backend):
     need_of(name, backend, dtype)
     function, inputs = of_ops()[name]
     leaves = [value.requires_grad_() for value in inputs]
@@ -176,7 +172,7 @@ NAMES = sorted(problems())
 
 @on_every_backend
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gradients_of_transforms_are_autograds(name: str, backend: str) -> None:
+def test_the_gradients_of_transforms_are_autograds(name, backend):
     need_of(name, backend)
     function, inputs = problems()[name]
     all_of_them = tuple(range(len(inputs)))
@@ -202,7 +198,7 @@ def test_the_gradients_of_transforms_are_autograds(name: str, backend: str) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_transforms_refuse(name: str) -> None:
+def test_what_transforms_refuse(name):
     """In words; a transform never returns a number that leaves a derivative out."""
     function, inputs = problems()[name]
     gradient = func.grad(lambda *v: function(*v).square().sum())
@@ -246,7 +242,7 @@ def test_what_transforms_refuse(name: str) -> None:
             torch.jit.trace(lambda x: function(x, *inputs[1:]), (inputs[0],))
 
 
-def test_autograd_around_a_transform() -> None:
+def test_autograd_around_a_transform():
     function, (x, *others) = problems()["mpo_linear"]
     outer = x.clone().requires_grad_()
     func.vjp(lambda left: function(outer, left, others[1]), others[0])[0].sum().backward()
@@ -273,7 +269,7 @@ def stand_ins(value: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @on_every_backend
 @pytest.mark.parametrize("name", OPS)
-def test_what_stands_for_other_values_is_resolved(name: str, backend: str) -> None:
+def test_what_stands_for_other_values_is_resolved(name, backend):
     """Negative bits and zeros without memory, as input and as gradient."""
     need_of(name, backend)
     function, inputs = of_ops()[name]
@@ -297,7 +293,7 @@ def test_what_stands_for_other_values_is_resolved(name: str, backend: str) -> No
 @on_every_backend
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("left_over", [0, 10])
-def test_a_resized_storage_is_refused(name: str, backend: str, left_over: int) -> None:
+def test_a_resized_storage_is_refused(name, backend, left_over):
     """By the op, or by PyTorch where a view is made first."""
     need_of(name, backend)
     function, inputs = of_ops()[name]
@@ -326,7 +322,7 @@ def test_a_resized_storage_is_refused(name: str, backend: str, left_over: int) -
                     )
 
 
-def test_views_of_larger_and_of_shared_memory_are_fine() -> None:
+def test_views_of_larger_and_of_shared_memory_are_fine():
     function, (x, *others) = problems()["mpo_linear"]
     row = x[:1].expand(TOKENS, -1)
     assert torch.equal(function(row, *others), function(row.clone(), *others))

@@ -1,8 +1,6 @@
 """hidden_experts and neuron_experts on every backend, and mpo_embedding, against the float64
 reference."""
 
-from __future__ import annotations
-
 from functools import cache
 from itertools import product
 from typing import Any
@@ -81,7 +79,7 @@ def problem(number: int, gated: bool, dtype: torch.dtype) -> Any:
         *pairwise(PLACES[len(NAMED) :], [False, True], FLOATS[1::2]),
     ],
 )
-def test_against_reference(backend: str, number: int, gated: bool, dtype: torch.dtype) -> None:
+def test_against_reference(backend, number, gated, dtype):
     require(backend, SIZES[number][0].OP.__name__, dtype)
     problem(number, gated, dtype).check(backend)
 
@@ -89,9 +87,7 @@ def test_against_reference(backend: str, number: int, gated: bool, dtype: torch.
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("top_k", "experts", "neurons"), [(16, 1024, 8), (3, 4, 512)])
-def test_the_largest_sizes(
-    backend: str, dtype: torch.dtype, top_k: int, experts: int, neurons: int
-) -> None:
+def test_the_largest_sizes(backend, dtype, top_k, experts, neurons):
     require(backend, "neuron_experts", dtype)
     size = {
         "tokens": 24,
@@ -114,9 +110,7 @@ def test_the_largest_sizes(
         [FLOATS[0], *FLOATS[1::2]],
     ),
 )
-def test_every_activation(
-    backend: str, op: str, activation: str, gated: bool, dtype: torch.dtype
-) -> None:
+def test_every_activation(backend, op, activation, gated, dtype):
     require(backend, op, dtype)
     own = (
         {"groups": 2, "block": 16, "per_group": True}
@@ -139,7 +133,7 @@ def test_every_activation(
 @pytest.mark.parametrize("op", PROBLEMS)
 @budget(max_examples=15)
 @given(data=st.data())
-def test_random_problems(backend: str, op: str, data: st.DataObject) -> None:
+def test_random_problems(backend, op, data):
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     require(backend, op, dtype)
     size = {
@@ -182,9 +176,7 @@ THREADS = [  # the neurons of one expert are shared out too
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("op", "options"), THREADS)
-def test_native_bits_do_not_depend_on_threads(
-    op: str, options: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_native_bits_do_not_depend_on_threads(op, options, dtype):
     require("native", op, dtype)
     problem, found = PROBLEMS[op](tokens=130, with_bias=True, dtype=dtype, **options), []
     for threads in (1, 2):
@@ -211,7 +203,7 @@ def test_native_bits_do_not_depend_on_threads(
         ),
     ],
 )
-def test_more_than_is_computed_at_once(op: str, options: dict[str, Any]) -> None:
+def test_more_than_is_computed_at_once(op, options):
     require("native", op, torch.float32)
     assert 1100 * 16 * 512 > 1 << 23 > eager.PIECE
     problem = PROBLEMS[op](experts=3, dtype=torch.float32, **options)
@@ -226,9 +218,7 @@ def test_more_than_is_computed_at_once(op: str, options: dict[str, Any]) -> None
     ("elements", "tokens", "sizes"),
     [(170, 28, [(2, 4)] * 3 + [(1, 4)]), (10, 28, [(1, 4)] * 7), (10**6, 2100, [(21, 128)])],
 )
-def test_what_neurons_gather_at_once(
-    elements: int, tokens: int, sizes: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_neurons_gather_at_once(elements, tokens, sizes, monkeypatch):
     """Blocks of 4 rows if an expert has 4, of 128 at most; they and their expert take 4 x 10 + 20
     elements."""
     monkeypatch.setattr(eager, "PIECE", elements)
@@ -241,7 +231,7 @@ def test_what_neurons_gather_at_once(
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums_of_half_precision_are_wide(backend: str, dtype: torch.dtype) -> None:
+def test_sums_of_half_precision_are_wide(backend, dtype):
     """Of eight experts whose terms cancel but for what half precision would lose, and of a gate's
     gradient."""
     require(backend, "hidden_experts", dtype)
@@ -270,9 +260,7 @@ def test_sums_of_half_precision_are_wide(backend: str, dtype: torch.dtype) -> No
 @on_every_backend
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("experts", [1, 2, 8])
-def test_identity_blocks_and_gate_one_change_no_bit(
-    backend: str, dtype: torch.dtype, experts: int
-) -> None:
+def test_identity_blocks_and_gate_one_change_no_bit(backend, dtype, experts):
     if backend not in ("auto", "eager", "native"):
         pytest.skip("promised on the CPU alone")
     require(backend, "hidden_experts", dtype)
@@ -283,7 +271,7 @@ def test_identity_blocks_and_gate_one_change_no_bit(
     assert torch.equal(out, torch.relu(u))
 
 
-def test_shared_blocks_need_no_axis_of_groups() -> None:
+def test_shared_blocks_need_no_axis_of_groups():
     problem = HiddenProblem()
     four = problem.run(hidden_experts, torch.float64)
     for name in ("right", "left"):
@@ -307,9 +295,7 @@ def test_shared_blocks_need_no_axis_of_groups() -> None:
         [0, 1, 5, 400],
     ),
 )
-def test_embedding_against_reference(
-    way: tuple[str | None, int], name: str, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embedding_against_reference(way, name, rows, monkeypatch):
     """By the way that is chosen in every dtype and layout; by every way, one group at a time or all
     at once."""
     way, elements = way
@@ -343,9 +329,7 @@ def test_embedding_against_reference(
     ("sizes", "pairs", "rebuild"),
     [((4, 2, 3, 4, 4, 3, 4, 3, 64, 24), 24, 56), ((2, 2, 4, 4, 2, 30, 5, 6, 40, 24), 11, 40)],
 )
-def test_more_rows_are_looked_up_in_another_way(
-    sizes: tuple[int, ...], pairs: int, rebuild: int
-) -> None:
+def test_more_rows_are_looked_up_in_another_way(sizes, pairs, rebuild):
     """The second shape's gathered slices take more memory than its table before they take more
     FLOPs."""
     ways = [
@@ -356,7 +340,7 @@ def test_more_rows_are_looked_up_in_another_way(
     assert by_eager._way(BlockDims(*sizes), 1, "cuda") == "rebuild"
 
 
-def test_pytorch_computes_it_whichever_backend_is_named() -> None:
+def test_pytorch_computes_it_whichever_backend_is_named():
     blocks, ids = random_blocks(SMALL_SHAPES["padded"], 1, torch.float32), torch.tensor([3, 0, 10])
     for name in ("eager", "native", "triton", "cuda"):
         assert torch.equal(mpo_embedding(ids, blocks, backend=name), mpo_embedding(ids, blocks))

@@ -1,8 +1,6 @@
 """mpo_ffn against the float64 reference, and compiled; products by PyTorch's grouped GEMMs, as a
 GPU would run them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +26,7 @@ from tests.linear_scenarios import LinearScenarios
 from .backend_cases import BACKENDS, on_every_backend, require, require_strategies
 
 
-def test_ffn_dropout_drops_hidden_activations() -> None:
+def test_ffn_dropout_drops_hidden_activations():
     shape = SMALL_SHAPES["separable"]
     up, down = random_blocks(shape, 2), random_blocks(shape.mirrored(), 2)
     routing = route(torch.zeros(4, 1, dtype=torch.int64), 2)
@@ -39,7 +37,7 @@ def test_ffn_dropout_drops_hidden_activations() -> None:
 
 
 @pytest.mark.parametrize(("name", "backend"), pairwise(["light", "separable"], BACKENDS))
-def test_one_graph(backend: str, name: str) -> None:
+def test_one_graph(backend, name):
     """Of routing, a network and rows there and back, without a number that the host reads."""
     shape = SMALL_SHAPES[name]
     strategies = require_strategies(backend, shape, torch.float32)
@@ -88,7 +86,7 @@ def test_one_graph(backend: str, name: str) -> None:
 @on_every_backend
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_ffn_on_every_backend(backend: str, dtype: torch.dtype, gated: bool) -> None:
+def test_ffn_on_every_backend(backend, dtype, gated):
     shape = SMALL_SHAPES["padded_separable"]
     if "separable" not in require_strategies(backend, shape, dtype):
         shape = SMALL_SHAPES["padded"]  # the CUDA kernels compute rebuilt weights only
@@ -114,7 +112,7 @@ def gates_of(dtype: torch.dtype = torch.float32) -> Tensor:
 
 @on_every_backend
 @pytest.mark.parametrize("capacity", [None, 1, 3])
-def test_every_token_has_one_slot(backend: str, capacity: int | None) -> None:
+def test_every_token_has_one_slot(backend, capacity):
     """Placing rows relies on this; masked and dropped tokens have one too, among the empty
     slots."""
     require(backend)
@@ -127,7 +125,7 @@ def test_every_token_has_one_slot(backend: str, capacity: int | None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["separable", "padded", "paper"])
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_bits_of_combine(name: str, backend: str, dtype: torch.dtype, biased: bool) -> None:
+def test_the_bits_of_combine(name, backend, dtype, biased):
     shape = SMALL_SHAPES[name]
     able = require_strategies(backend, shape, dtype)
     blocks, routing, gates = random_blocks(shape, EXPERTS, dtype), routing_of(), gates_of()
@@ -146,9 +144,7 @@ def test_the_bits_of_combine(name: str, backend: str, dtype: torch.dtype, biased
 
 @on_every_backend
 @pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_network_without_gradients_places_its_rows(
-    backend: str, gate_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_without_gradients_places_its_rows(backend, gate_dtype, monkeypatch):
     shape = SMALL_SHAPES["separable"]
     require_strategies(backend, shape, torch.float32)
     up, down = (random_blocks(s, EXPERTS, torch.float32) for s in (shape, shape.mirrored()))
@@ -165,7 +161,7 @@ def test_a_network_without_gradients_places_its_rows(
 
 
 @pytest.mark.parametrize("case", ["two slots", "by hand", "gate", "block", "another device"])
-def test_when_rows_are_not_placed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_rows_are_not_placed(case, monkeypatch):
     """With two slots, a token's result is a sum; gradients of gates need the rows before gating."""
     monkeypatch.setattr(ffn, "places_rows", lambda _: case != "another device")
     top_k = 2 if case == "two slots" else 1
@@ -182,7 +178,7 @@ def test_when_rows_are_not_placed(case: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @on_every_backend
 @pytest.mark.parametrize("how", ["by hand", "by replacing"])
-def test_a_routing_made_by_hand_is_combined(how: str, backend: str) -> None:
+def test_a_routing_made_by_hand_is_combined(how, backend):
     """If rows were placed, a routing with token 0 in every slot would leave the other tokens' rows
     unwritten."""
     shape = SMALL_SHAPES["separable"]
@@ -244,14 +240,12 @@ class TestScenarios(LinearScenarios):
     test_rows_placed_elsewhere_have_the_same_bits = None  # nobody asks the library for it
 
 
-def test_without_the_slots_of_tokens() -> None:
+def test_without_the_slots_of_tokens():
     Problem(SMALL_SHAPES["padded"], inverse=False).check("chain")
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(
-    phase: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(phase, monkeypatch):
     """Under separate names; PyTorch has a kernel for bfloat16 and two generations of GPUs."""
     dims, card = BlockDims.of_shape(SMALL_SHAPES["separable"]), {"capability": (9, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card["capability"])
@@ -278,9 +272,7 @@ def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(
 
 @pytest.mark.parametrize("experts", [2, 8, 64])
 @pytest.mark.parametrize("built", [("LC", "W"), ("CR", "W"), ("LC",), ("CR",)])
-def test_what_is_built_and_its_copy_fit_two_weights_or_a_quarter(
-    built: tuple[str, ...], experts: int
-) -> None:
+def test_what_is_built_and_its_copy_fit_two_weights_or_a_quarter(built, experts):
     for bond in (16, 64, None):
         dims = BlockDims.of_shape(MPOShape.paper(768, 3072, max_bond=bond))
         at_once = grouped.experts_at_once(dims, built, experts)

@@ -1,8 +1,6 @@
 """What runs on a GPU, without one: choices that wait for nothing, cards that differ, and products
 rounded to TF32."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from mpoe_bench.cases import workload_shape
-from mpoe_bench.layers import Case, cases
+from mpoe_bench.layers import cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.backends import BACKENDS, Request, select
@@ -41,7 +39,7 @@ def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("card")
-def test_what_waits_is_never_chosen() -> None:
+def test_what_waits_is_never_chosen():
     """960 problems for each card."""
     for op, shape, size, dtype in product(
         OPS, SHAPES, SIZES, (torch.float32, torch.float16, torch.bfloat16)
@@ -65,7 +63,7 @@ def test_what_waits_is_never_chosen() -> None:
 
 
 @pytest.mark.usefixtures("card")
-def test_experts_and_routing_have_kernels() -> None:
+def test_experts_and_routing_have_kernels():
     ops = ["hidden_experts", "neuron_experts", "dispatch", "combine"]
     ops += ["route", *(f"{op}_backward" for op in ops)]
     for op, dtype in product(ops, (torch.float32, torch.float16, torch.bfloat16)):
@@ -73,7 +71,7 @@ def test_experts_and_routing_have_kernels() -> None:
 
 
 @pytest.mark.parametrize(("case", "top_k"), pairwise(list(cases((768,))), [1, 2, 8]))
-def test_layers_run_on_tensors_without_memory(case: Case, top_k: int) -> None:
+def test_layers_run_on_tensors_without_memory(case, top_k):
     """Forward and backward, decoding and training: what reads a number from such a tensor raises an
     error."""
     pytest.importorskip("triton")
@@ -92,8 +90,8 @@ def test_layers_run_on_tensors_without_memory(case: Case, top_k: int) -> None:
 
 @pytest.mark.usefixtures("card")
 def test_what_waits_runs_if_it_is_named_or_there_is_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     dims = BlockDims.of_shape(workload_shape("paper_64", 768, 3072))
     problem = Problem(OPS[0], dims, 8, 64, torch.float32, "cuda:0")
     assert all(candidate.waits for candidate in rank(problem._replace(backend="eager")))
@@ -115,7 +113,7 @@ class NothingIsRead(TorchDispatchMode):
 
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_calls_read_no_numbers(strategy: str, gather: bool) -> None:
+def test_calls_read_no_numbers(strategy, gather):
     """With library products in place of grouped ones, which on a CPU do read their offsets."""
     shape = SMALL_SHAPES["separable" if strategy == "separable" else "padded"]
     problem = Product(shape, gathered=gather, activation="gelu", inverse=False)
@@ -164,12 +162,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     forget_all()
 
 
-def test_shared_memory(gpus: None) -> None:
+def test_shared_memory(gpus):
     assert architecture.target_of(torch.device("cuda:0")) == ("sm_80", 163 << 10, 108)
     assert architecture.target_of(torch.device("cuda:1")) == ("sm_100", 227 << 10, 148)
 
 
-def test_a_choice_is_kept_for_its_card_alone(gpus: None) -> None:
+def test_a_choice_is_kept_for_its_card_alone(gpus):
     arguments = ("grouped_mpo_linear", DIMS, 8, 64, torch.bfloat16)
     first, second = (_key(Problem(*arguments, f"cuda:{index}")) for index in (0, 1))
     assert NAMES[0] in first
@@ -220,20 +218,20 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return found
 
 
-def test_triton_launches_on_the_gpu_of_its_tensors(events: list[object]) -> None:
+def test_triton_launches_on_the_gpu_of_its_tensors(events):
     start = pytest.importorskip("mpoe_kernels.triton.start").start
     start(Kernel(events), (1,), SIZE=4, x=on_gpu(4), y=on_gpu(4))
     assert events == [1, "launch", 0]
 
 
-def test_after_a_failed_launch_the_gpu_is_the_current_one_again(events: list[object]) -> None:
+def test_after_a_failed_launch_the_gpu_is_the_current_one_again(events):
     start = pytest.importorskip("mpoe_kernels.triton.start").start
     with pytest.raises(ZeroDivisionError):
         start(Kernel(events, ZeroDivisionError()), (1,), x=on_gpu(4))
     assert events == [1, "launch", 0]
 
 
-def test_in_the_interpreter_no_gpu_is_asked_for(events: list[object]) -> None:
+def test_in_the_interpreter_no_gpu_is_asked_for(events):
     start = pytest.importorskip("mpoe_kernels.triton.start").start
     start(Kernel(events), (1,), x=torch.empty(4))
     assert events == ["launch"]
@@ -275,13 +273,13 @@ def allowed(request: pytest.FixtureRequest):
         reset()
 
 
-def test_only_float32_is_rounded(allowed: bool) -> None:
+def test_only_float32_is_rounded(allowed):
     assert may_round_to_tf32(torch.float32) == allowed
     assert not may_round_to_tf32(torch.bfloat16)
     assert not may_round_to_tf32(torch.float64)
 
 
-def test_triton_follows(allowed: bool) -> None:
+def test_triton_follows(allowed):
     pytest.importorskip("triton")
     from mpoe_kernels.triton.start import precision
 

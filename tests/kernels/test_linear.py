@@ -1,8 +1,6 @@
 """grouped_mpo_linear on every backend, strategy, dtype and layout of memory, against the float64
 reference."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -114,9 +112,7 @@ def cpu_dtypes(backend: str) -> list[torch.dtype]:
     seed=st.integers(0, 2**31),
     data=st.data(),
 )
-def test_random_problems(
-    backend: str, shape: MPOShape, tokens: int, seed: int, data: st.DataObject, **options: object
-) -> None:
+def test_random_problems(backend, shape, tokens, seed, data, **options: object):
     require(backend)
     torch.manual_seed(seed)
     dtypes = cpu_dtypes(backend)
@@ -144,7 +140,7 @@ def test_random_problems(
 @on_every_backend
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("name", MEDIUM)
-def test_sizes_beyond_one_tile(backend: str, name: str, dtype: torch.dtype) -> None:
+def test_sizes_beyond_one_tile(backend, name, dtype):
     """More rows than a tile, more columns than a panel, and remainders of both; an idle and a
     one-row expert."""
     strategies = require_strategies(backend, MEDIUM[name], dtype)
@@ -158,7 +154,7 @@ def test_sizes_beyond_one_tile(backend: str, name: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(("size", "dtype"), pairwise(NATIVE_SIZES, BOTH))
-def test_blocks_and_pieces_of_native_kernels(size: tuple[str, int], dtype: torch.dtype) -> None:
+def test_blocks_and_pieces_of_native_kernels(size, dtype):
     name, tokens = size
     experts, kind, activation = (4, "some_idle", "silu") if tokens == 70 else (2, "zipf", "gelu")
     product = Product(
@@ -177,7 +173,7 @@ def test_blocks_and_pieces_of_native_kernels(size: tuple[str, int], dtype: torch
 
 @on_every_backend
 @pytest.mark.parametrize(("order", "dtype"), pairwise(list(CHAIN_ORDERS), BOTH))
-def test_every_chain_order(backend: str, order: str, dtype: torch.dtype) -> None:
+def test_every_chain_order(backend, order, dtype):
     shape = MPOShape(*CHAIN_ORDERS[order], max_bond=5)
     if "chain" not in require_strategies(backend, shape, dtype):
         pytest.skip(f"backend {backend} has no chain")
@@ -188,9 +184,7 @@ def test_every_chain_order(backend: str, order: str, dtype: torch.dtype) -> None
 @on_every_backend
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("name", ["medium", "medium_separable"])
-def test_odd_alignment_and_strides_change_no_bit(
-    backend: str, name: str, dtype: torch.dtype
-) -> None:
+def test_odd_alignment_and_strides_change_no_bit(backend, name, dtype):
     product = Product(MEDIUM[name], dtype, 20, backend=backend)
     for strategy in require_strategies(backend, MEDIUM[name], dtype):
         product.layout = "dense"
@@ -217,9 +211,7 @@ def test_odd_alignment_and_strides_change_no_bit(
         BOTH,
     ),
 )
-def test_native_bits_do_not_depend_on_threads(
-    shape: MPOShape, tokens: int, experts: int, dtype: torch.dtype
-) -> None:
+def test_native_bits_do_not_depend_on_threads(shape, tokens, experts, dtype):
     product = Product(
         shape, dtype, tokens, experts=experts, activation="gelu_new", backend="native"
     )
@@ -233,7 +225,7 @@ def test_native_bits_do_not_depend_on_threads(
 
 
 @pytest.mark.parametrize("name", ["paper", "separable"])
-def test_masked_central_core_is_never_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_central_core_is_never_computed(name, monkeypatch):
     """A detached central core reaches the backward kernel as "not needed", and its gradient stays
     None."""
     seen: list[list[bool]] = []
@@ -259,7 +251,7 @@ def test_masked_central_core_is_never_computed(name: str, monkeypatch: pytest.Mo
     assert blocks.central.grad is None
 
 
-def test_nothing_is_kept_for_a_backward_that_cannot_follow() -> None:
+def test_nothing_is_kept_for_a_backward_that_cannot_follow():
     shape = SMALL_SHAPES["separable"]
     blocks, x, offsets = (
         random_blocks(shape, 1),
@@ -284,7 +276,7 @@ def test_nothing_is_kept_for_a_backward_that_cannot_follow() -> None:
     assert saved == [False, True, False]
 
 
-def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head() -> None:
+def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head():
     shape = SMALL_SHAPES["padded"]
     blocks = random_blocks(shape, 1)
     weight = weight_reference(blocks, 0)
@@ -298,9 +290,7 @@ def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head
 @pytest.mark.parametrize(
     ("left", "right"), [((1, 1, 2, 20), (1, 6, 2, 2)), ((1, 2, 2, 6), (1, 20, 1, 2))]
 )
-def test_what_a_weight_is_rebuilt_from_may_be_larger(
-    left: tuple[int, ...], right: tuple[int, ...]
-) -> None:
+def test_what_a_weight_is_rebuilt_from_may_be_larger(left, right):
     sizes = left, (left[-1], 3, 1, right[1]), right
     blocks = MPOBlocks(*(torch.randn(size, dtype=torch.float64) for size in sizes), 6, 4)
     x = torch.randn(5, 6, dtype=torch.float64)
@@ -308,7 +298,7 @@ def test_what_a_weight_is_rebuilt_from_may_be_larger(
     assert torch.allclose(y, x @ weight_reference(blocks, 0))
 
 
-def test_every_public_activation_has_a_reference() -> None:
+def test_every_public_activation_has_a_reference():
     shape = SMALL_SHAPES["light"]
     blocks = random_blocks(shape, 1)
     x, offsets = torch.randn(4, 12, dtype=torch.float64), torch.tensor([0, 4])
@@ -330,7 +320,7 @@ ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
         for isa in ISAS
     ],
 )
-def test_every_instruction_set_of_this_machine(isa: str) -> None:
+def test_every_instruction_set_of_this_machine(isa):
     require("native")
     best = NATIVE_LIBRARY.info["isa_detected"]  # what the tests use anyway
     if ISAS.index(isa) >= ISAS.index(best):
@@ -356,7 +346,7 @@ def small_product() -> tuple[torch.Tensor, MPOBlocks, torch.Tensor]:
     return torch.randn(5, 12), blocks, torch.tensor([0, 3, 5], dtype=torch.int32)
 
 
-def test_a_raw_forward_that_saved_nothing_has_no_backward() -> None:
+def test_a_raw_forward_that_saved_nothing_has_no_backward():
     """The library would read beyond the empty tensor."""
     require("native")
     x, blocks, offsets = small_product()
@@ -367,7 +357,7 @@ def test_a_raw_forward_that_saved_nothing_has_no_backward() -> None:
         y.sum().backward()
 
 
-def test_autocast_reaches_torch_func() -> None:
+def test_autocast_reaches_torch_func():
     x, blocks, offsets = small_product()
 
     def loss(x: torch.Tensor, left: torch.Tensor) -> torch.Tensor:

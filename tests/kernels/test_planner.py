@@ -1,8 +1,6 @@
 """The planner's candidates against opt_einsum's optimum; its ranking. What it counts is compared
 with what runs in test_backends_and_plan.py."""
 
-from __future__ import annotations
-
 import itertools
 
 import opt_einsum
@@ -53,12 +51,12 @@ def check_against_optimum(shape: MPOShape, rows: int) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_never_more_flops_than_the_optimum(name: str) -> None:
+def test_never_more_flops_than_the_optimum(name):
     for rows in ROWS:
         check_against_optimum(SHAPES[name], rows)
 
 
-def test_a_chain_pays_for_the_elements_that_it_moves() -> None:
+def test_a_chain_pays_for_the_elements_that_it_moves():
     """Central first takes 0.6 of the FLOPs for both; it is worth it unless it leaves eight times as
     many elements."""
     for sizes, order in (((768, 3072), ("L", "C", "R")), ((3072, 768), ("C", "L", "R"))):
@@ -89,7 +87,7 @@ def shapes(draw: st.DrawFn) -> MPOShape:
 
 @settings(max_examples=150, deadline=None)
 @given(shapes(), st.integers(1, 4096))
-def test_any_shape_against_the_optimum(shape: MPOShape, rows: int) -> None:
+def test_any_shape_against_the_optimum(shape, rows):
     check_against_optimum(shape, rows)
 
 
@@ -103,7 +101,7 @@ def test_any_shape_against_the_optimum(shape: MPOShape, rows: int) -> None:
     training=st.booleans(),
     mask_central=st.booleans(),
 )
-def test_any_plan_ranks_by_flops_and_shows_every_strategy(**arguments) -> None:
+def test_any_plan_ranks_by_flops_and_shows_every_strategy(**arguments):
     plan = plan_contraction(**arguments)
     dims = BlockDims.of_shape(arguments["shape"])
     assert plan == plan_contraction(**arguments)
@@ -124,7 +122,7 @@ COUNTED["separable"] = BlockDims(
 )
 
 
-def test_masked_and_partial_backwards_leave_out_what_is_not_needed() -> None:
+def test_masked_and_partial_backwards_leave_out_what_is_not_needed():
     for strategy, dims in COUNTED.items():
         whole = contraction(strategy, dims, 2, 12, torch.float32, "backward")
         masked = contraction(
@@ -142,7 +140,7 @@ def test_masked_and_partial_backwards_leave_out_what_is_not_needed() -> None:
         assert (nothing.flops, nothing.program.products) == (0, ())
 
 
-def test_expected_busy_experts() -> None:
+def test_expected_busy_experts():
     found = [
         expected_busy_experts(*sizes) for sizes in ((8, 0), (8, 1), (1, 5), (64, 64), (8, 10_000))
     ]
@@ -153,12 +151,12 @@ def test_expected_busy_experts() -> None:
     "shape", [SHAPES["paper_full"], SHAPES["separable"], SMALL_SHAPES["one_core"]]
 )
 @pytest.mark.parametrize("training", [False, True])
-def test_zero_tokens(shape: MPOShape, training: bool) -> None:
+def test_zero_tokens(shape, training):
     plan = plan_contraction(shape, 8, 0, training=training)
     assert (plan.flops, plan.temporary_bytes, plan.x_dense) == (0, 0, 0.0)
 
 
-def test_decode_and_training_get_different_plans() -> None:
+def test_decode_and_training_get_different_plans():
     for name in ("paper_full", "paper_64", "light_64"):
         assert plan_contraction(SHAPES[name], 64, 64).strategy != "rebuild"
         training = plan_contraction(SHAPES[name], 8, 32768, torch.bfloat16, training=True)
@@ -170,14 +168,14 @@ def test_decode_and_training_get_different_plans() -> None:
     ].parameters(8)
 
 
-def test_a_separable_training_forward_is_always_the_one_that_saves() -> None:
+def test_a_separable_training_forward_is_always_the_one_that_saves():
     shape = SMALL_SHAPES["separable"]
     plan = plan_contraction(shape, 1, 1_000_000, training=True)
     assert [c.strategy for c in plan.ranked[0]] == ["separable"]
     assert plan_contraction(shape, 1, 1_000_000).strategy == "rebuild"
 
 
-def test_bonds_larger_than_needed_are_refused_for_memory() -> None:
+def test_bonds_larger_than_needed_are_refused_for_memory():
     """Blocks may have a larger bond than their right side needs; a half-built weight is then larger
     than the whole."""
     dims = BlockDims(iL=4, jL=4, a=4, iC=2, jC=2, b=64, iR=2, jR=2, in_features=16, out_features=16)

@@ -3,8 +3,6 @@
 Other sizes are in tests/faults/test_fuzz.py, other kinds of tensors in test_signatures.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -484,13 +482,13 @@ def contracted(strategy: str, phase: str = "forward") -> object:
 @pytest.mark.parametrize(
     ("call", "kind", "message"), CASES, ids=[message for _, _, message in CASES]
 )
-def test_refused(call: Callable[[], object], kind: type[Exception], message: str) -> None:
+def test_refused(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_tensors_on_two_devices(autocast: bool) -> None:
+def test_tensors_on_two_devices(autocast):
     blocks, where, rows, elsewhere = TWO, OFFSETS, torch.arange(3), route(PAIRS.to("meta"), 2)
     calls: dict[str, Callable[[], object]] = {
         "expert_offsets": lambda: grouped_mpo_linear(X, blocks, where.to("meta")),
@@ -515,7 +513,7 @@ def test_tensors_on_two_devices(autocast: bool) -> None:
             call()
 
 
-def test_ops_called_directly_with_tensors_on_two_devices() -> None:
+def test_ops_called_directly_with_tensors_on_two_devices():
     """PyTorch sends such a call to the op's fake, which must not return uninitialised memory."""
     tensors = (X, ONE.left, ONE.central, ONE.right, OFFSETS[:2].to("meta"))
     with pytest.raises(ValueError, match="needs its tensors on one device"):
@@ -524,7 +522,7 @@ def test_ops_called_directly_with_tensors_on_two_devices() -> None:
         torch.ops.mpoe.dispatch(X, OFFSETS[:2], torch.arange(3).to("meta"), PAIRS, "auto")
 
 
-def test_tracing_a_fold_is_refused_in_words() -> None:
+def test_tracing_a_fold_is_refused_in_words():
     cores = (torch.ones(2, 1, 3, 3, 2), torch.ones(2, 2, 2, 1))
     with (
         pytest.raises(NotImplementedError, match=r"fold does not support torch\.jit\.trace"),
@@ -533,7 +531,7 @@ def test_tracing_a_fold_is_refused_in_words() -> None:
         torch.jit.trace(lambda core: fold([core, cores[1]], central=1).left, (cores[0],))
 
 
-def test_what_is_at_the_edge_is_taken() -> None:
+def test_what_is_at_the_edge_is_taken():
     assert route(PAIRS, 1, capacity=2**70).expert_load.tolist() == [3]
     most = torch.empty(2**31 - 1, 1, dtype=torch.int64, device="meta")
     assert route(most, 2**20).expert_offsets.shape == (2**20 + 1,)

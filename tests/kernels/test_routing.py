@@ -26,9 +26,7 @@ from .backend_cases import dtypes_of, on_every_backend, require
 @on_every_backend
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 20), st.integers(1, 6), st.integers(1, 3), st.integers(0, 2**31), st.data())
-def test_route_equals_loops(
-    backend: str, tokens: int, experts: int, top_k: int, seed: int, data: st.DataObject
-) -> None:
+def test_route_equals_loops(backend, tokens, experts, top_k, seed, data):
     require(backend)
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, experts, (tokens, top_k), generator=generator)
@@ -41,7 +39,7 @@ def test_route_equals_loops(
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_gates_are_summed_in_float32(dtype: torch.dtype, backend: str) -> None:
+def test_gradients_of_gates_are_summed_in_float32(dtype, backend):
     """Products of two 16-bit numbers are exact in float32, so a long sum is as accurate as float32
     allows."""
     require(backend, "combine_backward", dtype)
@@ -54,7 +52,7 @@ def test_gradients_of_gates_are_summed_in_float32(dtype: torch.dtype, backend: s
 
 
 @on_every_backend
-def test_route_many_pairs(backend: str) -> None:
+def test_route_many_pairs(backend):
     """More pairs than one thread takes at once, including dropped and masked ones."""
     require(backend)
     index = expert_choice("zipf", 17_000, 5, top_k=2)
@@ -66,9 +64,7 @@ def test_route_many_pairs(backend: str) -> None:
 @on_every_backend
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 20), st.integers(1, 300), st.integers(1, 3), st.integers(0, 2**31), st.data())
-def test_rows_and_gradients_against_loops(
-    backend: str, tokens: int, features: int, top_k: int, seed: int, data: st.DataObject
-) -> None:
+def test_rows_and_gradients_against_loops(backend, tokens, features, top_k, seed, data):
     """dispatch, combine and their gradients, on aligned, unaligned and strided memory."""
     require(backend)
     torch.manual_seed(seed)
@@ -83,7 +79,7 @@ def test_rows_and_gradients_against_loops(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+def test_native_bits_do_not_depend_on_threads(dtype):
     require("native")
     index = expert_choice("zipf", 20_000, 6, top_k=2)
     x, y = torch.randn(20_000, 65).to(dtype), torch.randn(40_000, 65).to(dtype)
@@ -99,7 +95,7 @@ def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
+def test_eager_kernels_do_not_synchronise_with_the_host():
     """The host cannot read meta tensors, so a kernel that runs on them needs no synchronisation."""
     with torch.device("meta"):
         index, mask = torch.zeros(9, 2, dtype=torch.int64), torch.ones(9, dtype=torch.bool)

@@ -1,8 +1,6 @@
 """Raw ops refuse in words what does not fit: no kernel of any backend sees it; how ops are
 registered."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -40,7 +38,7 @@ EXCHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @on_every_backend
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_every_tensor_of_every_op(op: str, backend: str) -> None:
+def test_every_tensor_of_every_op(op, backend):
     """Refused for its dtype, number of axes or memory, by its name. Layouts other than dense
     PyTorch refuses."""
     need_of(op.removesuffix("_backward"), backend)
@@ -64,7 +62,7 @@ def test_every_tensor_of_every_op(op: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_a_missing_tensor(op: str) -> None:
+def test_a_missing_tensor(op):
     """PyTorch's dispatcher lets None through where a schema wants a tensor, also to the fake of
     meta tensors."""
     own = calls("auto", op)
@@ -226,7 +224,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 @on_every_backend
 @pytest.mark.parametrize("number", range(len(WRONG)))
-def test_other_arguments(number: int, backend: str) -> None:
+def test_other_arguments(number, backend):
     op, changes, message = WRONG[number]
     need_of(op.removesuffix("_backward"), backend)
     arguments, errors = (
@@ -269,7 +267,7 @@ def scaled(name: str) -> Any:
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_gradients(raw: bool) -> None:
+def test_gradients(raw):
     """Of a plain call, and of the op that PyTorch's dispatcher calls."""
     op = scaled(f"scaled{'_raw' * raw}")
     if raw:
@@ -289,7 +287,7 @@ class Subclass(Tensor):
     """A tensor subclass, which only PyTorch's dispatcher may handle."""
 
 
-def test_a_plain_call_skips_the_dispatcher() -> None:
+def test_a_plain_call_skips_the_dispatcher():
     op = scaled("scaled_plainly")
     dispatched: list[str] = []
     real = torch.ops.mpoe.scaled_plainly.default
@@ -326,7 +324,7 @@ def test_a_plain_call_skips_the_dispatcher() -> None:
     assert any(event.key == "mpoe::scaled_plainly" for event in profile.key_averages())
 
 
-def test_a_plain_call_is_seen_by_function_modes() -> None:
+def test_a_plain_call_is_seen_by_function_modes():
     op = scaled("scaled_in_a_function_mode")
     seen: list[str] = []
 
@@ -345,8 +343,8 @@ def test_a_plain_call_is_seen_by_function_modes() -> None:
 
 
 def test_a_plain_call_is_recorded_for_its_gradient_without_the_dispatcher(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     """The same gradients in fewer steps."""
     op = scaled("scaled_and_recorded")
     x = torch.ones(3, requires_grad=True)
@@ -364,7 +362,7 @@ def test_a_plain_call_is_recorded_for_its_gradient_without_the_dispatcher(
     assert not y.detach().requires_grad
 
 
-def test_a_plain_call_never_hides_from_transforms() -> None:
+def test_a_plain_call_never_hides_from_transforms():
     op = scaled("scaled_in_transforms")
     with pytest.raises(NotImplementedError, match="vmap"):
         torch.vmap(lambda x: op(x, 2.0))(torch.ones(2, 3))

@@ -1,8 +1,6 @@
 """Inf and NaN stay with their token and their expert: nobody else multiplies by them, not even with
 a gate of zero."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -289,9 +287,7 @@ CASES = [
 
 @on_every_backend
 @pytest.mark.parametrize(("problem", "dtype", "value", "turn"), CASES)
-def test_others_do_not_change(
-    backend: str, problem: str, dtype: str, value: str, turn: int
-) -> None:
+def test_others_do_not_change(backend, problem, dtype, value, turn):
     require(backend)
     try:
         with use_backend(backend):
@@ -300,7 +296,7 @@ def test_others_do_not_change(
         pytest.skip(f"no such kernel: {error}")
 
 
-def test_a_gate_of_zero_is_noticed() -> None:
+def test_a_gate_of_zero_is_noticed():
     case = Case(lambda x: x + 0.0 * x.sum(0), {"x": torch.randn(FEW, 3)}, torch.full((FEW, 1), -1))
     case.check(VALUES["large"], 1)
     with pytest.raises(AssertionError, match="x of token 1"):

@@ -1,8 +1,6 @@
 """`MPOEFeedForward`, its experts and the call context; properties for random sizes, against a
 float64 loop."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings

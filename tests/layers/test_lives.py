@@ -1,8 +1,6 @@
 """What happens to a layer between two of its calls; after each, it computes what its parameters
 say, or refuses."""
 
-from __future__ import annotations
-
 import copy
 import multiprocessing
 import pickle

@@ -1,8 +1,6 @@
 """Layers without gradients: native calls in place of the ops of router and experts, with the same
 results."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

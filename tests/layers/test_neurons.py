@@ -1,8 +1,6 @@
 """Experts of their own neurons: the formula, padding, dropout, dtypes; `MPOCores`, `MPOLinear`,
 `MPOEmbedding`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Fixtures of the model tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

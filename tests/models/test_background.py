@@ -1,7 +1,5 @@
 """What a model itself says, sampled and pooled into the background of *none*."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

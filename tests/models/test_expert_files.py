@@ -1,8 +1,6 @@
 """Experts as files: trained beside a frozen base, saved, merged, composed with routers from their
 own statistics."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,8 +1,6 @@
 """Files of experts and folders of mixtures that somebody else wrote: whole, with valid checksums,
 and wrong."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -261,7 +259,7 @@ def test_a_mixtures_config_is_of_one_schema(mixture):
     refuses(ValueError, "must hold a valid field 'mpoe'", mixture_config, mixture)
 
 
-def test_a_mixture_without_a_number_of_experts_per_token_has_the_default(mixture: Path) -> None:
+def test_a_mixture_without_a_number_of_experts_per_token_has_the_default(mixture):
     file = mixture / "config.json"
     values = json.loads(file.read_text())
     assert next(facts_of(mixture))["experts_per_token"] == 3

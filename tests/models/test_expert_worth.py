@@ -1,8 +1,6 @@
 """What each expert is worth; several merged; routers from texts; LoRA adapters that become experts;
 refusals."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,8 +1,6 @@
 """Round trips of saved models; checkpoints that earlier versions and the original implementation
 saved."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

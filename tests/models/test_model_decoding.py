@@ -4,8 +4,6 @@ where it is useless.
 Below it, `ExpertCache` with layers alone: same results as without, only while it is in use.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import warnings

@@ -1,8 +1,6 @@
 """Models whose experts keep the dense projections; embedding, head, pooler and attention in MPO
 form."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

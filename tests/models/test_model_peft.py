@@ -1,7 +1,5 @@
 """LoRA through PEFT: on linears, on MPO cores and on dense experts; saved, loaded and merged."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import sys

@@ -1,8 +1,6 @@
 """The table of a model's MPO weights, freezing the parts that the experts share, and the model
 card."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

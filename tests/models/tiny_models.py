@@ -1,8 +1,6 @@
 """Tiny random models of every family and head that conversion supports, batches for them, experts
 of domains."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

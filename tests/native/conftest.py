@@ -1,8 +1,6 @@
 """If the compiled backend is not built, its tests skip and give the reason (with
 ``MPOE_REQUIRE_ALL``: fail)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -6,8 +6,6 @@ reach. The baseline's loops (*_generic.cpp) are told but not checked: SSE2 has n
 nor broadcasts from memory.
 """
 
-from __future__ import annotations
-
 import platform
 import re
 import shutil

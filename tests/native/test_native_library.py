@@ -1,7 +1,5 @@
 """The library itself: its refusals are clear, its conversions exact; ties and NaN in the router."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import permutations

@@ -1,8 +1,6 @@
 """The native library as a file, and whose threads it uses; the allocator that ends every tensor at
 a guard page."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

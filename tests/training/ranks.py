@@ -4,8 +4,6 @@ Every run goes through the same global batches: rank r of R takes rows r, r + R,
 Trainer's share.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,8 +1,6 @@
 """MPOETrainingArguments: defaults, help texts, refusals; every argument of the original under its
 name."""
 
-from __future__ import annotations
-
 import dataclasses
 from operator import attrgetter
 from typing import Any

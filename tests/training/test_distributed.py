@@ -1,8 +1,6 @@
 """Two processes (gloo, by torchrun) do what one does; a sharded loop (FSDP2) that was killed goes
 on."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

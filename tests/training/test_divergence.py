@@ -1,8 +1,6 @@
 """A run that diverges ends with an error; the rates that a run starts from, and the search for
 one."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """The gradient mask in a plain PyTorch loop; it, frozen cores and rates under the Hugging Face
 Trainer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

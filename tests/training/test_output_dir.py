@@ -1,7 +1,5 @@
 """The guard of the output folder, the checkpoints' completeness and the metrics file."""
 
-from __future__ import annotations
-
 import errno
 from pathlib import Path
 

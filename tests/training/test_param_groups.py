@@ -1,7 +1,5 @@
 """Rates, decay and freezing of the optimizer's parameter groups; training models with neurons."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

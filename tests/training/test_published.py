@@ -1,7 +1,5 @@
 """A folder has the old model or the new one, whole, and whatever else is in it stays."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,8 +1,6 @@
 """A killed or stopped run continues to the very weights of an uninterrupted one, and computes
 products as that did."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """One optimizer step is the same however its batch is cut; what is logged and evaluated."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tiny random models, data and trainers for tests of `MPOETrainer`."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal

@@ -1,8 +1,6 @@
 """Kernels run in Triton's interpreter in a separate process: the flag must be set before Triton is
 imported."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

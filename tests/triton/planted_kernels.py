@@ -1,7 +1,5 @@
 """Kernels that must not be shipped, for tests of the check that keeps them out."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,8 +1,6 @@
 """The checks of `tools/gpu_compile.py`: it finds every kernel and lets nothing through that it
 should stop."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import pkgutil
@@ -54,7 +52,7 @@ on_architectures = pytest.mark.parametrize(
 
 
 @on_architectures
-def test_every_kernel_is_found_on_every_architecture(architecture: str) -> None:
+def test_every_kernel_is_found_on_every_architecture(architecture):
     jobs = gpu_compile.shipped_jobs(
         (architecture,), ("bfloat16",), quick=True, sizes=(shipped.T5_BASE,)
     )
@@ -65,7 +63,7 @@ def test_every_kernel_is_found_on_every_architecture(architecture: str) -> None:
     assert {job.name for job in jobs} == kernels_of_the_backend()
 
 
-def test_every_shipped_tile_is_compiled() -> None:
+def test_every_shipped_tile_is_compiled():
     shape, _ = shipped.shapes()["paper 64"]
     work = partial(shipped.run_linear, shape, 1, 4096, torch.bfloat16, "rebuild", on_chip=False)
     started = shipped.Problem("paper 64", work, every_tile=True).launches("sm_90")
@@ -83,8 +81,8 @@ def test_every_shipped_tile_is_compiled() -> None:
 
 @on_architectures
 def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(
-    architecture: str,
-) -> None:
+    architecture,
+):
     problems = list(shipped.FAMILIES["linear"](torch.bfloat16, False, shipped.T5_BASE))
     chosen = [
         each for each in problems if each.name.startswith("separable") and "E=8 T=4096" in each.name
@@ -105,7 +103,7 @@ def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype) -> None:
+def test_every_tile_of_experts_is_compiled(architecture, dtype):
     """Of both tables for blocks, with the tile that the architecture may have of its own."""
     tables = {"hidden": (hidden.TILES, hidden.LARGE_TILES), "neurons": (neurons.TILES,)}
     for family in tables:
@@ -138,7 +136,7 @@ def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_kernels_of_experts_fit_smaller_cards(dtype: str) -> None:
+def test_kernels_of_experts_fit_smaller_cards(dtype):
     """sm_86, sm_89 and sm_120, whose code uses as much shared memory as sm_80's, have 99 KiB for a
     program."""
     jobs = gpu_compile.shipped_jobs(("sm_80",), (dtype,), sizes=(shipped.T5_BASE,))
@@ -149,7 +147,7 @@ def test_kernels_of_experts_fit_smaller_cards(dtype: str) -> None:
     assert max(binary.shared for binary in built) <= 99 << 10
 
 
-def test_every_number_of_pairs_that_one_program_sorts_is_compiled() -> None:
+def test_every_number_of_pairs_that_one_program_sorts_is_compiled():
     started = [
         launch
         for each in shipped.FAMILIES["routing"](torch.bfloat16, True, shipped.T5_BASE)
@@ -162,7 +160,7 @@ def test_every_number_of_pairs_that_one_program_sorts_is_compiled() -> None:
 
 
 @pytest.mark.parametrize("sizes", shipped.LARGE_SIZES, ids=str)
-def test_other_sizes_start_the_same_kernels(sizes: shipped.Sizes) -> None:
+def test_other_sizes_start_the_same_kernels(sizes):
     problems = list(shipped.problems(torch.bfloat16, few=True, sizes=sizes))
     assert not any(problem.every_tile for problem in problems)
     started = [launch for problem in problems for launch in problem.launches("sm_90")]
@@ -176,7 +174,7 @@ def test_other_sizes_start_the_same_kernels(sizes: shipped.Sizes) -> None:
 
 
 @pytest.mark.slow
-def test_of_other_sizes_every_kernel_gives_its_hardest_configuration() -> None:
+def test_of_other_sizes_every_kernel_gives_its_hardest_configuration():
     uses = gpu_compile.shipped_jobs(["gfx942"], ("float16",), sizes=shipped.LARGE_SIZES)
     found = Counter(job.name for job in uses)
     assert found["grouped_rows_kernel"] == len(shipped.LARGE_SIZES)
@@ -186,7 +184,7 @@ def test_of_other_sizes_every_kernel_gives_its_hardest_configuration() -> None:
     }
 
 
-def test_jobs_are_what_triton_would_specialise() -> None:
+def test_jobs_are_what_triton_would_specialise():
     x = torch.empty(64, dtype=torch.bfloat16, device="meta")
     arguments = {"a": x, "b": x[1:], "out": x[8:], "SIZE": 32, "STAGES": 1, "num_warps": 4}
     job = job_of(Launch(planted_kernels.product_kernel, (1,), arguments), "sm_90")
@@ -198,7 +196,7 @@ def test_jobs_are_what_triton_would_specialise() -> None:
         job_of(Launch(planted_kernels.product_kernel, (1,), {**arguments, "a": "x"}), "sm_90")
 
 
-def test_numbers_that_grow_with_the_tokens_are_not_specialised() -> None:
+def test_numbers_that_grow_with_the_tokens_are_not_specialised():
     """One kernel for 1, 16 and 17 tokens, as a captured graph needs."""
     jobs = set()
     for tokens in (1, 16, 17):
@@ -245,7 +243,7 @@ def planted(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_sound_kernel_passes(architecture: str) -> None:
+def test_a_sound_kernel_passes(architecture):
     binary = binary_of(planted(64, 4, 2, architecture=architecture))
     assert binary.problems(architecture) == []
     assert binary.matrix_instructions > 0
@@ -253,7 +251,7 @@ def test_a_sound_kernel_passes(architecture: str) -> None:
 
 
 @pytest.mark.slow
-def test_counting_the_pairs_of_thousands_of_experts_does_not_spill() -> None:
+def test_counting_the_pairs_of_thousands_of_experts_does_not_spill():
     index = torch.empty(4096, 2, dtype=torch.int64, device="meta")
     work = partial(routing.sort_pairs, index, MOST_EXPERTS)
     jobs = [job_of(launch, "sm_90") for launch in shipped.Problem("route", work).launches("sm_90")]
@@ -263,13 +261,13 @@ def test_counting_the_pairs_of_thousands_of_experts_does_not_spill() -> None:
 
 
 @pytest.mark.parametrize(("architecture", "warps"), [("sm_80", 2), ("gfx942", 1)])
-def test_a_kernel_that_spills_is_stopped(architecture: str, warps: int) -> None:
+def test_a_kernel_that_spills_is_stopped(architecture, warps):
     (problem,) = binary_of(planted(128, warps, 1, architecture=architecture)).problems(architecture)
     assert problem.startswith("spills: ")
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
-def test_programs_that_wait_for_one_another_are_stopped(architecture: str) -> None:
+def test_programs_that_wait_for_one_another_are_stopped(architecture):
     """On AMD's card rows that a wave wrote may become visible after its signal."""
     signature, constants = (("out", "*i32"), ("SIZE", "constexpr")), (("SIZE", 32),)
     waiting, counting = (
@@ -287,12 +285,12 @@ def test_programs_that_wait_for_one_another_are_stopped(architecture: str) -> No
     assert gpu_compile.problems_of(counting) == []
 
 
-def test_a_kernel_that_needs_too_much_shared_memory_is_stopped() -> None:
+def test_a_kernel_that_needs_too_much_shared_memory_is_stopped():
     problems = binary_of(planted(128, 8, 5)).problems("sm_90")
     assert any("bytes of shared memory; sm_90 has 232448" in problem for problem in problems)
 
 
-def test_problems_of_a_binary() -> None:
+def test_problems_of_a_binary():
     assert GOOD.problems("sm_100") == []
     assert Binary(128, 0, 0, 65536, 0, 0, True).problems("sm_90") == [
         "multiplies matrices without a tensor-core instruction"
@@ -301,9 +299,7 @@ def test_problems_of_a_binary() -> None:
 
 
 @pytest.mark.usefixtures("forks")
-def test_the_command_fails_when_a_kernel_spills_or_does_not_compile(
-    monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_the_command_fails_when_a_kernel_spills_or_does_not_compile(monkeypatch, capsys):
     jobs = [planted(128, 2, 1, architecture="sm_80"), planted(48, 2, 1)]
     monkeypatch.setattr(
         gpu_compile, "shipped_jobs", lambda *_, **__: dict.fromkeys(jobs, "planted")
@@ -334,7 +330,7 @@ __global__ void __launch_bounds__(1024) gradient_kernel(float* x, int n) {
     ("code", "problem"),
     [(SPILLING, "nvcc failed"), ("__global__ void f() { int unused; }", "never referenced")],
 )
-def test_what_nvcc_warns_of_is_stopped(code: str, problem: str, tmp_path: Path) -> None:
+def test_what_nvcc_warns_of_is_stopped(code, problem, tmp_path):
     source = tmp_path / "planted.cu"
     source.write_text(code)
     (line,) = gpu_compile.problems_of(Job(str(source), "sm_90"))
@@ -342,7 +338,7 @@ def test_what_nvcc_warns_of_is_stopped(code: str, problem: str, tmp_path: Path) 
     assert problem in line
 
 
-def test_every_source_is_compiled() -> None:
+def test_every_source_is_compiled():
     jobs = gpu_compile.sources(gpu_compile.TARGETS)
     assert {job.architecture for job in jobs} == {"sm_80", "sm_90", "sm_100"}
     assert {ROOT / job.kernel for job in jobs} == set((ROOT / "csrc").rglob("*.cu"))
@@ -352,7 +348,7 @@ OURS = ["triton", "--quick", "--only", "collect_kernel", "--arch", "sm_90"]
 
 
 @pytest.mark.usefixtures("forks")
-def test_the_command_compiles_a_kernel_of_ours(capsys) -> None:
+def test_the_command_compiles_a_kernel_of_ours(capsys):
     assert gpu_compile.main(OURS) == 0
     assert "1 kernels and files, 1 configurations, 0 failures" in capsys.readouterr().out
 
@@ -361,12 +357,12 @@ def test_the_command_compiles_a_kernel_of_ours(capsys) -> None:
     ("words", "message"),
     [(["--arch", "sm_70"], "--arch must be among"), (["hip"], "kinds must be among")],
 )
-def test_refusals(words: list[str], message: str, capsys) -> None:
+def test_refusals(words, message, capsys):
     with pytest.raises(SystemExit):
         gpu_compile.main(words)
     assert message in capsys.readouterr().err
 
 
-def test_recordings_are_of_known_architectures() -> None:
+def test_recordings_are_of_known_architectures():
     with pytest.raises(ValueError, match="architecture must be one of"), recorded("sm_70"):
         raise AssertionError("not reached")

@@ -1,7 +1,5 @@
 """tools/gpu_floors.py: what it counts, and that it finds kernels that became slower."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from itertools import product
@@ -31,7 +29,7 @@ CODE = """
 """
 
 
-def test_instructions_count_as_often_as_their_loops_run() -> None:
+def test_instructions_count_as_often_as_their_loops_run():
     found = machine_code.executed("some_kernel", CODE, (2, 5))
     assert found == (3 + 2 * (2 + 5 * 3), 2, 0, 10 * (2 * 16 * 8 * 16 + 2 * 64 * 128 * 16 / 4))
     assert machine_code.executed("some_kernel", CODE, (1, 2, 5)) == found, (
@@ -53,7 +51,7 @@ def code_of(*lines: str) -> str:
     )
 
 
-def test_loads_count_where_their_results_are_first_used() -> None:
+def test_loads_count_where_their_results_are_first_used():
     """Together once, and in a chain each; what is overwritten or never used not at all."""
     ahead = ["LDG.E R2, desc[UR4][R8.64]", "LDG.E.128 R4, desc[UR4][R8.64+0x10]"]
     together = [*ahead, "FADD R0, R7, R1", "FADD R0, R2, R0", "EXIT"]  # R7 is the last of four
@@ -72,9 +70,7 @@ def test_loads_count_where_their_results_are_first_used() -> None:
 
 
 @pytest.mark.parametrize(("ahead", "loads"), [("0x0", 6), ("0x1", 3), ("0x2", 2)])
-def test_asynchronous_copies_that_were_issued_turns_ahead_wait_for_a_part(
-    ahead: str, loads: float
-) -> None:
+def test_asynchronous_copies_that_were_issued_turns_ahead_wait_for_a_part(ahead, loads):
     turn = [f"DEPBAR.LE SB0, {ahead}", "BAR.SYNC.DEFER_BLOCKING 0x0"]
     turn += [
         "LDGSTS.E.BYPASS.128 [R7], desc[UR8][R8.64]",
@@ -86,7 +82,7 @@ def test_asynchronous_copies_that_were_issued_turns_ahead_wait_for_a_part(
     assert machine_code.executed("some_kernel", code_of(*turn), (6,)).loads == loads
 
 
-def test_what_waits_and_what_returns_from_behind_the_end_are_no_loops() -> None:
+def test_what_waits_and_what_returns_from_behind_the_end_are_no_loops():
     lines = ["UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR6", "BRA.U !UP0, 0x0"]
     lines += ["SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR31], R4", "@!P4 BRA 0xd0"]  # 0x20: the loop
     lines += [
@@ -105,7 +101,7 @@ def test_what_waits_and_what_returns_from_behind_the_end_are_no_loops() -> None:
     assert machine_code.executed("some_kernel", code, (7,)) == (2 + 7 * 10 + 5, 0, 0, 0)
 
 
-def test_bytes_are_those_of_different_tensors() -> None:
+def test_bytes_are_those_of_different_tensors():
     x = torch.empty(8, 4, device="meta")
     assert (
         bytes_of([x, x[:2], x.t(), 3, None, torch.empty(2, dtype=torch.int64, device="meta")])
@@ -114,7 +110,7 @@ def test_bytes_are_those_of_different_tensors() -> None:
     assert bytes_of([x[:2], x.expand(5, 8, 4)]) == 128
 
 
-def test_a_call_is_recorded_with_everything_that_it_launches() -> None:
+def test_a_call_is_recorded_with_everything_that_it_launches():
     case = floors.CASES["separable d=768 E=8 k=1"]
     started = floors.recorded(case.layer("meta"), case, True)
     names = [each.name for each in started]
@@ -127,7 +123,7 @@ def test_a_call_is_recorded_with_everything_that_it_launches() -> None:
     assert min(sums) >= 128, "a few programs that add all parts would take longer than the product"
 
 
-def test_the_dense_network() -> None:
+def test_the_dense_network():
     """Two products at the card's FLOP/s, in training three times as many; what is between them is
     bound by bytes."""
     case = floors.CASES["hidden d=768 E=8 k=2"]
@@ -137,7 +133,7 @@ def test_the_dense_network() -> None:
     assert floors.dense_seconds(case, True) == pytest.approx(6 * product + 2.5 * between)
 
 
-def test_programs_run_in_waves_as_long_as_one_of_them() -> None:
+def test_programs_run_in_waves_as_long_as_one_of_them():
     few, many = [
         machine_code.Binary(registers, 0, 0, shared, 0, 0, False)
         for registers, shared in ((64, 0), (255, 0))
@@ -148,7 +144,7 @@ def test_programs_run_in_waves_as_long_as_one_of_them() -> None:
     assert floors.at_once(few._replace(registers=16), 8) == 8, "64 warps at most"
 
 
-def test_a_launch_s_floor_counts_barriers_and_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_s_floor_counts_barriers_and_loads(monkeypatch):
     text = code_of(
         "LDG.E R2, desc[UR4][R8.64]", "BAR.SYNC.DEFER_BLOCKING 0x0", "FADD R0, R2, R1", "EXIT"
     )
@@ -167,12 +163,12 @@ def test_a_launch_s_floor_counts_barriers_and_loads(monkeypatch: pytest.MonkeyPa
         assert cost[3:6] == (4, 1, 1)
 
 
-def test_the_table_has_every_call() -> None:
+def test_the_table_has_every_call():
     calls = json.loads(floors.TABLE.read_text())
     assert set(calls) == {f"{name} {phase}" for name, phase in product(floors.CASES, PHASES)}
 
 
-def test_the_page_says_the_tables_figures_and_which_miss_their_limits() -> None:
+def test_the_page_says_the_tables_figures_and_which_miss_their_limits():
     calls, page = (
         json.loads(floors.TABLE.read_text()),
         (ROOT / "docs" / "kernels_triton.md").read_text(),
@@ -220,9 +216,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
         ({"x_dense": 1.4, "limit": 1.44}, "x_dense 1.45; at most 1.44"),
     ],
 )
-def test_what_is_worse_than_the_table_fails(
-    planted: dict, change: dict, line: str, capsys, monkeypatch
-) -> None:
+def test_what_is_worse_than_the_table_fails(planted, change, line, capsys, monkeypatch):
     (call,) = planted
     if "limit" in change:
         limits = (change.pop("limit"), None)
@@ -234,7 +228,7 @@ def test_what_is_worse_than_the_table_fails(
     assert capsys.readouterr().err == f"{call}: {line}\n"
 
 
-def test_a_call_that_the_table_lacks_fails(planted: dict, capsys) -> None:
+def test_a_call_that_the_table_lacks_fails(planted, capsys):
     (call,) = planted
     floors.TABLE.write_text(json.dumps({}))
     assert floors.main(["--only", call]) == 1
@@ -244,8 +238,8 @@ def test_a_call_that_the_table_lacks_fails(planted: dict, capsys) -> None:
 
 
 def test_a_limit_that_was_kept_must_be_kept_and_one_that_is_missed_is_named(
-    planted: dict, capsys, monkeypatch
-) -> None:
+    planted, capsys, monkeypatch
+):
     (call,) = planted
     kept = {"x_dense": 1.3, "floor_us": 10.0, "launches": 3}
     assert floors.worse("a call", {**kept, "x_dense": 1.31}, kept, 1.3) == [

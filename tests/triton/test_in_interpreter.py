@@ -1,7 +1,5 @@
 """Runs the files of tests/triton/interpreted in processes with Triton's interpreter."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -46,20 +44,20 @@ def run(paths: list[Path], *options: str) -> None:
 
 @pytest.mark.first
 @pytest.mark.emulated
-def test_in_a_process_of_their_own() -> None:
+def test_in_a_process_of_their_own():
     """All files in one process, because its imports take as long as the tests of a file."""
     run([FOLDER])
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("path", marked(EXHAUSTIVE), ids=lambda path: path.stem)
-def test_exhaustive_ones_in_a_process_of_their_own(path: Path) -> None:
+def test_exhaustive_ones_in_a_process_of_their_own(path):
     run([path], "-m", "exhaustive")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", marked(SLOW), ids=lambda path: path.stem)
-def test_slow_ones_in_a_process_of_their_own(path: Path) -> None:
+def test_slow_ones_in_a_process_of_their_own(path):
     run([path], "-m", "slow")
 
 
@@ -70,6 +68,6 @@ def test_slow_ones_in_a_process_of_their_own(path: Path) -> None:
         pytest.param("slow", marks=pytest.mark.exhaustive),
     ],
 )
-def test_spoiled_rows(which: str) -> None:
+def test_spoiled_rows(which):
     spoiled = FOLDER.parents[1] / "kernels" / "test_spoiled.py"
     run([spoiled], "-p", "tests.triton.interpreted.conftest", "-W", "ignore", "-m", which)

@@ -1,8 +1,6 @@
 """What Triton would load, by a driver that has no device: a captured graph must find every module
 loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,7 +96,7 @@ OPS: dict[str, Callable[[int], None]] = {
 
 @pytest.mark.parametrize("fastest", range(WAYS))
 @pytest.mark.parametrize("name", OPS)
-def test_a_captured_graph_loads_nothing_after_tuning(name: str, fastest: int, loads: Loads) -> None:
+def test_a_captured_graph_loads_nothing_after_tuning(name, fastest, loads):
     """Whichever tile was the fastest; nor for other tokens, whether their power of two was timed or
     not."""
     loads.fastest = fastest
@@ -112,7 +110,7 @@ def test_a_captured_graph_loads_nothing_after_tuning(name: str, fastest: int, lo
     assert loads.timed == timed
 
 
-def test_every_power_of_two_of_tokens_and_every_width_is_timed(loads: Loads) -> None:
+def test_every_power_of_two_of_tokens_and_every_width_is_timed(loads):
     for width, tokens in ((768, 4096), (768, 9000), (1024, 4096)):
         timed = loads.timed
         shipped.run_neurons(width, tokens, torch.bfloat16, False, 64, 8, 64)
@@ -122,9 +120,7 @@ def test_every_power_of_two_of_tokens_and_every_width_is_timed(loads: Loads) -> 
     assert loads.timed == timed
 
 
-def test_a_launch_of_another_kind_would_be_seen(
-    loads: Loads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launch_of_another_kind_would_be_seen(loads, monkeypatch):
     """As a captured launch was once: with its options in another order and one more."""
     OPS["neurons"](4096)
     loads.captured, loads.new = True, []
@@ -136,7 +132,7 @@ def test_a_launch_of_another_kind_would_be_seen(
     assert "neurons_fused_kernel" in loads.new
 
 
-def test_no_tile_fits(loads: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tile_fits(loads, monkeypatch):
     """One that does not is passed over; where none does, the last refusal is raised."""
 
     def refuse(run: Callable[[], None]) -> float:

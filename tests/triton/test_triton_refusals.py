@@ -1,8 +1,6 @@
 """Wrong use of the Triton backend through the public ops gives its reasons, not a stack trace from
 inside Triton."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -36,7 +34,7 @@ def run_on_triton(op: str, dtype: torch.dtype = torch.float32) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_cpu_tensors_and_float64_are_named_together(op: str) -> None:
+def test_cpu_tensors_and_float64_are_named_together(op):
     message = r"'triton' cannot run .*it runs on cuda, not on cpu"
     refuses(BackendError, message, run_on_triton, op)
     if op != "route":
@@ -60,7 +58,7 @@ def forgetful(monkeypatch: pytest.MonkeyPatch):
         question.cache_clear()
 
 
-def test_without_triton(forgetful: pytest.MonkeyPatch) -> None:
+def test_without_triton(forgetful):
     forgetful.setattr(architecture, "find_spec", lambda _: None)
     assert "the package triton is not installed" in backend_reasons()["triton"]
     for op in OPS:
@@ -75,9 +73,7 @@ def test_without_triton(forgetful: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "reasons"), [("gfx942:sramecc+:xnack-", 0), ("gfx90a:sramecc+", 1), ("gfx1100", 1)]
 )
-def test_of_amds_cards_others_than_the_mi300_are_refused_by_name(
-    name: str, reasons: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_amds_cards_others_than_the_mi300_are_refused_by_name(name, reasons, monkeypatch):
     """Their matrix instructions differ, and no kernel was compiled for them."""
     card = SimpleNamespace(gcnArchName=name, name="Radeon", multi_processor_count=96)
     for where, attribute, value in (
@@ -97,7 +93,7 @@ def test_of_amds_cards_others_than_the_mi300_are_refused_by_name(
 
 
 @pytest.mark.parametrize("found", ["3.5.1", "2.3.0+rocm6", "3.5.0.dev20250101"])
-def test_with_an_old_triton(found: str, forgetful: pytest.MonkeyPatch) -> None:
+def test_with_an_old_triton(found, forgetful):
     forgetful.setattr(architecture, "find_spec", lambda _: object())
     forgetful.setattr(architecture, "version", lambda _: found)
     with pytest.raises(
@@ -107,13 +103,13 @@ def test_with_an_old_triton(found: str, forgetful: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("found", ["3.6.0", "3.6.0+git1234", "3.10.1", "4.0.0"])
-def test_newer_tritons_are_taken(found: str, forgetful: pytest.MonkeyPatch) -> None:
+def test_newer_tritons_are_taken(found, forgetful):
     forgetful.setattr(architecture, "find_spec", lambda _: object())
     forgetful.setattr(architecture, "version", lambda _: found)
     assert architecture.triton_reasons() == ()
 
 
-def test_what_no_kernel_is_made_for() -> None:
+def test_what_no_kernel_is_made_for():
     """The planner never asks for these; the messages come from the launcher."""
     pytest.importorskip("triton")
     from mpoe_kernels.linear.triton.fused_tiles import Sides, fused_choice
@@ -128,7 +124,7 @@ def test_what_no_kernel_is_made_for() -> None:
 
 
 @pytest.mark.usefixtures("with_triton")
-def test_what_triton_finds_out_too_late_is_said_in_our_words() -> None:
+def test_what_triton_finds_out_too_late_is_said_in_our_words():
     from triton.runtime.errors import OutOfResources
 
     from mpoe_kernels.triton.start import start

@@ -6,8 +6,6 @@ different ones and makes them a hundred thousand times. Nothing that a kernel co
 here.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

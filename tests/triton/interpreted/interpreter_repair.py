@@ -10,8 +10,6 @@ and into patching `triton.language` again for every function call inside a kerne
 launch has already patched it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

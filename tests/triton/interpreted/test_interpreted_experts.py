@@ -1,8 +1,6 @@
 """Hidden-side experts and neurons: every kernel and gradient against the float64 reference, and the
 launches."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +41,7 @@ def mostly_slow(kind: type[Any], *default: str) -> pytest.MarkDecorator:
 
 @pytest.mark.parametrize("share", [2, 1000])
 @mostly_slow(HiddenProblem, "no full tile", "parts of a block")
-def test_several_tiles_and_parts(name: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_tiles_and_parts(name, share, monkeypatch):
     """Products of 16 units; programs of rows take one group, or with many programs several."""
     tiles = dict.fromkeys(SIZES, (Tile(16, 16, 16, 4),))
     monkeypatch.setattr(hidden, "TILES", dict.fromkeys(hidden.TILES, tiles))
@@ -53,7 +51,7 @@ def test_several_tiles_and_parts(name: str, share: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("on_chip", [0, 1000])
 @mostly_slow(NeuronProblem, "no full tile", "gated")
-def test_both_ways_in_small_tiles(name: str, on_chip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_in_small_tiles(name, on_chip, monkeypatch):
     """With the hidden neurons on chip or not; several tiles of every size."""
     tiles = dict.fromkeys(SIZES, (Tile(16, 64 if on_chip else 16, 16, 4),))
     monkeypatch.setattr(neurons, "TILES", dict.fromkeys(neurons.TILES, tiles))
@@ -62,7 +60,7 @@ def test_both_ways_in_small_tiles(name: str, on_chip: int, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_a_thousand_experts() -> None:
+def test_a_thousand_experts():
     NeuronProblem(5, 1024, 16, neurons=8, width=8, out=8, dtype=torch.bfloat16).check("triton")
 
 
@@ -71,7 +69,7 @@ def test_a_thousand_experts() -> None:
     ("kind", "own"),
     [(HiddenProblem, {"groups": 1, "block": 16}), (NeuronProblem, {"neurons": 130})],
 )
-def test_half_precision(kind: type[Any], own: dict[str, int], dtype: torch.dtype) -> None:
+def test_half_precision(kind, own, dtype):
     kind(tokens=18, experts=2, gated=True, with_bias=True, dtype=dtype, **own).check("triton")
 
 
@@ -82,9 +80,7 @@ def test_half_precision(kind: type[Any], own: dict[str, int], dtype: torch.dtype
         [torch.float32, torch.bfloat16],
     ),
 )
-def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
-    of: tuple[type[Any], str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(of, dtype, monkeypatch):
     kind, kernel = of
     tiles, own = (
         KERNELS[kind].TILES[kernel],
@@ -141,9 +137,7 @@ def product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndar
 
 
 @pytest.mark.parametrize(("name", "dtype"), pairwise(list(ALONE), [torch.float32, torch.bfloat16]))
-def test_a_token_has_the_same_bits_alone_and_in_any_batch(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_has_the_same_bits_alone_and_in_any_batch(name, dtype, monkeypatch):
     """Of 300 tokens: sorted in one launch or two, on every tile; of 40: few slots of an expert, not
     kept on chip; alone: not sorted, narrow tiles."""
     monkeypatch.setattr(np, "matmul", product_in_order)
@@ -160,9 +154,7 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch(
 
 
 @of_each_kind
-def test_rows_of_pairs_that_do_not_fit_go_in_pieces(
-    kind: type[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_pairs_that_do_not_fit_go_in_pieces(kind, monkeypatch):
     """Of as many columns as fit; the bits stay."""
     sizes: dict[str, int] = (
         {"groups": 4, "block": 5} if kind is HiddenProblem else {"width": 80, "out": 70}
@@ -189,7 +181,7 @@ def test_rows_of_pairs_that_do_not_fit_go_in_pieces(
 
 
 @pytest.mark.parametrize("complete", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_opcheck(complete: bool) -> None:
+def test_opcheck(complete):
     problem = HiddenProblem(
         tokens=2, experts=2, top_k=1, groups=1, gated=True, with_bias=True, dtype=torch.float32
     )
@@ -226,7 +218,7 @@ def names(problem: Any, *need: bool) -> list[str]:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("per_group", [False, True])
-def test_launches_of_the_hidden_side(per_group: bool, gated: bool) -> None:
+def test_launches_of_the_hidden_side(per_group, gated):
     sizes: dict[str, Any] = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
     problem = HiddenProblem(
         **sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32
@@ -244,7 +236,7 @@ def test_launches_of_the_hidden_side(per_group: bool, gated: bool) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_launches_of_neurons(gated: bool) -> None:
+def test_launches_of_neurons(gated):
     sizes: dict[str, Any] = {"experts": 4, "top_k": 2, "gated": gated, "dtype": torch.float32}
     problem = NeuronProblem(tokens=50, with_bias=True, **sizes)
     assert names(problem) == ["sort_kernel", "neurons_fused_kernel", "sum_choices_kernel"]
@@ -258,7 +250,7 @@ def test_launches_of_neurons(gated: bool) -> None:
 
 
 @pytest.mark.parametrize(("most", "warps"), [(4, 4), (3, 8)])
-def test_warps_beside_many_experts(most: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warps_beside_many_experts(most, warps, monkeypatch):
     """`tools/gpu_compile.py` sees what fewer would spill."""
     monkeypatch.setattr(neurons, "MOST_IN_FOUR_WARPS", most)
     launches = started(
@@ -269,11 +261,11 @@ def test_warps_beside_many_experts(most: int, warps: int, monkeypatch: pytest.Mo
 
 
 @of_each_kind
-def test_no_token_is_no_launch(kind: type[Any]) -> None:
+def test_no_token_is_no_launch(kind):
     assert names(kind(tokens=0)) == names(kind(tokens=0), *[True] * len(kind.NAMES)) == []
 
 
-def test_a_few_pairs_are_not_sorted() -> None:
+def test_a_few_pairs_are_not_sorted():
     """Two launches, with programs for a whole card."""
     found = started(
         NeuronProblem(
@@ -289,7 +281,7 @@ def test_a_few_pairs_are_not_sorted() -> None:
 
 
 @of_each_kind
-def test_the_backward_finds_the_forwards_sort(kind: type[Any]) -> None:
+def test_the_backward_finds_the_forwards_sort(kind):
     """Of a plain call; one that somebody watches sorts again."""
     with recorded("sm_90") as found:
         kind(tokens=50, dtype=torch.float32).computed("triton")
@@ -307,12 +299,12 @@ def test_the_backward_finds_the_forwards_sort(kind: type[Any]) -> None:
 
 
 @of_each_kind
-def test_one_choice_needs_no_sum(kind: type[Any]) -> None:
+def test_one_choice_needs_no_sum(kind):
     assert "sum_choices_kernel" not in names(kind(tokens=90, top_k=1, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(("tokens", "least"), [(64, 0.45), (4096, 0.9)])
-def test_most_rows_of_tiles_are_in_use(tokens: int, least: float) -> None:
+def test_most_rows_of_tiles_are_in_use(tokens, least):
     """64 experts, eight per token, chosen at random: more rows in a tile than slots of an expert
     would be idle."""
     index = torch.rand(tokens, 64).topk(8).indices
@@ -325,7 +317,7 @@ def test_most_rows_of_tiles_are_in_use(tokens: int, least: float) -> None:
     )
 
 
-def test_few_tokens_share_an_idle_device() -> None:
+def test_few_tokens_share_an_idle_device():
     """Programs for parts of the columns, each of which computes the hidden activations."""
     sizes: dict[str, Any] = {
         "top_k": 2,

@@ -1,7 +1,5 @@
 """Every strategy of the grouped product, forward and backward, against the float64 reference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -52,7 +50,7 @@ class Products(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def test_masked_backward_computes_less() -> None:
+def test_masked_backward_computes_less():
     """The central gradient is not computed and then discarded: it has no launch, or no product of
     the library."""
     case = Case(SMALL_SHAPES["paper"], torch.bfloat16)  # float32 has no fused kernels there
@@ -81,9 +79,7 @@ def test_masked_backward_computes_less() -> None:
         pytest.param("paper", "rebuild", "gelu", marks=pytest.mark.exhaustive),
     ],
 )
-def test_many_small_tiles_and_partial_sums(
-    name: str, strategy: str, activation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_small_tiles_and_partial_sums(name, strategy, activation, monkeypatch):
     """Several parts of an expert's rows; idle experts; the same bits every time."""
     tile = Tile(16, 16, 16, 1, 1)
     monkeypatch.setattr(grouped, "shipped_tiles", lambda *_: (tile,))
@@ -108,7 +104,7 @@ def test_many_small_tiles_and_partial_sums(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
 )
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
-def test_one_reading_of_rows_gives_both_gradients(activation: str, dtype: torch.dtype) -> None:
+def test_one_reading_of_rows_gives_both_gradients(activation, dtype):
     """Experts without slots, slots without an expert."""
     given: dict[str, Any] = {"tokens": 11, "experts": 5, "kind": "some_idle", "capacity": 6}
     case = Case(SMALL_SHAPES["separable"], dtype, **given, with_bias=False, activation=activation)
@@ -125,7 +121,7 @@ def test_one_reading_of_rows_gives_both_gradients(activation: str, dtype: torch.
     ]
 
 
-def test_strided_input_and_blocks() -> None:
+def test_strided_input_and_blocks():
     shape = SMALL_SHAPES["padded"]
     x = torch.randn(shape.in_features, 5).T
     blocks = random_blocks(shape, 2, torch.float32)
@@ -144,11 +140,11 @@ def test_strided_input_and_blocks() -> None:
         )
 
 
-def test_a_gated_network_with_its_gradients() -> None:
+def test_a_gated_network_with_its_gradients():
     check_ffn("triton", SMALL_SHAPES["separable"], torch.float32, gated=True, tokens=7, experts=3)
 
 
-def test_placed_on_chip_it_is_no_launch_more() -> None:
+def test_placed_on_chip_it_is_no_launch_more():
     case = Case(SMALL_SHAPES["light"], torch.bfloat16, tokens=13, experts=3, top_k=1)
     with recorded("sm_90") as plain:
         case.forward(ON_CHIP, save=False)
@@ -158,7 +154,7 @@ def test_placed_on_chip_it_is_no_launch_more() -> None:
     assert placing[0].arguments["out_index"] is not None
 
 
-def test_slots_of_tokens_take_the_place_of_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_of_tokens_take_the_place_of_a_sort(monkeypatch):
     """Two choices per token, some of them dropped."""
     case = Case(SMALL_SHAPES["separable"], tokens=7, experts=3, top_k=2, capacity=3)
     assert (case.routing.slot_of_token < 0).any()
@@ -173,7 +169,7 @@ def test_slots_of_tokens_take_the_place_of_a_sort(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("strategy", ["rebuild", "chain", None])
 @pytest.mark.parametrize("name", ["bias", "row_index", "expert_offsets"])
-def test_arguments_that_lie_apart(name: str, strategy: str | None) -> None:
+def test_arguments_that_lie_apart(name, strategy):
     """Every other element of a longer tensor; reading the elements in between would change the
     result."""
     shape = SMALL_SHAPES["light"]
@@ -197,7 +193,7 @@ def test_arguments_that_lie_apart(name: str, strategy: str | None) -> None:
 UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)  # no powers of two, in both directions
 
 
-def test_fused_launches() -> None:
+def test_fused_launches():
     """Decoding is one, backward one for each gradient."""
     case = Case(UNEVEN, torch.bfloat16, tokens=4, experts=2, activation="relu")
     saved = case.forward(ON_CHIP)
@@ -210,7 +206,7 @@ def test_fused_launches() -> None:
     assert found == ["fused_kernel", "gradient_kernel", "gradient_kernel"]
 
 
-def test_many_small_fused_tiles_and_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_small_fused_tiles_and_partial_sums(monkeypatch):
     monkeypatch.setattr(
         fused_tiles, "shipped_fused", lambda *_: (FusedTile(16, 16, 16, 1 << 20, 1, 1),)
     )
@@ -230,7 +226,7 @@ def with_shared_memory(
     monkeypatch.setattr(architecture, "target_of", lambda _: Target(name, size, 1))
 
 
-def test_a_dtype_or_a_device_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dtype_or_a_device_without_a_kernel(monkeypatch):
     def run(dtype: torch.dtype) -> None:
         blocks, offsets = (
             random_blocks(SMALL_SHAPES["light"], 2, dtype),
@@ -249,7 +245,7 @@ def test_a_dtype_or_a_device_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -
     refuses(BackendError, smallest, run, torch.float32)
 
 
-def test_tiles_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_that_do_not_fit_are_passed_over(monkeypatch):
     like = torch.empty(1, dtype=torch.bfloat16)
     with_shared_memory(163 << 10, monkeypatch, "sm_80")
     assert [tile.rows for tile in tiles_of(like, 4096, 4096, 4096, False)] == [128, 64]

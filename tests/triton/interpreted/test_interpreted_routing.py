@@ -1,8 +1,6 @@
 """Routing kernels against loops (integers: equal), dispatch and combine against the float64
 reference."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -32,15 +30,15 @@ CASES = [
 @pytest.mark.parametrize(("few", "most_parts"), [(256, 512), (0, 512), (0, 2)])
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "capacity", "masked"), CASES)
 def test_route_equals_loops(
-    tokens: int,
-    experts: int,
-    top_k: int,
-    capacity: int | None,
-    masked: bool,
-    few: int,
-    most_parts: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tokens,
+    experts,
+    top_k,
+    capacity,
+    masked,
+    few,
+    most_parts,
+    monkeypatch,
+):
     monkeypatch.setattr(routing, "FEW", few)  # 0: several launches for any number of pairs
     monkeypatch.setattr(routing, "BLOCK", 32)
     monkeypatch.setattr(routing, "COUNTED", 64)
@@ -71,11 +69,11 @@ GATES = [(0, 4, 2), (1, 1, 1), (37, 5, 3), (3, 1000, 16), (5, 8, 1)]  # tokens, 
 
 @pytest.mark.parametrize(("dtypes", "sizes", "raw"), pairwise(DTYPES, GATES, [False, True]))
 def test_gates_and_gradients(
-    dtypes: tuple[torch.dtype, torch.dtype],
-    sizes: tuple[int, int, int],
-    raw: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    dtypes,
+    sizes,
+    raw,
+    monkeypatch,
+):
     """Against float64, of logits that are the sum of several parts of the width; with a gradient of
     the logits, of the gates, and of both."""
     monkeypatch.setattr(triton_gates, "PART_OF_WIDTH", 64)
@@ -107,7 +105,7 @@ def test_gates_and_gradients(
             torch.testing.assert_close(value.double(), truth, rtol=most, atol=most * scale + 1e-9)
 
 
-def test_gradients_of_gates_have_gradients() -> None:
+def test_gradients_of_gates_have_gradients():
     x, weight = torch.randn(3, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
 
     def first_derivative(gate) -> torch.Tensor:
@@ -121,7 +119,7 @@ def test_gradients_of_gates_have_gradients() -> None:
     )
 
 
-def test_logits_of_a_token_do_not_depend_on_its_batch() -> None:
+def test_logits_of_a_token_do_not_depend_on_its_batch():
     x, weight = torch.randn(40, 700).bfloat16(), torch.randn(70, 700)
     whole = decided(x, weight, 2)
     for tokens in (slice(5, 6), slice(3, 20)):
@@ -130,7 +128,7 @@ def test_logits_of_a_token_do_not_depend_on_its_batch() -> None:
             assert torch.equal(value, of_all[tokens])
 
 
-def test_gate_of_ties_infinities_and_nan() -> None:
+def test_gate_of_ties_infinities_and_nan():
     infinite, nan = float("inf"), float("nan")
     logits = torch.tensor(
         [[1.0, 1, 1, 0, 1], [-infinite, -infinite, 2, -infinite, 3], [0, nan, 1, 2, 3]]
@@ -143,7 +141,7 @@ def test_gate_of_ties_infinities_and_nan() -> None:
     assert found.top_k_weights[:2].isfinite().all()
 
 
-def test_what_is_not_gated_in_two_launches() -> None:
+def test_what_is_not_gated_in_two_launches():
     x, weight = torch.zeros(1, 6), torch.zeros(4, 6)
 
     def gated(
@@ -160,9 +158,7 @@ def test_what_is_not_gated_in_two_launches() -> None:
 
 @pytest.mark.parametrize(("most", "parts"), [(1000, 512), (0, 512), (0, 2)])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (40, 5, 3), (100, 70, 2)])
-def test_slots_sorted_by_expert(
-    tokens: int, experts: int, top_k: int, most: int, parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slots_sorted_by_expert(tokens, experts, top_k, most, parts, monkeypatch):
     """In one launch or two; -1 and numbers past the last expert are none, which come last."""
     monkeypatch.setattr(routing, "MOST_AT_ONCE", most)
     monkeypatch.setattr(routing, "MOST_PARTS", parts)
@@ -186,12 +182,12 @@ def test_slots_sorted_by_expert(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_dispatch_and_combine_with_gradients(dtype: torch.dtype, top_k: int) -> None:
+def test_dispatch_and_combine_with_gradients(dtype, top_k):
     mask = torch.arange(21) % 4 != 1
     check_rows(route(torch.randint(0, 4, (21, top_k)), 4, 12, mask), 131, dtype, "triton")
 
 
-def test_only_needed_gradients() -> None:
+def test_only_needed_gradients():
     found = route(torch.randint(0, 3, (6, 1)), 3)
     grad, y, weights = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 1)
     call = CombineBackwardCall(

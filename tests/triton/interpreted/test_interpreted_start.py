@@ -1,8 +1,6 @@
 """Which of a kernel's tiles a launch takes: the fastest for such a problem, or without timing the
 first."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -42,7 +40,7 @@ def forward(tokens: int = 40, **sizes: int) -> torch.Tensor:
     return hidden.forward(problem.call())
 
 
-def test_the_fastest_tile_is_kept(timed: list[int]) -> None:
+def test_the_fastest_tile_is_kept(timed):
     first = forward()
     assert timed == [0, 1]
     assert torch.equal(forward(), first)
@@ -50,7 +48,7 @@ def test_the_fastest_tile_is_kept(timed: list[int]) -> None:
     assert [way["BM"] for way in start._FASTEST.values()] == [32]
 
 
-def test_widths_experts_and_powers_of_two_of_tokens_choose_for_themselves(timed: list[int]) -> None:
+def test_widths_experts_and_powers_of_two_of_tokens_choose_for_themselves(timed):
     forward(40)
     forward(60)
     assert len(timed) == 2, "the same power of two"
@@ -61,9 +59,7 @@ def test_widths_experts_and_powers_of_two_of_tokens_choose_for_themselves(timed:
     assert len(start._FASTEST) == 3
 
 
-def test_a_captured_graph_takes_what_was_timed_before(
-    timed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_captured_graph_takes_what_was_timed_before(timed, monkeypatch):
     forward()
     rows: list[int] = []
     launch = start._launch
@@ -78,9 +74,7 @@ def test_a_captured_graph_takes_what_was_timed_before(
     assert timed == [0, 1]
 
 
-def test_a_tile_that_does_not_fit_is_passed_over(
-    timed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tile_that_does_not_fit_is_passed_over(timed, monkeypatch):
     launch = start._launch
 
     def refuse(kernel, grid, arguments) -> None:
@@ -98,9 +92,7 @@ def test_a_tile_that_does_not_fit_is_passed_over(
 
 
 @pytest.mark.parametrize("why", ["deterministic", "setting", "ranks", "captured"])
-def test_nothing_is_timed_where_results_must_not_depend_on_a_clock(
-    why: str, timed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_timed_where_results_must_not_depend_on_a_clock(why, timed, monkeypatch):
     if why == "deterministic":
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     elif why == "setting":
@@ -113,7 +105,7 @@ def test_nothing_is_timed_where_results_must_not_depend_on_a_clock(
     assert timed == []
 
 
-def test_tiles_of_a_kernel_share_the_order_of_sums_and_the_number_of_parts() -> None:
+def test_tiles_of_a_kernel_share_the_order_of_sums_and_the_number_of_parts():
     """Partial results are allocated before the tile is known, and a token's bits must not depend on
     it."""
     for table in (hidden.TILES, hidden.LARGE_TILES, neurons.TILES):

@@ -27,7 +27,7 @@ from mpoe.models.weight_files import declared_shapes
 
 LEAST_KEPT = 0.8  # of the adapter's gain over the base on texts that the fit did not see
 HELD_OUT = 5  # one in so many batches is not fitted
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1e-2
 SAMPLED = 64  # texts, or chats, that an adapted model writes
 AT_ONCE = 8  # of them in a batch
 Batches = Sequence[Mapping[str, Tensor]]
@@ -114,7 +114,7 @@ def fit_adapter(
     name: str,
     *,
     neurons: int,
-    steps: int = 200,
+    steps: int = 60,
     tokenizer: Any = None,
 ) -> Expert:
     """An expert of ``base`` that predicts what ``adapted`` does.
@@ -126,7 +126,7 @@ def fit_adapter(
             (`mpoe.data.batches`, `own_samples`); every fifth one is held out, so at least two.
         name: the expert's.
         neurons: m, see `check_adapter`.
-        steps: of Adam at 3e-3, on a batch each.
+        steps: of Adam at 1e-2, on a batch each.
         tokenizer: see `save_expert`.
 
     Returns:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from mpoe.models.background import background_parts, pooled_background, token_ba
 from mpoe.models.composition import compose
 from mpoe.models.lora_fit import check_adapter, fit_adapter
 from mpoe.models.walk import routed_layers
+from mpoe_bench.contender import peak_memory
 from mpoe_bench.study.arms import BETAS, train_steps
 from mpoe_bench.study.experts import (
     BATCH,
@@ -46,6 +48,8 @@ SHOWN = 8  # pieces of a text that is not the domain's own
 FITTED = 256  # pieces that neurons are fitted to an adapter on, one batch in five held out
 REPLAY_SEED = 5
 ANSWER_TOKENS = 48
+PROMPT_TOKENS = 32
+ROUNDS = 7  # of calls whose time is taken
 MORE_PROMPTS = (
     "Which planet is closest to the sun?",
     "Write a haiku about autumn leaves.",
@@ -169,6 +173,7 @@ class QuietStudy:
         for adapted in plan.adapters:
             for domain in plan.domains:
                 yield f"adapter {adapted}: {domain}"
+        yield "costs"
 
     def make(self, key: str, records: Records) -> dict[str, Any]:
         kind, _, rest = key.partition(" ")
@@ -190,6 +195,8 @@ class QuietStudy:
             record = self.tenants(int(rest))
         elif kind == "adapter":
             record = self.adapter(*rest.split(": "))
+        elif kind == "costs":
+            record = self.costs()
         else:
             record = self.rivals()
         return record | {"cpu_seconds": round(time.process_time() - begin)}
@@ -476,6 +483,74 @@ class QuietStudy:
             return {"neurons": neurons, "losses": losses_of, "refused": str(error)}
         losses_of.append(mean(losses(start_expert(self.base, expert=fitted).eval(), test)))
         return {"neurons": neurons, "losses": losses_of}
+
+    def costs(self) -> dict[str, Any]:
+        """Of one thread: seconds of a background; tokens per second and memory of training, of
+        reading and of answering, with an expert, with LoRA and without."""
+        begin = time.process_time()
+        parts = background_parts(self.base, self.tokenizer)
+        sampled = time.process_time()
+        self.background = pooled_background(
+            self.base, [token_batches(ids) for ids in parts.values()]
+        )
+        background = {
+            "sampling": round(sampled - begin),
+            "statistics": round(time.process_time() - sampled),
+        }
+        domain = self.plan.domains[0]
+        seed = self.plan.seeds[0]
+        ids = self.split(domain)[0][:BATCH]
+        learning = {
+            "all weights": copy.deepcopy(self.base).train().requires_grad_(True),
+            "LoRA": trained("lora", self.base, self.plan.rank, [], 0.0, seed).train(),
+            "an expert": trained("neurons", self.base, self.plan.neurons, [], 0.0, seed).train(),
+        }
+        serving = {
+            "base, or a merged LoRA": self.base,
+            "LoRA beside the base": adapters(self.base, {"own": self.file("lora", domain, seed)}),
+            "one quiet expert": self.mixture([domain], seed),
+            "four": self.mixture(self.plan.domains, seed),
+        }
+
+        def learn(model: Any) -> None:
+            model(input_ids=ids, labels=ids).loss.backward()
+            model.zero_grad()
+
+        @torch.inference_mode()
+        def read(model: Any) -> None:
+            model(input_ids=ids)
+
+        def answer(model: Any) -> None:
+            options = {"min_new_tokens": ANSWER_TOKENS, "max_new_tokens": ANSWER_TOKENS}
+            model.generate(ids[:1, :PROMPT_TOKENS], do_sample=False, **options)
+
+        return {
+            "background": background,
+            "training": measured(learning, learn, ids.numel()),
+            "reading": measured(serving, read, ids.numel()),
+            "answering": measured(serving, answer, ANSWER_TOKENS),
+        }
+
+
+def measured(
+    models: Mapping[str, Any], call: Callable[[Any], None], tokens: int
+) -> dict[str, list[float]]:
+    """By model: tokens of a call per second of processor time, the median of interleaved calls, and
+    megabytes: weights, Adam's state of those that learn, and the most that a call holds."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            begin = time.process_time()
+            call(model)
+            seconds[name].append(time.process_time() - begin)
+    results = {}
+    for name, model in models.items():
+        kept = sum(
+            p.nbytes * (3 if p.requires_grad and model.training else 1) for p in model.parameters()
+        )
+        held = peak_memory(partial(call, model))[0]["peak"]
+        results[name] = [round(tokens / median(seconds[name]), 1), round((kept + held) / 1e6)]
+    return results
 
 
 @torch.inference_mode()

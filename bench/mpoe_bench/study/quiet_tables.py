@@ -254,6 +254,20 @@ def of_adapters(plan: QuietPlan, records: Records) -> list[list[Any]]:
     return rows
 
 
+def of_costs(records: Records) -> list[list[Any]]:
+    """Tokens per second and memory beside the first contender's."""
+    record = records.get("costs", {})
+    rows = []
+    for phase in ("training", "reading", "answering"):
+        contenders = record.get(phase, {})
+        speeds = [speed for speed, _ in contenders.values()]
+        for name, (speed, megabytes) in contenders.items():
+            rows.append([phase, name, speed, f"{speed / speeds[0]:.2f}", megabytes])
+    for step, seconds in record.get("background", {}).items():
+        rows.append(["background", f"{step}: {seconds} s", "", "", ""])
+    return rows
+
+
 def of_lengths(plan: QuietPlan, records: Records) -> list[list[Any]]:
     """What one domain gains and what everything else loses, by steps."""
     base = records.get("base")
@@ -336,6 +350,12 @@ def quiet_table(plan: QuietPlan, records: Records) -> str:
             "Neurons fitted to an adapter of the first seed, always on.",
             ("modules", "", "neurons a layer", "the adapter's gain", "kept"),
             of_adapters(plan, records),
+        ),
+        (
+            "Costs",
+            "One thread, seconds of processor time; medians of interleaved calls.",
+            ("", "", "tokens per second", "beside the first", "MB"),
+            of_costs(records),
         ),
         ("Rates of replay", "Its own loss on validation texts.", ("", "loss"), rates),
     ]

@@ -232,7 +232,7 @@ def sources(architectures: Iterable[str]) -> list[Job]:
 def _difficulty(job: Job) -> tuple[int, int, int]:
     """Tile size, number of extras, variety of sizes and strides: the most difficult job is the
     likeliest to spill."""
-    extras = sum(value is True for _, value in job.constants)
+    extras = sum((value is True) - (value is None) for _, value in job.constants)
     tile = math.prod(value for name, value in job.constants if name in BLOCK_SIZES)
     numbers = {
         number

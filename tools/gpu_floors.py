@@ -109,7 +109,6 @@ def _steps(a: Arguments, parts: int) -> float:
     return a["K_SIZES"][1] * a["N_SIZES"][1] / parts * tiles
 
 
-_WEIGHTS = ("NEED_UP", "NEED_DOWN", "NEED_GATE_UP", "NEED_BIAS")
 # Kernel -> how often its loops run (see `executed`), of the launch's arguments and its grid.
 TRIPS: dict[str, Callable[[Arguments, tuple[int, ...]], Sequence[float]]] = {
     "histogram_kernel": lambda a, _: (a["size"] / a["BLOCK"],),
@@ -133,13 +132,17 @@ TRIPS: dict[str, Callable[[Arguments, tuple[int, ...]], Sequence[float]]] = {
         cdiv(cdiv(a["last"] - a["first"], a["BK"]), g[1]),
     ),
     "neurons_hidden_kernel": lambda a, _: [
-        cdiv(a[n], a["BK"]) for n in ("width", "out_width")[: 1 + a["BACKWARD"]]
+        cdiv(a[n], a["BK"]) for n in ("width", "out_width")[: 1 + (a["grad"] is not None)]
     ],
-    "neurons_rows_kernel": lambda a, _: (1 + a["GATED"]) * (cdiv(a["neurons"], a["BK"]),),
+    "neurons_rows_kernel": lambda a, _: (
+        (1 + (a["more_rows"] is not None)) * (cdiv(a["neurons"], a["BK"]),)
+    ),
     "neurons_few_kernel": lambda a, _: (a["TOP_K"], cdiv(a["neurons"], a["BK"])),
     # A loop over slots for each of the gradients; a program runs one of the four, or none.
     "neurons_weights_kernel": lambda a, _: [
-        math.ceil(_rows(a) / a["BK"]) / 4 for name in _WEIGHTS if a[name]
+        math.ceil(_rows(a) / a["BK"]) / 4
+        for name in ("dup", "ddown", "dgate_up", "dbias")
+        if a[name] is not None
     ],
     "hidden_rows_kernel": lambda a, _: (0, a["share"]),
     "hidden_blocks_kernel": lambda a, _: (a["share"], math.ceil(_rows(a) / a["BM"])),

@@ -9,7 +9,7 @@ tokens' dtype or as many groups of them as `MOST_ROWS` holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from mpoe_kernels.triton.start import (
     Options,
     Tile,
     cdiv,
+    dense,
     fitted,
     power_of_two,
     precision,
@@ -72,75 +73,74 @@ def _tiles(kernel: str, u: Tensor, block: int) -> tuple[Tile, ...]:
 
 
 def _common(call: HiddenCall) -> dict[str, Any]:
-    """Arguments of every kernel. Missing tensors get placeholders that are never read."""
-    u = call.u
-    right = call.right
-    left = call.left
-    bias = call.bias
-    u_gate = call.u_gate
-    right_gate = call.right_gate
-    right = right.contiguous()
+    """Arguments of every kernel; without ``u_gate`` a placeholder that is never read."""
+    u = call.u.contiguous()
+    right = call.right.contiguous()
     return {
-        "u": u.contiguous(),
-        "u_gate": u if u_gate is None else u_gate.contiguous(),
+        "u": u,
+        "u_gate": u if call.u_gate is None else call.u_gate.contiguous(),
         "gates": call.gates.contiguous(),
         "right": right,
-        "right_gate": right if right_gate is None else right_gate.contiguous(),
-        "left": left.contiguous(),
-        "bias": right if bias is None else bias.contiguous(),
+        "right_gate": dense(call.right_gate),
+        "left": call.left.contiguous(),
+        "bias": dense(call.bias),
         "F": u.shape[1],
         "EXPERTS": call.num_experts,
         "TOP_K": call.top_k_index.shape[1],
         "OWN": right.shape[1],
         "B": call.block,
         "ACTIVATION": call.kernel_activation,
-        "GATED": u_gate is not None,
-        "HAS_BIAS": bias is not None,
         "PRECISION": precision(u.dtype),
     }
 
 
 def _share(groups: int, programs: int, device: torch.device) -> int:
     """Groups of one program, where ``programs`` of one group each would run."""
-    enough = 4 * architecture.target_of(device).multiprocessors
-    return max(1, min(groups, MOST_SHARE, programs // enough))
+    return max(1, min(groups, MOST_SHARE, programs // _enough(device)))
+
+
+def _enough(device: torch.device) -> int:
+    """Programs that fill a card."""
+    return 4 * architecture.target_of(device).multiprocessors
 
 
 def _rows(
-    call: HiddenCall, slots: SortedSlots | None, kernel: str, outs: Sequence[Tensor], **others: Any
-) -> Tensor:
-    """Writes `hidden_rows_kernel`'s results ``outs [T, F]``, of a backward du and du_gate, those
-    that are needed; returns the shares ``[shares, T, K]`` of the gates' gradients. Without
-    ``slots`` a program has a pair."""
+    call: HiddenCall,
+    slots: SortedSlots | None,
+    kernel: str,
+    outs: Mapping[str, Tensor],
+    grad: Tensor | None = None,
+    need_gates: bool = False,
+) -> Tensor | None:
+    """Writes `hidden_rows_kernel`'s results ``outs [T, F]``, by their names; returns the shares
+    ``[shares, T, K]`` of the gates' gradients. Without ``slots`` a program has a pair."""
     u = call.u
     index = call.top_k_index.contiguous()
     block = call.block
     tiles = _tiles(kernel, u, block)
     groups = u.shape[1] // block
-    pairs = index.numel()
     ways = fitted(tuple(tiles[-1:] if slots is None else slots.among(tiles)), block, block)
 
     def tiles_of(way: Options) -> int:
-        return pairs if slots is None else slots.tiles(way["BM"])
+        return index.numel() if slots is None else slots.tiles(way["BM"])
 
     share = _share(groups, tiles_of(ways[0]) * groups, u.device)
-    gates = call.gates.shape if others["NEED_GATES"] else (0, 0)
-    gate_parts = u.new_empty(cdiv(groups, share), *gates, dtype=torch.float32)
+    gate_parts = None
+    if need_gates:
+        gate_parts = u.new_empty(cdiv(groups, share), *index.shape, dtype=torch.float32)
     common = _common(call)
 
-    def write(rows: Sequence[Tensor], first: int, last: int) -> None:
+    def write(rows: Mapping[str, Tensor], first: int, last: int) -> None:
+        shares = cdiv((last - first) // block, share)
         start_best(
             hidden_rows_kernel,
-            lambda way: (
-                tiles_of(way),
-                cdiv((last - first) // block, share),
-                cdiv(block, way["BN"]),
-            ),
+            lambda way: (tiles_of(way), shares, cdiv(block, way["BN"])),
             ways,
+            grad=grad,
             order=None if slots is None else slots.order,
             index=index if slots is None else None,
-            out=rows[0] if rows else u,
-            out_gate=rows[-1] if rows else u,
+            out=rows.get("out"),
+            out_gate=rows.get("out_gate"),
             gate_parts=gate_parts,
             tokens=u.shape[0],
             first=first // block,
@@ -148,29 +148,22 @@ def _rows(
             share=share,
             SCAN=power_of_two(max(2, call.num_experts)),
             **common,
-            **others,
         )
 
-    if outs:
-        sum_choices(outs, index.shape[1], share * block, write)
-    else:
-        write([], 0, u.shape[1])
+    sum_choices(outs, u.shape[1], index.shape[1], share * block, write)
     return gate_parts
 
 
 def forward(call: HiddenCall) -> Tensor:
     """See `hidden_experts`."""
-    u = call.u
     index = call.top_k_index
     if index.numel() == 0:
-        return torch.zeros_like(u, memory_format=torch.contiguous_format)
-    check_range(
-        "top_k_index", index, -1, call.num_experts - 1
-    )  # for the interpreter: it checks only the CPU
+        return torch.zeros_like(call.u, memory_format=torch.contiguous_format)
+    # For the interpreter: it checks only the CPU.
+    check_range("top_k_index", index, -1, call.num_experts - 1)
     slots = call.kept = None if index.numel() <= FEW else sort_slots(index, call.num_experts)
-    out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    needs = {"BACKWARD": False, "NEED_OUT": True, "NEED_OUT_GATE": False, "NEED_GATES": False}
-    _rows(call, slots, "forward", [out], grad=None, **needs)
+    out = torch.empty_like(call.u, memory_format=torch.contiguous_format)
+    _rows(call, slots, "forward", {"out": out})
     return out
 
 
@@ -178,61 +171,55 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall`."""
     index = call.top_k_index
     wanted = call.wanted
-    need_u, need_gates, *_, need_u_gate, _ = wanted
     results = new_gradients(call, wanted)
     if index.numel() == 0:
         return tuple(results)
     slots = sort_slots(index, call.num_experts) if call.kept is None else call.kept
     grad = call.grad.contiguous()
-    if need_u or need_gates or need_u_gate:
-        needs = {
-            "BACKWARD": True,
-            "NEED_OUT": need_u,
-            "NEED_OUT_GATE": need_u_gate,
-            "NEED_GATES": need_gates,
-        }
-        outs = [results[place] for place, needed in ((0, need_u), (5, need_u_gate)) if needed]
-        gate_parts = _rows(call, slots, "rows", outs, grad=grad, **needs)
-        results[1] = gate_parts.sum(0).to(call.gates.dtype) if need_gates else results[1]
-    _blocks(call, {**_common(call), "grad": grad, "order": slots.order}, results)
+    outs = {}
+    if wanted[0]:
+        outs["out"] = results[0]
+    if wanted[5]:
+        outs["out_gate"] = results[5]
+    if outs or wanted[1]:
+        gate_parts = _rows(call, slots, "rows", outs, grad, wanted[1])
+        if gate_parts is not None:
+            results[1] = gate_parts.sum(0).to(call.gates.dtype)
+    _blocks(call, grad, slots, results)
     return tuple(results)
 
 
-def _blocks(call: HiddenBackwardCall, common: dict[str, Any], results: list[Tensor]) -> None:
+def _blocks(
+    call: HiddenBackwardCall, grad: Tensor, slots: SortedSlots, results: list[Tensor]
+) -> None:
     """The gradients of blocks and biases; those of blocks that groups share are sums over shares of
     the groups."""
-    _, _, dright, dleft, dbias, _, dright_gate = results
-    kept = [dright, dright_gate, dleft]
-    if not any(block.numel() for block in (*kept, dbias)):
+    names = {"dright": 2, "dleft": 3, "dbias": 4, "dright_gate": 6}
+    outs = {name: results[place] for name, place in names.items() if results[place].numel()}
+    if not outs:
         return
-    (way,) = fitted(_tiles("blocks", call.u, call.block), call.block, call.block)
+    u = call.u
     experts = call.num_experts
+    (way,) = fitted(_tiles("blocks", u, call.block), call.block, call.block)
     parts = cdiv(call.block, way["BN"]) ** 2
-    groups = call.u.shape[1] // call.block
+    groups = u.shape[1] // call.block
     share = 1
-    if common["OWN"] == 1:
-        enough = 4 * architecture.target_of(call.u.device).multiprocessors
-        share = cdiv(groups, min(groups, cdiv(enough, experts * parts)))
-        if share < groups:
-            sizes = [
-                (cdiv(groups, share), *block.shape) if block.numel() else (0,) for block in kept
-            ]
-            kept = [call.u.new_empty(size, dtype=torch.float32) for size in sizes]
+    in_parts = {}
+    if call.right.shape[1] == 1:
+        share = cdiv(groups, min(groups, cdiv(_enough(u.device), experts * parts)))
+        for name, out in outs.items():
+            if name != "dbias" and share < groups:
+                size = (cdiv(groups, share), *out.shape)
+                in_parts[name] = u.new_empty(size, dtype=torch.float32)
     start(
         hidden_blocks_kernel,
         (experts, cdiv(groups, share), parts),
-        dright=kept[0],
-        dright_gate=kept[1],
-        dleft=kept[2],
-        dbias=dbias,
+        grad=grad,
+        order=slots.order,
         share=share,
-        NEED_RIGHT=dright.numel() > 0,
-        NEED_RIGHT_GATE=dright_gate.numel() > 0,
-        NEED_LEFT=dleft.numel() > 0,
-        NEED_BIAS=dbias.numel() > 0,
-        **common,
+        **_common(call),
+        **dict.fromkeys(names) | outs | in_parts,
         **way,
     )
-    for place, part in zip((2, 6, 3), kept, strict=True):
-        if part.numel() and part is not results[place]:
-            results[place] = part.sum(0).to(call.u.dtype)
+    for name, part in in_parts.items():
+        results[names[name]] = part.sum(0).to(u.dtype)

@@ -23,9 +23,9 @@ import triton.language as tl
 
 from mpoe_kernels.triton.device_functions import (
     COUNTS,
-    activate,
+    gates_of_pairs,
+    hidden_units,
     matrix_tile,
-    pre_activation,
     row_tile,
     rows_times,
     slopes,
@@ -36,19 +36,19 @@ from mpoe_kernels.triton.device_functions import (
 
 @triton.jit(do_not_specialize=COUNTS)
 def hidden_rows_kernel(
-    grad,
+    grad,  # of a backward, or None
     u,
     u_gate,
     gates,
     order,  # None: a program has a pair of `index`
     index,
     right,
-    right_gate,
+    right_gate,  # or None
     left,
-    bias,
-    out,  # o, or du of a backward
-    out_gate,  # du_gate
-    gate_parts,  # [shares of all groups, p] float32: gradients of the gates
+    bias,  # or None
+    out,  # o, or du of a backward, or None
+    out_gate,  # du_gate, or None
+    gate_parts,  # [shares of all groups, p] float32: gradients of the gates, or None
     tokens,
     F,
     first,  # groups from first to last
@@ -59,12 +59,6 @@ def hidden_rows_kernel(
     TOP_K: tl.constexpr,
     B: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    NEED_OUT: tl.constexpr,
-    NEED_OUT_GATE: tl.constexpr,
-    NEED_GATES: tl.constexpr,
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     BM: tl.constexpr,
@@ -79,7 +73,7 @@ def hidden_rows_kernel(
     unit = tl.program_id(2) * BN + tl.arange(0, BN)
     inside = used[:, None] & (unit < B)[None, :]
     size = (last - first) * B
-    if NEED_GATES:
+    if gate_parts is not None:
         shares = (first // share + tl.program_id(1)).to(tl.int64)
         at_gate = gate_parts + shares * tokens * TOP_K + pair
         has_gate = used & (place < tl.where(tl.program_id(2) == 0, tokens * TOP_K, 0))
@@ -88,69 +82,66 @@ def hidden_rows_kernel(
     if expert == EXPERTS:
         for group in tl.range(begin, end):
             at_out = pair[:, None] * size + ((group - first) * B + unit)[None, :]
-            nothing = tl.zeros((BM, BN), dtype=out.dtype.element_ty)
-            if NEED_OUT:
+            nothing = tl.zeros((BM, BN), dtype=u.dtype.element_ty)
+            if out is not None:
                 tl.store(out + at_out, nothing, mask=inside)
-            if NEED_OUT_GATE:
+            if out_gate is not None:
                 tl.store(out_gate + at_out, nothing, mask=inside)
-        if NEED_GATES:
+        if gate_parts is not None:
             tl.store(at_gate, tl.zeros((BM,), dtype=tl.float32), mask=has_gate)
         return
     e = expert.to(tl.int64)
-    weight = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)[:, None]
+    weight = gates_of_pairs(gates, pair, used)[:, None]
     dgate = tl.zeros((BM,), dtype=tl.float32)
     for group in tl.range(begin, end):
         start = pair // TOP_K * F + group * B
         at = (e * OWN + group % OWN) * B * B
+        at_bias = e * F + group * B
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         acc_gate = tl.zeros((BM, BN), dtype=tl.float32)
         for n0 in tl.range(0, B, BK):
             n = n0 + tl.arange(0, BK)
-            value, z = pre_activation(
+            h, value, z = hidden_units(
                 u + start,
                 u_gate + start,
                 used,
                 B,
-                right + at,
-                right_gate + at,
-                bias + e * F + group * B,
+                right,
+                right_gate,
+                at,
+                bias,
+                at_bias,
                 n,
                 B,
+                ACTIVATION,
                 False,
-                GATED,
-                HAS_BIAS,
                 BK,
                 PRECISION,
             )
-            h = activate(z, ACTIVATION)
-            if GATED:
-                h = h * value
-            if BACKWARD:
-                dh = rows_times(grad + start, used, B, left + at, n, B, True, BK, PRECISION)
-                if NEED_GATES:
-                    dgate += tl.sum(h * dh, 1)
-                dvalue, dz = slopes(dh * weight, value, z, ACTIVATION, GATED)
-                if NEED_OUT:
-                    block = matrix_tile(right + at, n, B, unit, B, True)
-                    acc = tl.dot(
-                        dvalue.to(right.dtype.element_ty), block, acc, input_precision=PRECISION
-                    )
-                if NEED_OUT_GATE:
-                    block = matrix_tile(right_gate + at, n, B, unit, B, True)
-                    acc_gate = tl.dot(
-                        dz.to(right.dtype.element_ty), block, acc_gate, input_precision=PRECISION
-                    )
-            else:
+            if grad is None:
                 block = matrix_tile(left + at, n, B, unit, B, False)
                 acc = tl.dot(h.to(left.dtype.element_ty), block, acc, input_precision=PRECISION)
-        if not BACKWARD:
+            else:
+                dh = rows_times(grad + start, used, B, left + at, n, B, True, BK, PRECISION)
+                if gate_parts is not None:
+                    dgate += tl.sum(h * dh, 1)
+                dvalue, dz = slopes(dh * weight, value, z, right_gate, ACTIVATION)
+                if out is not None:
+                    block = matrix_tile(right + at, n, B, unit, B, True)
+                    dvalue = dvalue.to(right.dtype.element_ty)
+                    acc = tl.dot(dvalue, block, acc, input_precision=PRECISION)
+                if out_gate is not None:
+                    block = matrix_tile(right_gate + at, n, B, unit, B, True)
+                    dz = dz.to(right.dtype.element_ty)
+                    acc_gate = tl.dot(dz, block, acc_gate, input_precision=PRECISION)
+        if grad is None:
             acc = acc * weight
         at_out = pair[:, None] * size + ((group - first) * B + unit)[None, :]
-        if NEED_OUT:
+        if out is not None:
             tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
-        if NEED_OUT_GATE:
+        if out_gate is not None:
             tl.store(out_gate + at_out, acc_gate.to(out_gate.dtype.element_ty), mask=inside)
-    if NEED_GATES:
+    if gate_parts is not None:
         tl.store(at_gate, dgate, mask=has_gate)
 
 
@@ -162,10 +153,11 @@ def hidden_blocks_kernel(
     gates,
     order,
     right,
-    right_gate,
+    right_gate,  # or None
     left,
-    bias,
-    # as the blocks, or of shared ones [shares, EXPERTS, B, B]: one share of the groups each
+    bias,  # or None
+    # as the blocks, or of shared ones [shares, EXPERTS, B, B]: one share of the groups each; None:
+    # not wanted
     dright,
     dright_gate,
     dleft,
@@ -177,12 +169,6 @@ def hidden_blocks_kernel(
     TOP_K: tl.constexpr,
     B: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NEED_RIGHT: tl.constexpr,
-    NEED_RIGHT_GATE: tl.constexpr,
-    NEED_LEFT: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -202,72 +188,59 @@ def hidden_blocks_kernel(
     high = tl.load(order + e + 1)
     for group in tl.range(first, tl.minimum(first + share, F // B)):
         at = (e * OWN + group % OWN) * B * B
-        own_bias = bias + e * F + group * B
+        at_bias = e * F + group * B
         total = tl.zeros((BN,), dtype=tl.float32)
         for slot in tl.range(low, high, BM):
             place = slot + tl.arange(0, BM)
             used = place < high
             pair = tl.load(order + EXPERTS + 2 + place, mask=used, other=0)
-            weight = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)
+            weight = gates_of_pairs(gates, pair, used)[:, None]
             start = (pair // TOP_K).to(tl.int64) * F + group * B
             rows = u + start
             rows_gate = u_gate + start
-            blocks = right + at
-            blocks_gate = right_gate + at
-            value, z = pre_activation(
+            h, value, z = hidden_units(
                 rows,
                 rows_gate,
                 used,
                 B,
-                blocks,
-                blocks_gate,
-                own_bias,
+                right,
+                right_gate,
+                at,
+                bias,
+                at_bias,
                 n,
                 B,
+                ACTIVATION,
                 False,
-                GATED,
-                HAS_BIAS,
                 BK,
                 PRECISION,
             )
-            if NEED_LEFT:
-                h = activate(z, ACTIVATION)
-                if GATED:
-                    h = h * value
-                h = tl.where(used[:, None], h * weight[:, None], 0.0).to(left.dtype.element_ty)
-                acc_left = tl.dot(
-                    tl.trans(h),
-                    row_tile(grad + start, used, m, B),
-                    acc_left,
-                    input_precision=PRECISION,
-                )
-            if NEED_RIGHT or NEED_RIGHT_GATE or NEED_BIAS:
-                dh = (
-                    rows_times(grad + start, used, B, left + at, n, B, True, BK, PRECISION)
-                    * weight[:, None]
-                )
-                dvalue, dz = slopes(dh, value, z, ACTIVATION, GATED)
+            if dleft is not None:
+                h = tl.where(used[:, None], h * weight, 0.0).to(left.dtype.element_ty)
+                rows_out = row_tile(grad + start, used, m, B)
+                acc_left = tl.dot(tl.trans(h), rows_out, acc_left, input_precision=PRECISION)
+            if dright is not None or dright_gate is not None or dbias is not None:
+                dh = rows_times(grad + start, used, B, left + at, n, B, True, BK, PRECISION)
+                dvalue, dz = slopes(dh * weight, value, z, right_gate, ACTIVATION)
                 dvalue = tl.where(used[:, None], dvalue, 0.0)
                 dz = tl.where(used[:, None], dz, 0.0)
-                if NEED_RIGHT:
+                if dright is not None:
                     inputs = tl.trans(row_tile(rows, used, m, B))
-                    acc = tl.dot(
-                        inputs, dvalue.to(right.dtype.element_ty), acc, input_precision=PRECISION
-                    )
-                if NEED_RIGHT_GATE:
+                    dvalue = dvalue.to(right.dtype.element_ty)
+                    acc = tl.dot(inputs, dvalue, acc, input_precision=PRECISION)
+                if dright_gate is not None:
                     inputs = tl.trans(row_tile(rows_gate, used, m, B))
-                    acc_gate = tl.dot(
-                        inputs, dz.to(right.dtype.element_ty), acc_gate, input_precision=PRECISION
-                    )
-                if NEED_BIAS:
+                    of_gate = dz.to(right.dtype.element_ty)
+                    acc_gate = tl.dot(inputs, of_gate, acc_gate, input_precision=PRECISION)
+                if dbias is not None:
                     total += tl.sum(dz, 0)
-        if NEED_BIAS:
+        if dbias is not None:
             stop = tl.where(tl.program_id(2) < PARTS, B, 0)  # only the first part has it
-            tl.store(dbias + e * F + group * B + n, total.to(dbias.dtype.element_ty), mask=n < stop)
+            tl.store(dbias + at_bias + n, total.to(dbias.dtype.element_ty), mask=n < stop)
     block = (tl.program_id(1) * EXPERTS + e if OWN == 1 else e * OWN + first) * B * B
-    if NEED_RIGHT:
+    if dright is not None:
         store_rows(dright + block, m, acc, m < B, n, B)
-    if NEED_RIGHT_GATE:
+    if dright_gate is not None:
         store_rows(dright_gate + block, m, acc_gate, m < B, n, B)
-    if NEED_LEFT:
+    if dleft is not None:
         store_rows(dleft + block, n, acc_left, n < B, m, B)

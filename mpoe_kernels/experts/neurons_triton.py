@@ -15,7 +15,7 @@ copied for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from mpoe_kernels.triton.start import (
     Options,
     Tile,
     cdiv,
+    dense,
     fitted,
     power_of_two,
     precision,
@@ -75,60 +76,55 @@ TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
 
 
 class _Call:
-    """A call of either pass: arguments that its launches share. Missing tensors get placeholders
-    that are never read.
+    """A call of either pass: arguments that its launches share.
 
     Args:
         call: the op's.
     """
 
     def __init__(self, call: NeuronCall) -> None:
-        self.experts, self.neurons, self.width = call.up.shape
-        self.out_width = call.down.shape[2]
-        self.like = call.x
+        self.width, self.out_width, self.neurons = call.sizes
+        self.widest = max(self.width, self.out_width)
         self.index = call.top_k_index.contiguous()
         self.tokens, self.top_k = self.index.shape
-        self.size = call.x.element_size()
-        check_range(
-            "top_k_index", self.index, -1, self.experts - 1
-        )  # for the interpreter: it checks only CPUs
-        self.up = call.up.contiguous()
-        self.down = call.down.contiguous()
+        experts = call.num_experts
+        # For the interpreter: it checks only CPUs.
+        check_range("top_k_index", self.index, -1, experts - 1)
+        self.x = call.x.contiguous()
         self.gates = call.gates.contiguous()
-        self.gate_up = self.up if call.gate_up is None else call.gate_up.contiguous()
-        self.precision = precision(call.x.dtype)
-        self.shared: dict[str, Any] = {
-            "x": call.x.contiguous(),
+        self.up = call.up.contiguous()
+        self.gate_up = dense(call.gate_up)
+        self.down = call.down.contiguous()
+        # Of every kernel, and of those that compute hidden activations.
+        self.common: dict[str, Any] = {
+            "neurons": self.neurons,
+            "EXPERTS": experts,
+            "PRECISION": precision(call.x.dtype),
+        }
+        self.inputs: dict[str, Any] = {
+            "x": self.x,
             "gates": self.gates,
             "up": self.up,
             "gate_up": self.gate_up,
-            "down": self.down,
-            "bias": self.up if call.bias is None else call.bias.contiguous(),
+            "bias": dense(call.bias),
             "width": self.width,
             "out_width": self.out_width,
-            "neurons": self.neurons,
-            "EXPERTS": self.experts,
             "TOP_K": self.top_k,
             "ACTIVATION": call.activation,
-            "GATED": call.gate_up is not None,
-            "HAS_BIAS": call.bias is not None,
-            "PRECISION": self.precision,
-            "SCAN": power_of_two(max(2, self.experts)),
+            "SCAN": power_of_two(max(2, experts)),
+            **self.common,
         }
 
     @property
     def on_chip(self) -> bool:
         """Whether all neurons of an expert are computed by one program."""
-        return self.neurons <= ON_CHIP[self.size]
+        return self.neurons <= ON_CHIP[self.x.element_size()]
 
-    def _ways(self, kernel: str, slots: SortedSlots, columns: int, inner: int) -> Sequence[Options]:
-        return fitted(tuple(slots.among(TILES[kernel][self.size])), columns, inner)
-
-    def _hidden_ways(self, slots: SortedSlots) -> Sequence[Options]:
-        ways = self._ways("hidden", slots, self.neurons, max(self.width, self.out_width))
-        if slots.experts <= MOST_IN_FOUR_WARPS:
-            return ways
-        return [{**way, "num_warps": 8} for way in ways]
+    def _ways(
+        self, kernel: str, columns: int, inner: int, slots: SortedSlots | None = None
+    ) -> Sequence[Options]:
+        tiles = TILES[kernel][self.x.element_size()]
+        return fitted(tuple(tiles if slots is None else slots.among(tiles)), columns, inner)
 
     def _in_one_step(self, ways: Sequence[Options]) -> Sequence[Options]:
         """Ways of a product over neurons that add as `neurons_fused_kernel` does."""
@@ -138,29 +134,9 @@ class _Call:
 
     def few(self) -> Tensor:
         """``[T, O]``, of few pairs."""
-        h = self.like.new_empty(self.tokens * self.top_k, self.neurons)
-        (way,) = fitted(
-            TILES["few hidden"][self.size], self.neurons, max(self.width, self.out_width)
-        )
-        start(
-            neurons_hidden_kernel,
-            (self.tokens * self.top_k, cdiv(self.neurons, way["BN"])),
-            order=None,
-            index=self.index,
-            grad=None,
-            h_rows=h,
-            dvalue_rows=None,
-            dz_rows=None,
-            gate_parts=None,
-            tokens=self.tokens,
-            BACKWARD=False,
-            **self.shared | {"down": None},
-            **way,
-        )
-        out = self.like.new_empty(self.tokens, self.out_width)
-        (way,) = self._in_one_step(
-            fitted(TILES["few rows"][self.size], self.out_width, self.neurons)
-        )
+        h, *_ = self.hidden(None)
+        out = self.x.new_empty(self.tokens, self.out_width)
+        (way,) = self._in_one_step(self._ways("few rows", self.out_width, self.neurons))
         start(
             neurons_few_kernel,
             (self.tokens, cdiv(self.out_width, way["BN"])),
@@ -170,68 +146,72 @@ class _Call:
             down=self.down,
             out=out,
             out_width=self.out_width,
-            neurons=self.neurons,
-            EXPERTS=self.experts,
             TOP_K=self.top_k,
-            PRECISION=self.precision,
+            **self.common,
             **way,
         )
         return out
 
     def fused(self, slots: SortedSlots) -> Tensor:
         """``[T, O]``, of neurons that fit on chip."""
-        ways = self._ways("fused", slots, self.neurons, max(self.width, self.out_width))
+        ways = self._ways("fused", self.neurons, self.widest, slots)
         step = ways[0]["BK"]
         # Every part of the columns computes the hidden activations again, so parts only fill an
         # idle device.
-        idle = architecture.target_of(self.like.device).multiprocessors // slots.tiles(
-            ways[0]["BM"]
-        )
-        out = self.like.new_empty(self.tokens, self.out_width)
+        units = architecture.target_of(self.x.device).multiprocessors
+        idle = units // slots.tiles(ways[0]["BM"])
 
-        def write(rows: Sequence[Tensor], first: int, last: int) -> None:
+        def write(rows: Mapping[str, Tensor], first: int, last: int) -> None:
             parts = max(1, min(idle, cdiv(last - first, step)))
             start_best(
                 neurons_fused_kernel,
                 lambda way: (slots.tiles(way["BM"]), parts),
                 ways,
                 order=slots.order,
-                out=rows[0],
+                down=self.down,
                 first=first,
                 last=last,
-                **self.shared,
+                **rows,
+                **self.inputs,
             )
 
-        sum_choices([out], self.top_k, step, write)
+        out = self.x.new_empty(self.tokens, self.out_width)
+        sum_choices({"out": out}, self.out_width, self.top_k, step, write)
         return out
 
     def hidden(
-        self, slots: SortedSlots, grad: Tensor | None = None
+        self, slots: SortedSlots | None, grad: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h by place; for a backward times the gate, and the gradients of ``x up`` and ``x gate_up
-        [T K, m]``, and the gates' gradients in parts ``[parts, T, K]``."""
-        ways = self._hidden_ways(slots)
-        h = self.like.new_empty(slots.pairs, self.neurons)
-        dz = h if grad is None else torch.empty_like(h)
-        dvalue = torch.empty_like(h) if grad is not None and self.shared["GATED"] else dz
-        parts = cdiv(self.neurons, ways[0]["BN"])
-        gate_parts = h.new_empty(
-            parts if grad is not None else 0, *self.gates.shape, dtype=torch.float32
+        """h by place, or without ``slots`` by pair; for a backward times the gate, and the
+        gradients of ``x up`` and ``x gate_up [T K, m]``, and the gates' gradients in parts
+        ``[parts, T, K]``."""
+        pairs = self.index.numel()
+        ways = self._ways(
+            "few hidden" if slots is None else "hidden", self.neurons, self.widest, slots
         )
+        if slots is not None and slots.experts > MOST_IN_FOUR_WARPS:
+            ways = [{**way, "num_warps": 8} for way in ways]
+        parts = cdiv(self.neurons, ways[0]["BN"])
+        h = self.x.new_empty(pairs, self.neurons)
+        dz = dvalue = gate_parts = h
+        if grad is not None:
+            dz = torch.empty_like(h)
+            dvalue = dz if self.gate_up is None else torch.empty_like(h)
+            gate_parts = h.new_empty(parts, *self.gates.shape, dtype=torch.float32)
         start_best(
             neurons_hidden_kernel,
-            lambda way: (slots.tiles(way["BM"]), parts),
+            lambda way: (pairs if slots is None else slots.tiles(way["BM"]), parts),
             ways,
-            order=slots.order,
-            index=None,
+            order=None if slots is None else slots.order,
+            index=self.index if slots is None else None,
             grad=grad,
+            down=None if grad is None else self.down,
             h_rows=h,
             dvalue_rows=dvalue,
             dz_rows=dz,
             gate_parts=gate_parts,
             tokens=self.tokens,
-            BACKWARD=grad is not None,
-            **self.shared | {"down": None if grad is None else self.down},
+            **self.inputs,
         )
         return h, dvalue, dz, gate_parts
 
@@ -244,35 +224,34 @@ class _Call:
     ) -> Tensor:
         """Writes the sum of one or two products: rows ``[T K, m]`` by place times ``[E, m,
         columns]``."""
-        columns = pairs[0][1].shape[2]
-        ways = self._ways("rows", slots, columns, self.neurons)
+        (rows_in, weights), *more = pairs
+        more_rows, more_weights = more[0] if more else (None, None)
+        columns = weights.shape[2]
+        ways = self._ways("rows", columns, self.neurons, slots)
         if gates is not None:
             ways = self._in_one_step(ways)
         step = ways[0]["BN"]
 
-        def write(rows: Sequence[Tensor], first: int, last: int) -> None:
+        def write(rows: Mapping[str, Tensor], first: int, last: int) -> None:
             start_best(
                 neurons_rows_kernel,
                 lambda way: (slots.tiles(way["BM"]), cdiv(last - first, step)),
                 ways,
-                rows=pairs[0][0],
-                more_rows=pairs[-1][0],
+                rows=rows_in,
+                more_rows=more_rows,
                 gates=gates,
                 order=slots.order,
-                weights=pairs[0][1],
-                more_weights=pairs[-1][1],
-                out=rows[0],
+                weights=weights,
+                more_weights=more_weights,
                 columns=columns,
                 first=first,
                 last=last,
-                neurons=self.neurons,
-                EXPERTS=self.experts,
-                GATED=len(pairs) > 1,
-                PRECISION=self.precision,
                 SCAN=slots.scan,
+                **rows,
+                **self.common,
             )
 
-        sum_choices([out], self.top_k, step, write)
+        sum_choices({"out": out}, columns, self.top_k, step, write)
         return out
 
     def weights(
@@ -283,49 +262,47 @@ class _Call:
         results: list[Tensor],
     ) -> None:
         """Writes the gradients of up, down, bias and gate_up that are not empty."""
-        _, _, dup, ddown, dbias, dgate_up = results
-        widest = max(self.width, self.out_width)
+        names = ("dup", "ddown", "dbias", "dgate_up")
+        outs = {
+            name: out if out.numel() else None for name, out in zip(names, results, strict=True)
+        }
+        h, dvalue, dz = rows
         start_best(
             neurons_weights_kernel,
-            lambda way: (self.experts, cdiv(self.neurons, way["BM"]) * cdiv(widest, way["BN"]), 4),
-            fitted(TILES["weights"][self.size], widest, power_of_two(slots.pairs)),
-            x=self.shared["x"],
+            lambda way: (
+                slots.experts,
+                cdiv(self.neurons, way["BM"]) * cdiv(self.widest, way["BN"]),
+                4,
+            ),
+            self._ways("weights", self.widest, power_of_two(slots.pairs)),
+            x=self.x,
             grad=grad,
             order=slots.order,
-            h_rows=rows[0],
-            dvalue_rows=rows[1],
-            dz_rows=rows[2],
-            dup=dup,
-            ddown=ddown,
-            dgate_up=dgate_up,
-            dbias=dbias,
+            h_rows=h,
+            dvalue_rows=dvalue,
+            dz_rows=dz,
             width=self.width,
             out_width=self.out_width,
-            neurons=self.neurons,
-            EXPERTS=self.experts,
             TOP_K=self.top_k,
-            NEED_UP=dup.numel() > 0,
-            NEED_DOWN=ddown.numel() > 0,
-            NEED_GATE_UP=dgate_up.numel() > 0,
-            NEED_BIAS=dbias.numel() > 0,
-            PRECISION=self.precision,
+            **outs,
+            **self.common,
         )
 
 
 def forward(call: NeuronCall) -> Tensor:
     """See `neuron_experts`."""
-    if call.top_k_index.numel() == 0:
-        return call.x.new_zeros(call.x.shape[0], call.down.shape[2])
+    index = call.top_k_index
+    if index.numel() == 0:
+        return call.x.new_zeros(call.x.shape[0], call.out_features)
     this = _Call(call)
-    if this.tokens * this.top_k <= FEW:
+    if index.numel() <= FEW:
         return this.few()
-    slots = call.kept = sort_slots(this.index, this.experts)
+    slots = call.kept = sort_slots(index, call.num_experts)
     if this.on_chip and not slots.fit(FEW_SLOTS):
         return this.fused(slots)
     h, *_ = this.hidden(slots)
-    return this.rows(
-        slots, [(h, this.down)], this.gates, this.like.new_empty(this.tokens, this.out_width)
-    )
+    out = call.x.new_empty(this.tokens, this.out_width)
+    return this.rows(slots, [(h, this.down)], this.gates, out)
 
 
 def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
@@ -336,15 +313,17 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
         return tuple(results)
     this = _Call(call)
     grad = call.grad.contiguous()
-    slots = sort_slots(this.index, this.experts) if call.kept is None else call.kept
+    slots = sort_slots(this.index, call.num_experts) if call.kept is None else call.kept
     need_x, need_gates, *of_weights = wanted
     h, dvalue, dz, gate_parts = this.hidden(slots, grad)
     if need_x:
-        products = [(dvalue, this.up), (dz, this.gate_up)]
-        this.rows(slots, products if this.shared["GATED"] else products[:1], None, results[0])
+        products = [(dvalue, this.up)]
+        if this.gate_up is not None:
+            products.append((dz, this.gate_up))
+        this.rows(slots, products, None, results[0])
     if need_gates:
         parts = gate_parts[0] if gate_parts.shape[0] == 1 else gate_parts.sum(0)
         results[1] = parts.to(call.gates.dtype)
     if any(of_weights):
-        this.weights(slots, grad, (h, dvalue, dz), results)
+        this.weights(slots, grad, (h, dvalue, dz), results[2:])
     return tuple(results)

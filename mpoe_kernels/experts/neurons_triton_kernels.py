@@ -25,9 +25,9 @@ import triton.language as tl
 
 from mpoe_kernels.triton.device_functions import (
     COUNTS,
-    activate,
+    gates_of_pairs,
+    hidden_units,
     matrix_tile,
-    pre_activation,
     row_tile,
     rows_times,
     slopes,
@@ -42,9 +42,9 @@ def neurons_fused_kernel(
     gates,
     order,
     up,
-    gate_up,
+    gate_up,  # or None
     down,
-    bias,
+    bias,  # or None
     out,
     width,
     out_width,
@@ -54,8 +54,6 @@ def neurons_fused_kernel(
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     BM: tl.constexpr,
@@ -81,28 +79,25 @@ def neurons_fused_kernel(
     e = expert.to(tl.int64)
     n = tl.arange(0, BN)
     rows = x + pair // TOP_K * width
-    at = e * neurons * width
-    value, z = pre_activation(
+    h, _value, _z = hidden_units(
         rows,
         rows,
         used,
         width,
-        up + at,
-        gate_up + at,
-        bias + e * neurons,
+        up,
+        gate_up,
+        e * neurons * width,
+        bias,
+        e * neurons,
         n,
         neurons,
+        ACTIVATION,
         True,
-        GATED,
-        HAS_BIAS,
         BK,
         PRECISION,
     )
-    h = activate(z, ACTIVATION)
-    if GATED:
-        h = h * value
     h = h.to(down.dtype.element_ty)
-    gate = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)[:, None]
+    gate = gates_of_pairs(gates, pair, used)[:, None]
     for c0 in tl.range(begin, end, BK):
         c = c0 + tl.arange(0, BK)
         weights = matrix_tile(down + e * neurons * out_width, n, neurons, c, out_width, False)
@@ -113,16 +108,16 @@ def neurons_fused_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def neurons_hidden_kernel(
     x,
-    grad,
+    grad,  # of a backward, or None
     gates,
     order,  # None: a program has a pair of `index`
     index,
     up,
-    gate_up,
-    down,  # or None, if not BACKWARD
-    bias,
+    gate_up,  # or None
+    down,  # or None without grad
+    bias,  # or None
     h_rows,
-    dvalue_rows,
+    dvalue_rows,  # with gate_up
     dz_rows,
     gate_parts,  # [parts of the neurons, p] float32: gradients of the gates
     tokens,
@@ -132,9 +127,6 @@ def neurons_hidden_kernel(
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     BM: tl.constexpr,
@@ -146,45 +138,42 @@ def neurons_hidden_kernel(
     expert, place, pair, used = slots_of_program(order, index, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
-    if BACKWARD:
+    if grad is not None:
         at_gate = gate_parts + tl.program_id(1).to(tl.int64) * tokens * TOP_K + pair
     if expert == EXPERTS:
-        if BACKWARD:
+        if grad is not None:
             tl.store(at_gate, tl.zeros((BM,), dtype=tl.float32), mask=used)
         return
     e = expert.to(tl.int64)
     token = pair // TOP_K
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     rows = x + token * width
-    at = e * neurons * width
-    value, z = pre_activation(
+    h, value, z = hidden_units(
         rows,
         rows,
         used,
         width,
-        up + at,
-        gate_up + at,
-        bias + e * neurons,
+        up,
+        gate_up,
+        e * neurons * width,
+        bias,
+        e * neurons,
         n,
         neurons,
+        ACTIVATION,
         True,
-        GATED,
-        HAS_BIAS,
         BK,
         PRECISION,
     )
-    h = activate(z, ACTIVATION)
-    if GATED:
-        h = h * value
-    if BACKWARD:
-        gate = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)[:, None]
+    if grad is not None:
+        gate = gates_of_pairs(gates, pair, used)[:, None]
         weights = down + e * neurons * out_width
         dh = rows_times(
             grad + token * out_width, used, out_width, weights, n, neurons, True, BK, PRECISION
         )
         tl.store(at_gate, tl.sum(h * dh, 1), mask=used)
-        dvalue, dz = slopes(dh * gate, value, z, ACTIVATION, GATED)
-        if GATED:
+        dvalue, dz = slopes(dh * gate, value, z, gate_up, ACTIVATION)
+        if gate_up is not None:
             store_rows(dvalue_rows, place, dvalue, used, n, neurons)
         store_rows(dz_rows, place, dz, used, n, neurons)
         h = h * gate
@@ -194,7 +183,7 @@ def neurons_hidden_kernel(
 @triton.jit
 def neurons_rows_kernel(
     rows,  # [s, n]
-    more_rows,
+    more_rows,  # or None
     gates,  # None: rows are as they are
     order,
     weights,  # [e, n, c]
@@ -205,7 +194,6 @@ def neurons_rows_kernel(
     last,
     neurons,
     EXPERTS: tl.constexpr,
-    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     BM: tl.constexpr,
@@ -213,8 +201,7 @@ def neurons_rows_kernel(
     BK: tl.constexpr,
 ):
     """Grid ``(tiles of BM slots, parts of BN columns)``: rows of places times their experts'
-    weights, times the gate;
-    GATED: the sum of two such products."""
+    weights, times the gate; with ``more_rows`` the sum of two such products."""
     expert, place, pair, used = slots_of_program(order, None, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
@@ -223,13 +210,13 @@ def neurons_rows_kernel(
     at = place * neurons
     at_weights = expert.to(tl.int64) * neurons * columns
     acc = rows_times(rows + at, used, size, weights + at_weights, c, columns, False, BK, PRECISION)
-    if GATED:
+    if more_rows is not None:
         acc += rows_times(
             more_rows + at, used, size, more_weights + at_weights, c, columns, False, BK, PRECISION
         )
     if gates is not None:
-        gate = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)
-        acc = tl.where(expert == EXPERTS, 0.0, acc * gate[:, None])
+        gate = gates_of_pairs(gates, pair, used)[:, None]
+        acc = tl.where(expert == EXPERTS, 0.0, acc * gate)
     store_rows(out, pair, acc, used, c - first, last - first)
 
 
@@ -262,7 +249,7 @@ def neurons_few_kernel(
         rows = h_rows + tl.where(used, pair, 0) * neurons
         size = tl.where(chosen, neurons, 0)
         acc = rows_times(rows, used, size, weights, c, out_width, False, BK, PRECISION)
-        gate = tl.load(gates + pair, mask=chosen, other=0.0).to(tl.float32)
+        gate = gates_of_pairs(gates, pair, chosen)
         # Rounded before it is added, as rows of pairs are: of float32 a choice keeps the two from
         # becoming one FMA.
         row = tl.where(chosen, acc * gate, 0.0).to(out.dtype.element_ty)
@@ -311,7 +298,7 @@ def neurons_weights_kernel(
     h_rows,
     dvalue_rows,
     dz_rows,
-    dup,  # as the weights
+    dup,  # as the weights; None: not wanted
     ddown,
     dgate_up,
     dbias,
@@ -320,10 +307,6 @@ def neurons_weights_kernel(
     neurons,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    NEED_UP: tl.constexpr,
-    NEED_DOWN: tl.constexpr,
-    NEED_GATE_UP: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -337,24 +320,24 @@ def neurons_weights_kernel(
     pairs = order + EXPERTS + 2
     which = tl.program_id(2)
     if which == 0:
-        if NEED_UP:
+        if dup is not None:
             to = dup + e * neurons * width
             weight_gradient(
                 dvalue_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK
             )
     elif which == 1:
-        if NEED_DOWN:
+        if ddown is not None:
             to = ddown + e * neurons * out_width
             weight_gradient(
                 h_rows, grad, pairs, low, high, to, out_width, neurons, TOP_K, PRECISION, BM, BN, BK
             )
     elif which == 2:
-        if NEED_GATE_UP:
+        if dgate_up is not None:
             to = dgate_up + e * neurons * width
             weight_gradient(
                 dz_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK
             )
-    elif NEED_BIAS:
+    elif dbias is not None:
         n = tl.program_id(1) * BM + tl.arange(0, BM)
         if tl.program_id(1) * BM < neurons:
             total = tl.zeros((BM,), dtype=tl.float32)

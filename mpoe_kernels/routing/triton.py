@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -167,28 +167,31 @@ def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
 
 
 def sum_choices(
-    outs: Sequence[Tensor],
+    outs: Mapping[str, Tensor],
+    columns: int,
     top_k: int,
     step: int,
-    write: Callable[[Sequence[Tensor], int, int], None],
+    write: Callable[[Mapping[str, Tensor], int, int], None],
 ) -> None:
-    """Sums ``[T, F]`` over a token's choices, in order, of rows ``[T K, columns]`` that
+    """Sums ``[T, columns]`` over a token's choices, in order, of rows ``[T K, ..]`` that
     ``write(rows, first, last)`` writes for some of the columns, a multiple of ``step``: as many as
-    `MOST_ROWS` holds. All ``outs`` are alike."""
-    tokens, columns = outs[0].shape
-    if top_k == 1:
+    `MOST_ROWS` holds. All ``outs`` are alike; rows have their names."""
+    if top_k == 1 or not outs:
         write(outs, 0, columns)
         return
-    most = max(1, MOST_ROWS // (len(outs) * tokens * top_k * outs[0].element_size() * step)) * step
+    like = next(iter(outs.values()))
+    tokens = like.shape[0]
+    row_bytes = len(outs) * tokens * top_k * like.element_size()
+    most = max(1, MOST_ROWS // (row_bytes * step)) * step
     for first in range(0, columns, most):
         last = min(first + most, columns)
-        rows = [out.new_empty(tokens * top_k, last - first) for out in outs]
+        rows = {name: like.new_empty(tokens * top_k, last - first) for name in outs}
         write(rows, first, last)
-        for row, out in zip(rows, outs, strict=True):
+        for name, out in outs.items():
             start(
                 kernels.sum_choices_kernel,
                 (cdiv(tokens, SUMMED["BM"]), cdiv(last - first, SUMMED["BN"])),
-                rows=row,
+                rows=rows[name],
                 out=out,
                 tokens=tokens,
                 columns=columns,

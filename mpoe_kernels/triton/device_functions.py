@@ -111,20 +111,26 @@ def slots_of_program(order, index, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM
 
 
 @triton.jit
+def rows_read(row_index, slot, inside):
+    """The rows that slots read: by ``row_index``, or without one their own."""
+    if row_index is not None:
+        slot = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
+    return slot
+
+
+@triton.jit
+def gates_of_pairs(gates, pair, used):
+    """Gates of pairs, float32 ``[BM]``; zero where not ``used``."""
+    return tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_rows(out, rows, values, used, columns, last):
     """Values of rows, by their numbers, in columns of ``out [.., last]``."""
     at = rows[:, None] * last + columns[None, :]
     tl.store(
         out + at, values.to(out.dtype.element_ty), mask=used[:, None] & (columns < last)[None, :]
     )
-
-
-@triton.jit
-def range_of_part(count, part, parts):
-    """First and last position of one of ``parts`` roughly equal parts of ``0 .. count``."""
-    share = tl.cdiv(count, parts)
-    begin = tl.minimum(part * share, count)
-    return begin, tl.minimum(begin + share, count)
 
 
 @triton.jit
@@ -160,14 +166,14 @@ def through_activation(grad, z, NAME: tl.constexpr):
 
 
 @triton.jit
-def slopes(dh, value, z, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """``(dvalue, dz)`` from the gradient of the hidden activation, see `pre_activation`."""
+def slopes(dh, value, z, gate_up, ACTIVATION: tl.constexpr):
+    """``(dvalue, dz)`` from the gradient of the hidden activation, see `hidden_units`."""
     dz = dh
-    if GATED:
+    if gate_up is not None:
         dz = dh * value
     dz = through_activation(dz, z, ACTIVATION)
     dvalue = dz
-    if GATED:
+    if gate_up is not None:
         dvalue = dh * activate(z, ACTIVATION)
     return dvalue, dz
 
@@ -212,35 +218,39 @@ def rows_times(
 
 
 @triton.jit
-def pre_activation(
+def hidden_units(
     rows,  # [BM] pointers
     rows_gate,  # of the gated part
     used,
     size,  # of the rows
-    up,  # of an expert
-    gate_up,
-    bias,
+    up,  # of all experts
+    gate_up,  # or None
+    at,  # where the expert's begin
+    bias,  # or None
+    at_bias,
     n,  # [BN] hidden units
     units,
+    ACTIVATION: tl.constexpr,
     BY_COLUMN: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``(value, z) [BM, BN]``: rows up and the input of the activation; without a gate they differ
-    only by the bias."""
+    """``(h, value, z) [BM, BN]``: the hidden activation, rows up, and the input of the activation;
+    without a gate the latter two differ only by the bias."""
     value = tl.zeros((rows.shape[0], n.shape[0]), dtype=tl.float32)
     z = tl.zeros((rows.shape[0], n.shape[0]), dtype=tl.float32)
     for k0 in tl.range(0, size, BK):
         k = k0 + tl.arange(0, BK)
-        tile = matrix_tile(up, k, size, n, units, BY_COLUMN)
+        tile = matrix_tile(up + at, k, size, n, units, BY_COLUMN)
         value = tl.dot(row_tile(rows, used, k, size), tile, value, input_precision=PRECISION)
-        if GATED:
-            tile = matrix_tile(gate_up, k, size, n, units, BY_COLUMN)
+        if gate_up is not None:
+            tile = matrix_tile(gate_up + at, k, size, n, units, BY_COLUMN)
             z = tl.dot(row_tile(rows_gate, used, k, size), tile, z, input_precision=PRECISION)
-    if not GATED:
+    if gate_up is None:
         z = value
-    if HAS_BIAS:
-        z += tl.load(bias + n, mask=n < units, other=0.0).to(tl.float32)[None, :]
-    return value, z
+    if bias is not None:
+        z += tl.load(bias + at_bias + n, mask=n < units, other=0.0).to(tl.float32)[None, :]
+    h = activate(z, ACTIVATION)
+    if gate_up is not None:
+        h = h * value
+    return h, value, z

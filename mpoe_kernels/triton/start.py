@@ -30,6 +30,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a contiguous copy; None for None, which kernels take for what is missing."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def precision(dtype: torch.dtype) -> str:
     """The precision of float32 products, following PyTorch's setting."""
     return "tf32" if may_round_to_tf32(dtype) else "ieee"

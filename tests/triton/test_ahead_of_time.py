@@ -202,7 +202,7 @@ def test_numbers_that_grow_with_the_tokens_are_not_specialised():
     for tokens in (1, 16, 17):
         rows = torch.empty(tokens * 2, 64, dtype=torch.bfloat16, device="meta")
         with recorded("sm_90") as found:
-            routing.sum_choices([rows.new_empty(tokens, 64)], 2, 16, lambda *_: None)
+            routing.sum_choices({"out": rows.new_empty(tokens, 64)}, 64, 2, 16, lambda *_: None)
         jobs |= {job_of(launch, "sm_90") for launch in found}
     (job,) = jobs
     assert dict(job.signature)["tokens"] == "i32"

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.triton.device_functions import COUNTS, activate, part_of_rows
+from mpoe_kernels.triton.device_functions import COUNTS, activate, part_of_rows, rows_read
 
 
 @triton.jit
@@ -54,6 +54,31 @@ def regroup(product, TKL: tl.constexpr, TNL: tl.constexpr, TKR: tl.constexpr, TN
     N_LOW: tl.constexpr = min(2, TNR)
     digits = tl.reshape(product, (TKL, LOW, TNL // LOW, TKR // K_LOW, TNR // N_LOW, K_LOW, N_LOW))
     return tl.reshape(tl.permute(digits, 0, 3, 5, 2, 1, 4, 6), (TKL * TKR, TNL * TNR))
+
+
+@triton.jit
+def load_columns(
+    rows,  # pointers
+    inside,
+    left,  # the tile's first left digit
+    c,
+    right,
+    SIZES: tl.constexpr,
+    LIMIT: tl.constexpr,
+    TL: tl.constexpr,
+    TR: tl.constexpr,
+):
+    """``[rows, columns]``: the columns that a tile's digits stand for, with zeros for
+    padding; only rows are masked if nothing is padded."""
+    position = tl.arange(0, TL * TR)
+    column = ((left + position // TR) * SIZES[1] + c) * SIZES[2] + right + position % TR
+    mask = inside[:, None]
+    if SIZES[0] % TL != 0 or SIZES[2] % TR != 0:
+        known = (position // TR < SIZES[0] - left) & (position % TR < SIZES[2] - right)
+        mask = mask & known[None, :]
+    if LIMIT > 0:
+        mask = mask & (column < LIMIT)[None, :]
+    return tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -106,9 +131,7 @@ def fused_kernel(
     r = first + tl.arange(0, BM)
     inside = r < rows
     slot = (lo + r).to(tl.int64)
-    source = slot
-    if row_index is not None:
-        source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
+    source = rows_read(row_index, slot, inside)
 
     n_tile = tl.program_id(0) % n_tiles
     nr0 = (n_tile % right_tiles) * NR
@@ -119,9 +142,6 @@ def fused_kernel(
     column_k, column_n = column_digits(KR, NR)
     bond_a = tl.arange(0, DA)
     bond_b = tl.arange(0, DB)
-    k = tl.arange(0, KL * KR)
-    k_left = k // KR
-    k_right = k % KR
     expert = e.to(tl.int64)
     x_rows = x + source * X_SLOT
     left_at = left + expert * LEFT[0] + row_k[:, None] * LEFT[1] + (nl0 + row_n)[:, None] * LEFT[2]
@@ -153,15 +173,7 @@ def fused_kernel(
             ct = tl.load(central_at + kc * CENTRAL[0], mask=central_mask, other=0.0)
             product = tl.dot(lt, ct, input_precision=PRECISION).to(x.dtype.element_ty)
             w = tl.dot(product, rt, input_precision=PRECISION).to(x.dtype.element_ty)
-            column = ((kl0 + k_left) * K_SIZES[1] + kc) * K_SIZES[2] + kr0 + k_right
-            x_mask = inside[:, None]
-            if K_SIZES[0] % KL != 0 or K_SIZES[2] % KR != 0:
-                x_mask = (
-                    x_mask & ((k_left < K_SIZES[0] - kl0) & (k_right < K_SIZES[2] - kr0))[None, :]
-                )
-            if X_LIMIT > 0:
-                x_mask = x_mask & (column < X_LIMIT)[None, :]
-            xt = tl.load(x_rows[:, None] + column[None, :], mask=x_mask, other=0.0)
+            xt = load_columns(x_rows, inside, kl0, kc, kr0, K_SIZES, X_LIMIT, KL, KR)
             acc = tl.dot(xt, regroup(w, KL, NL, KR, NR), acc, input_precision=PRECISION)
 
     n = tl.arange(0, NL * NR)
@@ -172,9 +184,7 @@ def fused_kernel(
     mask = inside[:, None] & n_inside[None, :]
     if bias is not None:
         acc += tl.load(bias + column, mask=n_inside, other=0.0).to(tl.float32)[None, :]
-    to = slot
-    if out_index is not None:
-        to = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
+    to = rows_read(out_index, slot, inside)
     at_out = to[:, None] * OUT_SLOT + column[None, :]
     if pre is not None:
         tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)

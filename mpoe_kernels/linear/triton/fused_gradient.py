@@ -13,87 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.triton.device_functions import range_of_part
-
-
-@triton.jit
-def tile_columns(left, c, right, SIZES: tl.constexpr, TL: tl.constexpr, TR: tl.constexpr):
-    """Columns of x or grad that a tile's left and right digits stand for."""
-    position = tl.arange(0, TL * TR)
-    return ((left + position // TR) * SIZES[1] + c) * SIZES[2] + right + position % TR
-
-
-@triton.jit
-def load_rows(
-    rows,
-    inside,
-    column,
-    left,
-    right,
-    SIZES: tl.constexpr,
-    LIMIT: tl.constexpr,
-    TL: tl.constexpr,
-    TR: tl.constexpr,
-):
-    """``[rows, columns]`` with zeros for padding; only rows are masked if nothing is padded."""
-    mask = inside[:, None]
-    position = tl.arange(0, TL * TR)
-    if SIZES[0] % TL != 0 or SIZES[2] % TR != 0:
-        mask = (
-            mask
-            & ((position // TR < SIZES[0] - left) & (position % TR < SIZES[2] - right))[None, :]
-        )
-    if LIMIT > 0:
-        mask = mask & (column < LIMIT)[None, :]
-    return tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def weight_gradient(
-    x,
-    grad,
-    row_index,
-    lo,
-    hi,
-    kl0,
-    kc,
-    kr0,
-    nl0,
-    nc,
-    nr0,
-    K_SIZES: tl.constexpr,
-    N_SIZES: tl.constexpr,
-    X_SLOT: tl.constexpr,
-    GRAD_SLOT: tl.constexpr,
-    X_LIMIT: tl.constexpr,
-    GRAD_LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    KL: tl.constexpr,
-    NL: tl.constexpr,
-    KR: tl.constexpr,
-    NR: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Gradient of a tile of W over the slots ``lo .. hi``, as ``[(k, n) of left, (k, n) of
-    right]``."""
-    x_column = tile_columns(kl0, kc, kr0, K_SIZES, KL, KR)
-    grad_column = tile_columns(nl0, nc, nr0, N_SIZES, NL, NR)
-    acc = tl.zeros((KL * KR, NL * NR), dtype=tl.float32)
-    for t0 in tl.range(lo, hi, BT, num_stages=STAGES):
-        r = t0 + tl.arange(0, BT)
-        inside = r < hi
-        slot = r.to(tl.int64)
-        source = slot
-        if row_index is not None:
-            source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
-        xt = load_rows(x + source * X_SLOT, inside, x_column, kl0, kr0, K_SIZES, X_LIMIT, KL, KR)
-        gt = load_rows(
-            grad + slot * GRAD_SLOT, inside, grad_column, nl0, nr0, N_SIZES, GRAD_LIMIT, NL, NR
-        )
-        acc = tl.dot(tl.trans(xt), gt, acc, input_precision=PRECISION)
-    digits = tl.reshape(acc.to(x.dtype.element_ty), (KL, KR, NL, NR))
-    return tl.reshape(tl.permute(digits, 0, 2, 1, 3), (KL * NL, KR * NR))
+from mpoe_kernels.linear.triton.fused import load_columns
+from mpoe_kernels.triton.device_functions import rows_read
 
 
 @triton.jit
@@ -144,7 +65,9 @@ def gradient_kernel(
     hi = tl.load(offsets + e + 1).to(tl.int32)
     bond = tl.arange(0, DB)
     position = tl.arange(0, SUM_K * SUM_N)
-    begin, end = range_of_part(K_SIZES[1] * N_SIZES[1], tl.program_id(1), tl.num_programs(1))
+    share = tl.cdiv(K_SIZES[1] * N_SIZES[1], tl.num_programs(1))
+    begin = tl.minimum(tl.program_id(1) * share, K_SIZES[1] * N_SIZES[1])
+    end = tl.minimum(begin + share, K_SIZES[1] * N_SIZES[1])
     acc = tl.zeros((OUT_K * OUT_N, DB), dtype=tl.float32)
     for step in tl.range(begin * summed, tl.where(hi > lo, end, begin) * summed, num_stages=1):
         kc = step // summed // N_SIZES[1]
@@ -155,10 +78,19 @@ def gradient_kernel(
         nl0 = (left % left_n_tiles) * NL
         kr0 = (right // right_n_tiles) * KR
         nr0 = (right % right_n_tiles) * NR
-        dw = weight_gradient(
-            x, grad, row_index, lo, hi, kl0, kc, kr0, nl0, nc, nr0, K_SIZES, N_SIZES,
-            X_SLOT, GRAD_SLOT, X_LIMIT, GRAD_LIMIT, PRECISION, BT, KL, NL, KR, NR, STAGES,
-        )  # fmt: skip
+        dw = tl.zeros((KL * KR, NL * NR), dtype=tl.float32)
+        for t0 in tl.range(lo, hi, BT, num_stages=STAGES):
+            r = t0 + tl.arange(0, BT)
+            inside = r < hi
+            slot = r.to(tl.int64)
+            source = rows_read(row_index, slot, inside)
+            x_rows = x + source * X_SLOT
+            xt = load_columns(x_rows, inside, kl0, kc, kr0, K_SIZES, X_LIMIT, KL, KR)
+            grad_rows = grad + slot * GRAD_SLOT
+            gt = load_columns(grad_rows, inside, nl0, nc, nr0, N_SIZES, GRAD_LIMIT, NL, NR)
+            dw = tl.dot(tl.trans(xt), gt, dw, input_precision=PRECISION)
+        digits = tl.reshape(dw.to(x.dtype.element_ty), (KL, KR, NL, NR))
+        factors = tl.reshape(tl.permute(digits, 0, 2, 1, 3), (KL * NL, KR * NR))
         k = (kl0 if OF_RIGHT else kr0) + position // SUM_N
         n = (nl0 if OF_RIGHT else nr0) + position % SUM_N
         mask = (
@@ -168,7 +100,9 @@ def gradient_kernel(
         )
         at = other + expert * OTHER[0] + kc * OTHER[3] + nc * OTHER[4] + bond[None, :] * OTHER[5]
         factor = tl.load(at + k[:, None] * OTHER[1] + n[:, None] * OTHER[2], mask=mask, other=0.0)
-        acc = tl.dot(tl.trans(dw) if OF_RIGHT else dw, factor, acc, input_precision=PRECISION)
+        acc = tl.dot(
+            tl.trans(factors) if OF_RIGHT else factors, factor, acc, input_precision=PRECISION
+        )
 
     row = tl.arange(0, OUT_K * OUT_N)
     n_tiles: tl.constexpr = right_n_tiles if OF_RIGHT else left_n_tiles

@@ -133,55 +133,44 @@ def filled_up(bond: int) -> int:
     return max(LEAST, 1 << max(bond - 1, 0).bit_length())
 
 
-def rebuild_work(sides: Sides, extents: Cut) -> float:
-    """Multiply-adds per element of W to compute a tile: its cost in equivalent rows of tokens."""
-    a = filled_up(sides.a)
-    b = filled_up(sides.b)
-    return b + a * b / extents.columns
+class Needs(NamedTuple):
+    """What a tile asks of a program.
 
-
-def shared_bytes(sides: Sides, extents: Cut, tile: FusedTile, itemsize: int, purpose: str) -> int:
-    """Estimate of a program's shared memory: the operands of all stages, resident data, and the
-    tile of W."""
-    a = filled_up(sides.a)
-    b = filled_up(sides.b)
-    if purpose == "gradient":
-        step = tile.m * (extents.k + extents.n)
-        stays = b * max(extents.rows, extents.columns)
-    else:
-        step = tile.m * extents.k + extents.rows * a + a * b
-        stays = b * extents.columns
-    return itemsize * (tile.stages * step + stays + extents.k * extents.n)
-
-
-def _accumulators(sides: Sides, extents: Cut, tile: FusedTile, purpose: str) -> int:
-    if purpose == "gradient":
-        return extents.k * extents.n + filled_up(sides.b) * max(extents.rows, extents.columns)
-    return tile.m * extents.n + extents.rows * extents.columns
-
-
-def step_operands(sides: Sides, extents: Cut, tile: FusedTile, purpose: str) -> int:
-    """Elements that a step reads from the cache."""
-    if purpose == "gradient":
-        return tile.m * (extents.k + extents.n)
-    a = filled_up(sides.a)
-    b = filled_up(sides.b)
-    return tile.m * extents.k + extents.rows * a + a * b
-
-
-def row_tile_work(sides: Sides, extents: Cut, tile: FusedTile, purpose: str) -> float:
-    """Multiply-adds for a tile of tokens' rows: those of the GEMM, of computing W, and the cost of
-    reading operands.
-
-    Reads count as work because the cache is no faster; pieces shorter than 8 cost more.
+    Attributes:
+        shared: bytes of shared memory, estimated: the operands of all stages, what stays, and the
+            tile of W.
+        accumulators: float32 numbers in registers.
+        work: multiply-adds for all tiles of W and one tile of tokens' rows: those of the GEMM, of
+            computing W, and the cost of reading operands. Reads count as work because the cache is
+            no faster; pieces shorter than 8 cost more.
     """
-    k_tiles, n_tiles = extents.tiles(sides)
-    area = extents.k * extents.n
-    reading = READING * step_operands(sides, extents, tile, purpose) * max(1.0, 8 / extents.kr)
-    work = tile.m * area + reading * (max(1.0, 8 / extents.nr) if purpose == "gradient" else 1.0)
-    if purpose != "gradient":
-        work += area * rebuild_work(sides, extents)
-    return k_tiles * n_tiles * (work + STEP)
+
+    shared: int
+    accumulators: int
+    work: float
+
+    @classmethod
+    def of(cls, sides: Sides, extents: Cut, tile: FusedTile, itemsize: int, purpose: str) -> Needs:
+        """Of a tile that is cut so."""
+        a = filled_up(sides.a)
+        b = filled_up(sides.b)
+        k_tiles, n_tiles = extents.tiles(sides)
+        area = extents.k * extents.n
+        work = float(tile.m * area)
+        short = max(1.0, 8 / extents.kr)
+        if purpose == "gradient":
+            step = tile.m * (extents.k + extents.n)
+            stays = b * max(extents.rows, extents.columns)
+            accumulators = area + stays
+            short *= max(1.0, 8 / extents.nr)
+        else:
+            step = tile.m * extents.k + extents.rows * a + a * b
+            stays = b * extents.columns
+            accumulators = tile.m * extents.n + extents.rows * extents.columns
+            work += area * (b + a * b / extents.columns)
+        work += READING * step * short + STEP
+        shared = itemsize * (tile.stages * step + stays + area)
+        return cls(shared, accumulators, k_tiles * n_tiles * work)
 
 
 def _powers(size: int) -> list[int]:
@@ -193,28 +182,21 @@ def _powers(size: int) -> list[int]:
 def cut(sides: Sides, tile: FusedTile, itemsize: int, limit: int, purpose: str) -> Cut | None:
     """The cheapest way to cut W into tiles; ``None`` if none fits into ``limit`` bytes of shared
     memory."""
-    best: tuple[tuple[float, ...], Cut] | None = None
-    for extents in product(
-        *(_powers(size) for size in (sides.k[0], sides.n[0], sides.k[2], sides.n[2]))
-    ):
-        extent = Cut(*extents)
-        if not (LEAST <= extent.rows <= tile.rows and LEAST <= extent.columns <= tile.columns):
+    sizes = (sides.k[0], sides.n[0], sides.k[2], sides.n[2])
+    cheapest: tuple[tuple[float, ...], Cut] | None = None
+    for numbers in product(*map(_powers, sizes)):
+        extents = Cut(*numbers)
+        if not (LEAST <= extents.rows <= tile.rows and LEAST <= extents.columns <= tile.columns):
             continue
-        if not (LEAST <= extent.k <= WIDEST and LEAST <= extent.n <= WIDEST):
+        if not (LEAST <= extents.k <= WIDEST and LEAST <= extents.n <= WIDEST):
             continue
-        if _accumulators(sides, extent, tile, purpose) > tile.accumulators:
+        needs = Needs.of(sides, extents, tile, itemsize, purpose)
+        if needs.accumulators > tile.accumulators or needs.shared > limit:
             continue
-        if shared_bytes(sides, extent, tile, itemsize, purpose) > limit:
-            continue
-        key = (row_tile_work(sides, extent, tile, purpose), -extent.nr, -extent.kr, -extent.nl)
-        if best is None or key < best[0]:
-            best = (key, extent)
-    return None if best is None else best[1]
-
-
-def expected_row_tiles(rows: float, tile: FusedTile) -> float:
-    """Row tiles of an expert with ``rows`` rows on average: the last one is half full."""
-    return max(1.0, rows / tile.m + 0.5)
+        cost = (needs.work, -extents.nr, -extents.kr, -extents.nl)
+        if cheapest is None or cost < cheapest[0]:
+            cheapest = (cost, extents)
+    return None if cheapest is None else cheapest[1]
 
 
 def best_tiles(
@@ -222,16 +204,19 @@ def best_tiles(
 ) -> list[tuple[FusedTile, Cut]]:
     """The two tiles with the least work for ``rows`` rows per expert, of a gradient one; as far as
     they fit."""
-    cuts = ((tile, cut(sides, tile, itemsize, limit, purpose)) for tile in tiles)
-    able = [(tile, extents) for tile, extents in cuts if extents is not None]
+    able = []
+    for tile in tiles:
+        extents = cut(sides, tile, itemsize, limit, purpose)
+        if extents is not None:
+            able.append((tile, extents))
+
+    def work(choice: tuple[FusedTile, Cut]) -> float:
+        row_tiles = max(1.0, rows / choice[0].m + 0.5)  # an expert's last one is half full
+        return row_tiles * Needs.of(sides, choice[1], choice[0], itemsize, purpose).work
+
     if purpose == "gradient":
         return able[:1]
-    able.sort(
-        key=lambda pair: (
-            expected_row_tiles(rows, pair[0]) * row_tile_work(sides, pair[1], pair[0], purpose)
-        )
-    )
-    return able[:2]
+    return sorted(able, key=work)[:2]
 
 
 def fused_choice(

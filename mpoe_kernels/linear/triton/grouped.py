@@ -34,6 +34,7 @@ from mpoe_kernels.triton.device_functions import (
     part_ends,
     part_of_rows,
     pick,
+    rows_read,
     through_activation,
 )
 from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, precision, start, start_best
@@ -148,9 +149,8 @@ def grouped_rows_kernel(
     r = first + tl.arange(0, BM)
     inside = r < rows
     slot = (lo + r // P).to(tl.int64)
-    source = slot
+    source = rows_read(row_index, slot, inside)
     if row_index is not None:
-        source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
         source = tl.max_constancy(source, (SAME,))  # so that neighbouring rows are loaded together
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     a_rows = a + (source * A[0] + (r % P) * A[1])[:, None]
@@ -237,9 +237,7 @@ def grouped_blocks_kernel(
         r = r0 + tl.arange(0, BK)
         inside = r < rows
         slot = (lo + r // P).to(tl.int64)
-        source = slot
-        if row_index is not None:
-            source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
+        source = rows_read(row_index, slot, inside)
         owned = inside
         if b is not None:  # empty slots give zeros
             owned = r < tl.where(e < EXPERTS, rows, 0)

@@ -234,20 +234,22 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
         BackendError: with all reasons, when the named backend or every backend cannot run the
             request.
     """
-    if name != AUTO:
-        reasons = BACKENDS[name].unsupported_reasons(request)
-        if reasons:
-            raise BackendError(f"backend {name!r} cannot run {request.op}: {'; '.join(reasons)}")
-        return BACKENDS[name].kernels[request.op]
     refused = {}
-    for backend in preferred_backends(request):
+    for backend in preferred_backends(request) if name == AUTO else (BACKENDS[name],):
         refused[backend.name] = backend.unsupported_reasons(request)
         if not refused[backend.name]:
             return backend.kernels[request.op]
-    listing = "; ".join(f"{n}: {', '.join(r)}" for n, r in refused.items())
-    raise BackendError(
-        f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}"
-    )
+    raise refusal(request, refused, name)
+
+
+def refusal(request: Request, refused: Mapping[str, list[str]], name: str) -> BackendError:
+    """The error if the named backend, or every one, is refused: with all reasons, by backend."""
+    if name != AUTO:
+        reasons = "; ".join(refused[name])
+        return BackendError(f"backend {name!r} cannot run {request.op}: {reasons}")
+    listing = "; ".join(f"{other}: {', '.join(reasons)}" for other, reasons in refused.items())
+    what = f"{request.op} on {request.device_type} {request.dtype}"
+    return BackendError(f"no backend can run {what}: {listing}")
 
 
 # ------------------------------------------------------------------ the backends

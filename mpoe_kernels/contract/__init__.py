@@ -5,7 +5,6 @@ from mpoe_kernels.contract.orders import STRATEGIES, BlockDims, expected_busy_ex
 from mpoe_kernels.contract.plan import (
     Contraction,
     ContractionPlan,
-    contraction,
     contractions,
     plan_contraction,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "Contraction",
     "ContractionPlan",
     "Program",
-    "contraction",
     "contractions",
     "expected_busy_experts",
     "float32_mm",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from operator import add
 
 import torch
 
+from mpoe_kernels.checks import check_integer
 from mpoe_kernels.contract.orders import (
     INDICES,
     STRATEGIES,
@@ -28,7 +30,6 @@ from mpoe_kernels.contract.program import (
     Product,
     Program,
     program_of,
-    recipe,
     value_of,
 )
 from mpoe_kernels.mpo.shape import MPOShape
@@ -40,115 +41,89 @@ class Contraction:
 
     Attributes:
         strategy: one of `STRATEGIES`.
-        phase: ``forward`` or ``backward``.
-        order: the operands that x is multiplied by, in order, e.g. ``("W",)`` or ``("LC", "R")``.
-        program: the products, in order; a backward of ``separable`` takes what its forward saved.
         dims: sizes of the blocks.
-        num_experts, busy_experts: E, and how many of them get slots under uniform random routing.
+        num_experts: E.
         slots: rows N = T K.
         dtype: of x and the blocks.
+        phase: ``forward`` or ``backward``.
         need: which gradients a backward computes: x, left, central, right.
-        flops: of all products.
-        temporary_bytes: peak memory of rebuilt weights and their gradients.
-        activation_bytes: peak memory of intermediate rows (neither x nor y).
         device: ``cpu``, ``cuda:1``, ...; for the backends.
         keeps: the forward of ``separable`` saves its central step's rows for a backward.
+
+    Raises:
+        ValueError: an unknown strategy or phase, or ``separable`` for a shape that is not.
     """
 
     strategy: str
-    phase: str
-    order: tuple[str, ...]
-    program: Program
     dims: BlockDims
     num_experts: int
-    busy_experts: int
     slots: int
     dtype: torch.dtype
-    need: Need
-    flops: int
-    temporary_bytes: int
-    activation_bytes: int
+    phase: str
+    need: Need = ALL_GRADIENTS
     device: str = "cpu"
     keeps: bool = False
+
+    def __post_init__(self) -> None:
+        program_of(self.dims, self.strategy, self.phase)
+
+    @property
+    def program(self) -> Program:
+        """The products, in order; a backward of ``separable`` takes what its forward saved."""
+        return program_of(self.dims, self.strategy, self.phase, self.need)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The operands that x is multiplied by, in order, e.g. ``("W",)`` or ``("LC", "R")``."""
+        return self.program.order
+
+    @property
+    def busy_experts(self) -> int:
+        """How many experts get slots under uniform random routing."""
+        return expected_busy_experts(self.num_experts, self.slots)
 
     @property
     def device_type(self) -> str:
         """``cpu``, ``cuda``, ..."""
         return self.device.partition(":")[0]
 
+    @cached_property
+    def flops(self) -> int:
+        """Of all products."""
+        return sum(self._product_flops(product) for product in self.program.products)
 
-def _product_flops(
-    product: Product, program: Program, dims: BlockDims, busy: int, slots: int
-) -> int:
-    """FLOPs of one product for so many slots of so many experts; a whole weight has its true
-    size."""
-    kind, result, first, second, _ = product
-    of_weight = "W" in (value_of(second), value_of(result)) and kind != MERGE
-    axes = frozenset(program.axes[first]) | frozenset(program.axes[second])
-    elements = dims.in_features * dims.out_features if of_weight else dims.elements(axes)
-    return 2 * elements * (busy if kind == MERGE else slots)
+    def _product_flops(self, product: Product) -> int:
+        """Of one product; a whole weight has its true size."""
+        dims = self.dims
+        elements = dims.in_features * dims.out_features
+        names = (product.first, product.second)
+        if product.kind == MERGE or "W" not in map(value_of, (product.second, product.result)):
+            axes = self.program.axes
+            elements = dims.elements(frozenset().union(*(axes[name] for name in names)))
+        return 2 * elements * (self.busy_experts if product.kind == MERGE else self.slots)
 
+    @property
+    def temporary_bytes(self) -> int:
+        """Peak memory of rebuilt weights and their gradients: W together with the half that it is
+        built from; a half together with its gradient."""
+        dims = self.dims
+        elements = 0
+        if self.strategy == "rebuild":
+            half = dims.elements(INDICES["LC" if dims.left_first else "CR"])
+            elements = dims.weight_elements + half
+        elif self.strategy in ("half_left", "half_right"):
+            elements = dims.elements(INDICES["LC" if self.strategy == "half_left" else "CR"])
+            if self.phase == "backward" and any(self.need[1:]):
+                elements *= 2
+        return elements * self.dtype.itemsize if self.slots else 0
 
-def _temporary_elements(dims: BlockDims, strategy: str, phase: str, need: Need) -> int:
-    """Peak of weights: W together with the half that it is built from; a half together with its
-    gradient."""
-    if strategy == "rebuild":
-        return dims.weight_elements + dims.elements(INDICES["LC" if dims.left_first else "CR"])
-    if strategy in ("half_left", "half_right"):
-        half = dims.elements(INDICES["LC" if strategy == "half_left" else "CR"])
-        return 2 * half if phase == "backward" and any(need[1:]) else half
-    return 0
-
-
-def _activation_elements(dims: BlockDims, strategy: str) -> int:
-    """Intermediate rows per slot: the largest pair of consecutive ones, where one is computed from
-    the other."""
-    _, order = recipe(dims, strategy)
-    between = [step.after for step in applications(dims, order)[:-1]]
-    if not between:
-        return 0
-    return max(sum(pair) for pair in zip([0, *between], [*between, 0], strict=True))
-
-
-@lru_cache(maxsize=4096)
-def contraction(
-    strategy: str,
-    dims: BlockDims,
-    num_experts: int,
-    slots: int,
-    dtype: torch.dtype,
-    phase: str,
-    need: Need = ALL_GRADIENTS,
-    device: str = "cpu",
-    keeps: bool = False,
-) -> Contraction:
-    """One strategy in one phase; see `Contraction` for the arguments.
-
-    Raises:
-        ValueError: an unknown strategy or phase, or ``separable`` for a shape that is not.
-    """
-    busy = expected_busy_experts(num_experts, slots)
-    program = program_of(dims, strategy, phase, need)
-    flops = sum(_product_flops(product, program, dims, busy, slots) for product in program.products)
-    return Contraction(
-        strategy=strategy,
-        phase=phase,
-        order=program.order,
-        program=program,
-        dims=dims,
-        num_experts=num_experts,
-        busy_experts=busy,
-        slots=slots,
-        dtype=dtype,
-        need=need,
-        flops=flops,
-        temporary_bytes=_temporary_elements(dims, strategy, phase, need) * dtype.itemsize
-        if slots
-        else 0,
-        activation_bytes=_activation_elements(dims, strategy) * slots * dtype.itemsize,
-        device=device,
-        keeps=keeps,
-    )
+    @property
+    def activation_bytes(self) -> int:
+        """Peak memory of intermediate rows, neither x nor y: the largest pair of consecutive ones,
+        where one is computed from the other."""
+        between = [0, *[step.after for step in applications(self.dims, self.order)[:-1]], 0]
+        widest = max(map(add, between, between[1:]))
+        return widest * self.slots * self.dtype.itemsize
 
 
 def candidate_strategies(dims: BlockDims) -> Iterator[str]:
@@ -184,7 +159,7 @@ def contractions(
         keeps: the forward of ``separable`` saves its central step's rows for the backward.
     """
     every = (
-        contraction(strategy, dims, num_experts, slots, dtype, phase, need, device, keeps)
+        Contraction(strategy, dims, num_experts, slots, dtype, phase, need, device, keeps)
         for strategy in candidate_strategies(dims)
     )
     limit = 2 * dims.weight_elements * dtype.itemsize
@@ -270,14 +245,9 @@ class ContractionPlan:
     def dense_flops(self) -> int:
         """FLOPs of a dense layer on the same rows, forward, or forward and backward when
         training."""
-        rows = self.num_tokens * self.top_k
-        return (
-            2
-            * self.shape.in_features
-            * self.shape.out_features
-            * rows
-            * (3 if self.training else 1)
-        )
+        weight = self.shape.in_features * self.shape.out_features
+        products = 3 if self.training else 1
+        return 2 * weight * self.num_tokens * self.top_k * products
 
     @property
     def x_dense(self) -> float:
@@ -300,33 +270,19 @@ class ContractionPlan:
             f"{format_bytes(self.temporary_bytes)} of temporary weights",
         ]
         for ranked in self.ranked:
-            rows = [(f"{ranked[0].phase}", "rows meet", "work", "temporary")]
-            rows += [
-                (
-                    c.strategy,
-                    ", ".join(c.order),
-                    format_flops(c.flops),
-                    format_bytes(c.temporary_bytes),
-                )
-                for c in ranked
-            ]
-            widths = [max(len(row[k]) for row in rows) for k in range(4)]
-            for row in rows:  # words to the left, numbers to the right
-                cells = enumerate(zip(row, widths, strict=True))
-                lines.append(
-                    "  ".join(["", *(c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in cells)])
-                )
+            rows = [(ranked[0].phase, "rows meet", "work", "temporary")]
+            for c in ranked:
+                work = format_flops(c.flops)
+                rows.append((c.strategy, ", ".join(c.order), work, format_bytes(c.temporary_bytes)))
+            columns = zip(*rows, strict=True)
+            widths = [max(map(len, column)) for column in columns]
+            for strategy, order, work, memory in rows:  # words to the left, numbers to the right
+                words = f"  {strategy:{widths[0]}}  {order:{widths[1]}}"
+                lines.append(f"{words}  {work:>{widths[2]}}  {memory:>{widths[3]}}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.explain()
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer; got {type(value).__name__} {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 def plan_contraction(
@@ -364,12 +320,9 @@ def plan_contraction(
     """
     if not isinstance(shape, MPOShape):
         raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
-    for name, value, least in (
-        ("num_experts", num_experts, 1),
-        ("num_tokens", num_tokens, 0),
-        ("top_k", top_k, 1),
-    ):
-        _check_count(name, value, least)
+    check_integer("num_experts", num_experts, 1)
+    check_integer("num_tokens", num_tokens, 0)
+    check_integer("top_k", top_k, 1)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating torch.dtype; got {dtype!r}")
     dims = BlockDims.of_shape(shape)
@@ -377,9 +330,8 @@ def plan_contraction(
     ranked = [
         contractions(dims, num_experts, num_tokens * top_k, dtype, phase, need) for phase in PHASES
     ]
-    if (
-        training and dims.is_separable
-    ):  # whose forward saves its central step's result for the backward
+    if training and dims.is_separable:
+        # Its forward saves its central step's result for the backward.
         ranked[0] = tuple(c for c in ranked[0] if c.strategy == "separable")
     return ContractionPlan(
         shape=shape,

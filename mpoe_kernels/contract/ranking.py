@@ -12,13 +12,13 @@ from mpoe_kernels.backends import (
     AUTO,
     BACKENDS,
     CONTRACTIONS,
-    BackendError,
     Candidate,
     Request,
     preferred_backends,
+    refusal,
 )
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.contract.plan import Contraction, contraction, contractions
+from mpoe_kernels.contract.plan import Contraction, contractions
 from mpoe_kernels.contract.precision import may_round_to_tf32
 from mpoe_kernels.contract.program import ALL_GRADIENTS, Need
 
@@ -69,21 +69,12 @@ class Problem(NamedTuple):
 
     def plans(self) -> tuple[Contraction, ...]:
         """Every contraction that solves the problem, fewest FLOPs first."""
-        sizes = (
-            self.dims,
-            self.num_experts,
-            self.slots,
-            self.dtype,
-            CONTRACTIONS[self.op],
-            self.need,
-        )
-        where = (self.device, self.keeps)
+        sizes = (self.dims, self.num_experts, self.slots, self.dtype, CONTRACTIONS[self.op])
+        more = (self.need, self.device, self.keeps)
         strategy = "separable" if self.keeps else self.strategy
-        return (
-            contractions(*sizes, *where)
-            if strategy == AUTO
-            else (contraction(strategy, *sizes, *where),)
-        )
+        if strategy == AUTO:
+            return contractions(*sizes, *more)
+        return (Contraction(strategy, *sizes, *more),)
 
     def __str__(self) -> str:
         need = "".join(str(int(n)) for n in self.need)
@@ -104,32 +95,31 @@ def rank(problem: Problem) -> list[Candidate]:
     request = Request(problem.op, problem.device, problem.dtype)
     named = problem.backend != AUTO
     backends = (BACKENDS[problem.backend],) if named else preferred_backends(request)
-    refused = {backend.name: backend.unsupported_reasons(request) for backend in backends}
+    refused: dict[str, list[str]] = {}
+    runnable = []
+    for backend in backends:
+        refused[backend.name] = backend.unsupported_reasons(request)
+        if not refused[backend.name]:
+            runnable.append(backend)
     able: list[Candidate] = []
     for plan in problem.plans():
-        for backend in backends:
-            if not backend.unsupported_reasons(request):
-                reasons = backend.contraction_reasons(plan)
-                able += [] if reasons else backend.candidates(plan)
-                refused[backend.name] += [
-                    reason for reason in reasons if reason not in refused[backend.name]
-                ]
+        for backend in runnable:
+            reasons = backend.contraction_reasons(plan)
+            if not reasons:
+                able += backend.candidates(plan)
+            for reason in reasons:
+                if reason not in refused[backend.name]:
+                    refused[backend.name].append(reason)
     if not able:
-        if named:
-            listing = "; ".join(refused[problem.backend])
-            raise BackendError(f"backend {problem.backend!r} cannot run {problem.op}: {listing}")
-        listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-        raise BackendError(
-            f"no backend can run {problem.op} on {problem.device_type} {problem.dtype}: {listing}"
-        )
+        raise refusal(request, refused, problem.backend)
     if problem.device_type == "cpu":
         return able
     # Those that wait for the device come last, and only if their backend is named or there are no
     # others.
-    going, waiting = (
-        [candidate for candidate in able if candidate.waits == waits] for waits in (False, True)
-    )
-    return going + waiting if named or not going else going
+    going = [candidate for candidate in able if not candidate.waits]
+    if going and not named:
+        return going
+    return going + [candidate for candidate in able if candidate.waits]
 
 
 def shortlist(able: Iterable[Candidate]) -> list[Candidate]:

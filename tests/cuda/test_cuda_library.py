@@ -10,7 +10,7 @@ from mpoe_bench.cases import workload_shape
 from mpoe_kernels import BackendError, backend_reasons, route, use_backend
 from mpoe_kernels.backends import CUDA, TRITON, Request, select
 from mpoe_kernels.compiled import load_library, open_ops
-from mpoe_kernels.contract import STRATEGIES, BlockDims, contraction
+from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.contract.ranking import Problem, rank
 from mpoe_kernels.cuda_library import runs_on
 from mpoe_kernels.linear.cuda import LinearKernels
@@ -80,7 +80,7 @@ def test_weights_stay_on_chip_and_other_strategies_are_refused(strategy, phase):
     kernels = LinearKernels(None)
     shape = "separable" if strategy == "separable" else "paper_64"
     dims = BlockDims.of_shape(workload_shape(shape, 768, 3072))
-    plan = contraction(strategy, dims, 8, 64, torch.bfloat16, phase)
+    plan = Contraction(strategy, dims, 8, 64, torch.bfloat16, phase)
     reasons = kernels.contraction_reasons(plan)
     if strategy == "rebuild":
         assert reasons == []

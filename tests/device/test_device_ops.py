@@ -20,7 +20,7 @@ from mpoe_kernels import (
     route,
 )
 from mpoe_kernels.backends import BACKENDS
-from mpoe_kernels.contract import BlockDims, contraction
+from mpoe_kernels.contract import BlockDims, Contraction
 from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.reference import mpo_embedding_reference
@@ -67,7 +67,7 @@ def strategies_of(
         strategy
         for strategy in planned_strategies(shape)
         if not any(
-            reasons(contraction(strategy, dims, 5, 37, dtype, phase, device=str(device)))
+            reasons(Contraction(strategy, dims, 5, 37, dtype, phase, device=str(device)))
             for phase in PHASES
         )
     ]

@@ -24,7 +24,7 @@ from mpoe_kernels import (
     plan_contraction,
     use_backend,
 )
-from mpoe_kernels.contract import BlockDims, contraction
+from mpoe_kernels.contract import BlockDims, Contraction
 from mpoe_kernels.contract.kept import processor_name
 from mpoe_kernels.contract.orders import merge_flops
 from mpoe_kernels.contract.plan import candidate_strategies
@@ -293,7 +293,7 @@ def test_eager_computes_the_products_that_are_counted(name):
             if strategy == "rebuild" and need[0] and need[3 if dims.left_first else 1]:
                 again = experts * merge_flops(dims, *("LC" if dims.left_first else "CR"))
             for phase, found, more in (("forward", forward, 0), ("backward", backward, again)):
-                plan = contraction(strategy, dims, experts, slots, x.dtype, phase, need)
+                plan = Contraction(strategy, dims, experts, slots, x.dtype, phase, need)
                 assert found.count == plan.flops + more, (strategy, need, phase)
 
 

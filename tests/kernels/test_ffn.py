@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_ffn, route
 from mpoe_kernels.backends import places_rows
-from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES, contraction
+from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES, Contraction
 from mpoe_kernels.contract.orders import INDICES, BlockDims
 from mpoe_kernels.linear import ffn, grouped
 from mpoe_kernels.linear.eager import candidates
@@ -251,7 +251,7 @@ def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(phase, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card["capability"])
 
     def offered(strategy: str, dtype: torch.dtype, device: str) -> list[tuple[str, bool]]:
-        plan = contraction(strategy, dims, 8, 64, dtype, phase, ALL_GRADIENTS, device)
+        plan = Contraction(strategy, dims, 8, 64, dtype, phase, ALL_GRADIENTS, device)
         return [(candidate.name, candidate.waits) for candidate in candidates(plan)]
 
     for strategy in ("separable", "rebuild"):

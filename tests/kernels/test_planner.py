@@ -14,7 +14,7 @@ from mpoe_kernels import MPOShape, plan_contraction
 from mpoe_kernels.contract import (
     STRATEGIES,
     BlockDims,
-    contraction,
+    Contraction,
     contractions,
     expected_busy_experts,
 )
@@ -124,18 +124,18 @@ COUNTED["separable"] = BlockDims(
 
 def test_masked_and_partial_backwards_leave_out_what_is_not_needed():
     for strategy, dims in COUNTED.items():
-        whole = contraction(strategy, dims, 2, 12, torch.float32, "backward")
-        masked = contraction(
+        whole = Contraction(strategy, dims, 2, 12, torch.float32, "backward")
+        masked = Contraction(
             strategy, dims, 2, 12, torch.float32, "backward", (True, True, False, True)
         )
-        only_x = contraction(
+        only_x = Contraction(
             strategy, dims, 2, 12, torch.float32, "backward", (True, False, False, False)
         )
-        nothing = contraction(strategy, dims, 2, 12, torch.float32, "backward", (False,) * 4)
+        nothing = Contraction(strategy, dims, 2, 12, torch.float32, "backward", (False,) * 4)
         assert masked.flops < whole.flops
         assert "d C" in {product.result for product in whole.program.products}
         assert "d C" not in {product.result for product in masked.program.products}
-        forward = contraction(strategy, dims, 2, 12, torch.float32, "forward")
+        forward = Contraction(strategy, dims, 2, 12, torch.float32, "forward")
         assert only_x.flops == forward.flops, "dx costs what y costs"
         assert (nothing.flops, nothing.program.products) == (0, ())
 

@@ -32,7 +32,7 @@ from mpoe_kernels import (
     use_backend,
 )
 from mpoe_kernels.backends import Request, select
-from mpoe_kernels.contract import BlockDims, contraction
+from mpoe_kernels.contract import BlockDims, Contraction
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.linear.reference import activation_reference
 from tests.cases import SMALL_SHAPES
@@ -476,7 +476,7 @@ CASES += [
 
 def contracted(strategy: str, phase: str = "forward") -> object:
     dims = BlockDims.of_shape(workload_shape("paper_16", 768, 3072))
-    return contraction(strategy, dims, 1, 1, torch.float32, phase)
+    return Contraction(strategy, dims, 1, 1, torch.float32, phase)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import product
+
+from mpoe_kernels.checks import check_integer
 
 # (in_features, out_features) -> (in_factors, out_factors): the original's defaults, both
 # orientations of each.
@@ -25,12 +28,7 @@ MOST = 2**40  # far beyond any layer; the divisors of much larger numbers take m
 
 def check_size(name: str, size: int) -> None:
     """Refuse a size that is not a positive integer, or absurdly large, by name."""
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{name} must be an integer; got {size!r}")
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1; got {size}")
-    if size > MOST:
-        raise ValueError(f"{name} must be at most {MOST}; got {size}")
+    check_integer(name, size, 1, MOST)
 
 
 def divisors(size: int) -> list[int]:
@@ -95,20 +93,20 @@ def paper_factors(in_features: int, out_features: int) -> tuple[tuple[int, ...],
     known = _PAPER.get((in_features, out_features))
     if known:
         return known
-    return balanced_factors(in_features, 5, "in_features"), balanced_factors(
-        out_features, 5, "out_features"
-    )
+    in_factors = balanced_factors(in_features, 5, "in_features")
+    return in_factors, balanced_factors(out_features, 5, "out_features")
 
 
 def _closest_pair(in_features: int, out_features: int, p: int) -> tuple[int, int]:
     """Divisors ``i`` of I and ``j`` of F whose product is closest to ``p``; among ties, the most
     similar ones."""
-    pairs = [
-        (i, j) for i in divisors(in_features) for j in divisors(out_features) if i * j <= 4 * p
-    ]
-    return min(
-        pairs, key=lambda ij: (abs(math.log(ij[0] * ij[1] / p)), abs(math.log(ij[0] / ij[1])))
-    )
+
+    def distance(pair: tuple[int, int]) -> tuple[float, float]:
+        i, j = pair
+        return abs(math.log(i * j / p)), abs(math.log(i / j))
+
+    pairs = product(divisors(in_features), divisors(out_features))
+    return min((pair for pair in pairs if pair[0] * pair[1] <= 4 * p), key=distance)
 
 
 def light_factors(
@@ -133,28 +131,26 @@ def separable_factors(
     """``in (left, I/left, 1)``, ``out (1, F/right, right)``."""
     check_size("in_features", in_features)
     check_size("out_features", out_features)
-    smaller_is_in = in_features <= out_features
+    if left is None:
+        left = _default_side(in_features, in_features <= out_features)
+    if right is None:
+        right = _default_side(out_features, in_features > out_features)
+    _check_divisor("left", left, "in_features", in_features)
+    _check_divisor("right", right, "out_features", out_features)
+    return (left, in_features // left, 1), (1, out_features // right, right)
 
-    def default(size: int, on_smaller_side: bool) -> int:
-        # 256 of 768 and 64 of 3072 for T5-base: a third of the smaller side, a forty-eighth of the
-        # larger.
-        target = size / 3 if on_smaller_side else size / 48
-        target = min(max(target, 8), 256 if on_smaller_side else 64)
-        return min(divisors(size), key=lambda d: (abs(math.log(d / target)), -d))
 
-    chosen = []
-    for name, size, value, smaller in (
-        ("left", in_features, left, smaller_is_in),
-        ("right", out_features, right, not smaller_is_in),
-    ):
-        if value is None:
-            value = default(size, smaller)
-        check_size(name, value)
-        if size % value:
-            side = "in_features" if name == "left" else "out_features"
-            raise ValueError(
-                f"{name} must divide {side} = {size}; got {value} (divisors: {divisors(size)})"
-            )
-        chosen.append(value)
-    left_size, right_size = chosen
-    return (left_size, in_features // left_size, 1), (1, out_features // right_size, right_size)
+def _default_side(size: int, is_smaller: bool) -> int:
+    """256 of 768 and 64 of 3072 for T5-base: a third of the smaller side, a forty-eighth of the
+    larger."""
+    target = size / 3 if is_smaller else size / 48
+    target = min(max(target, 8), 256 if is_smaller else 64)
+    return min(divisors(size), key=lambda d: (abs(math.log(d / target)), -d))
+
+
+def _check_divisor(name: str, value: int, of: str, size: int) -> None:
+    check_size(name, value)
+    if size % value:
+        raise ValueError(
+            f"{name} must divide {of} = {size}; got {value} (divisors: {divisors(size)})"
+        )

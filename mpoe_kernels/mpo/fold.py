@@ -88,12 +88,7 @@ def _experts_of(cores: Sequence[Tensor]) -> int:
 
 
 def _check_cores(cores: Sequence[Tensor], central: int) -> None:
-    if isinstance(central, bool) or not isinstance(central, int):
-        raise TypeError(f"central must be an integer; got {central!r}")
-    if not 0 <= central < len(cores):
-        raise ValueError(
-            f"central must index one of the {len(cores)} cores (0..{len(cores) - 1}); got {central}"
-        )
+    check_integer("central", central, 0, len(cores) - 1, f"the last of {len(cores)} cores")
     for k, core in enumerate(cores):
         allowed = (4,) if k == central else (4, 5)
         if not isinstance(core, Tensor) or core.dim() not in allowed:

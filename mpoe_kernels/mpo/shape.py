@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
+
+from mpoe_kernels.checks import check_integer
 
 MaxBond = int | Sequence[int | None] | None
 
@@ -19,11 +21,8 @@ def _factor_list(name: str, factors: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"{name} must be a sequence of integers; got {factors!r}") from None
     if not values:
         raise ValueError(f"{name} must hold at least one factor; got an empty sequence")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must hold integers; got {value!r} in {list(values)!r}")
-        if value < 1:
-            raise ValueError(f"{name} must hold positive integers; got {value} in {list(values)}")
+    for place, value in enumerate(values):
+        check_integer(f"{name}[{place}]", value, 1)
     return values
 
 
@@ -31,14 +30,7 @@ def _true_size(name: str, size: int | None, factors: tuple[int, ...]) -> int:
     padded = math.prod(factors)
     if size is None:
         return padded
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{name} must be an integer; got {size!r}")
-    if not 1 <= size <= padded:
-        raise ValueError(
-            f"{name} must lie between 1 and the product of its factors {list(factors)} = {padded}; "
-            f"got {size}"
-        )
-    return size
+    return check_integer(name, size, 1, padded, f"the product of its factors {list(factors)}")
 
 
 @dataclass(frozen=True)
@@ -82,40 +74,30 @@ class MPOShape:
         set_field("out_features", _true_size("out_features", self.out_features, out_factors))
         set_field("max_bond", self._checked_max_bond())
         central = len(in_factors) // 2 if self.central is None else self.central
-        if isinstance(central, bool) or not isinstance(central, int):
-            raise TypeError(f"central must be an integer; got {central!r}")
-        if not 0 <= central < len(in_factors):
-            raise ValueError(
-                f"central must index one of the {len(in_factors)} cores "
-                f"(0..{len(in_factors) - 1}); got {central}"
-            )
+        last = len(in_factors) - 1
+        check_integer("central", central, 0, last, f"the last of {last + 1} cores")
         set_field("central", central)
 
     def _checked_max_bond(self) -> int | tuple[int | None, ...] | None:
         caps = self.max_bond
-        inner = len(self.in_factors) - 1
-        entries: tuple[Any, ...]
-        if caps is None or isinstance(caps, int):
-            entries = (caps,)
-        elif isinstance(caps, Sequence) and not isinstance(caps, str):
-            entries = tuple(caps)
-            if len(entries) != inner:
-                raise ValueError(
-                    f"max_bond must have one entry per inner bond ({inner} for {inner + 1} cores); "
-                    f"got {list(entries)}"
-                )
-        else:
+        if caps is None:
+            return None
+        if isinstance(caps, int):
+            return check_integer("max_bond", caps, 1)
+        if isinstance(caps, str) or not isinstance(caps, Sequence):
             raise TypeError(
                 f"max_bond must be None, an integer or a sequence of them; got {caps!r}"
             )
-        for cap in entries:
-            if cap is None:
-                continue
-            if isinstance(cap, bool) or not isinstance(cap, int):
-                raise TypeError(f"max_bond must hold integers or None; got {cap!r}")
-            if cap < 1:
-                raise ValueError(f"max_bond must be at least 1; got {cap}")
-        return caps if caps is None or isinstance(caps, int) else entries
+        inner = len(self.in_factors) - 1
+        if len(caps) != inner:
+            raise ValueError(
+                f"max_bond must have one entry per inner bond ({inner} for {inner + 1} cores); "
+                f"got {list(caps)}"
+            )
+        for place, cap in enumerate(caps):
+            if cap is not None:
+                check_integer(f"max_bond[{place}]", cap, 1)
+        return tuple(caps)
 
     # ---------------------------------------------------------------- sizes
 
@@ -213,8 +195,7 @@ class MPOShape:
 
     def parameters(self, num_experts: int = 1) -> int:
         """Elements of ``num_experts`` experts that share the central core."""
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+        check_integer("num_experts", num_experts, 1)
         return self.central_parameters + num_experts * self.auxiliary_parameters
 
     @property
@@ -294,21 +275,18 @@ class MPOShape:
         A separable shape stays separable: its left (input) factor becomes the new right (output)
         factor. Any other shape swaps the roles of its factors core by core.
         """
+        step = 1
+        caps = self.max_bond
+        central = self.central
         if self.is_separable and self.num_cores > 1:
-            caps = self.max_bond[::-1] if isinstance(self.max_bond, tuple) else self.max_bond
-            return MPOShape(
-                self.out_factors[::-1],
-                self.in_factors[::-1],
-                caps,
-                self.num_cores - 1 - self.central,
-                self.out_features,
-                self.in_features,
-            )
+            step = -1
+            caps = caps[::step] if isinstance(caps, tuple) else caps
+            central = self.num_cores - 1 - central
         return MPOShape(
-            self.out_factors,
-            self.in_factors,
-            self.max_bond,
-            self.central,
+            self.out_factors[::step],
+            self.in_factors[::step],
+            caps,
+            central,
             self.out_features,
             self.in_features,
         )
@@ -317,14 +295,10 @@ class MPOShape:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back to an equal shape."""
-        caps = list(self.max_bond) if isinstance(self.max_bond, tuple) else self.max_bond
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
         return {
-            "in_factors": list(self.in_factors),
-            "out_factors": list(self.out_factors),
-            "max_bond": caps,
-            "central": self.central,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
         }
 
     @classmethod
@@ -334,7 +308,7 @@ class MPOShape:
             raise TypeError(
                 f"an MPOShape is described by a mapping; got {type(values).__name__} {values!r}"
             )
-        known = {"in_factors", "out_factors", "max_bond", "central", "in_features", "out_features"}
+        known = {part.name for part in fields(cls)}
         unknown = set(values) - known
         missing = {"in_factors", "out_factors"} - set(values)
         if unknown or missing:

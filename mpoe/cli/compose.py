@@ -27,10 +27,10 @@ from mpoe.data.batches import read_batches
 from mpoe.data.mappings import read_mapping
 from mpoe.models import expert_mixture, lora_fit
 from mpoe.models.background import pooled_background
-from mpoe.models.composition import NONE, compose, train_routers
+from mpoe.models.composition import NONE, ROUTER_STEPS, compose, train_routers
 from mpoe.models.expert_files import load_expert, merge_expert
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, default_top_k
-from mpoe.models.lora_fit import is_adapter
+from mpoe.models.lora_fit import FIT_STEPS, is_adapter
 from mpoe.models.table import CAUSAL
 from mpoe.models.weight_files import check_links
 from mpoe.training.published import finish
@@ -73,7 +73,11 @@ class ComposeOptions:
     )
     max_texts: int = option(300, "pieces of each text file that are read")
     max_length: int = option(128, "tokens of a piece; default: at most the base's positions")
-    steps: int = option(200, "steps of --router train, and of fitting an adapter")
+    steps: int | None = option(
+        None,
+        f"steps of --router train (default {ROUTER_STEPS}), and of fitting an adapter "
+        f"({FIT_STEPS})",
+    )
     overwrite: bool = option(False, "replace a model in output_dir")
 
     LEAST: ClassVar[dict[str, int]] = {"top_k": 1, "max_texts": 2, "max_length": 2, "steps": 1}
@@ -229,7 +233,8 @@ def compose_fine_tunes(
     mixture."""
     fine_tunes = [load_fine_tune(name, base) for name in names]
     routing = RouterConfig(top_k=options.top_k or 1)
-    mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=options.steps)
+    steps = options.steps or ROUTER_STEPS
+    mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=steps)
     with model_folder(out, mixture, tokenizer):
         pass
     print(f"saved to {out.folder}")
@@ -277,7 +282,11 @@ def _faults_of_experts(
 def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOptions) -> Any:
     """The expert for the adapter in a folder; says what was lost."""
     as_large = lora_fit.check_adapter(base, name)
-    fit = {"neurons": options.neurons or as_large, "steps": options.steps, "tokenizer": tokenizer}
+    fit = {
+        "neurons": options.neurons or as_large,
+        "steps": options.steps or FIT_STEPS,
+        "tokenizer": tokenizer,
+    }
     adapted = load_fine_tune(name, base)
     if texts is None:
         print(
@@ -364,7 +373,7 @@ def compose_files(
     )
     if options.router == "train":
         of_none = [batch for part in parts for batch in part]
-        train_routers(mixture, [*texts, of_none], options.steps)
+        train_routers(mixture, [*texts, of_none], options.steps or ROUTER_STEPS)
     with model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
     others = f"tokens go to {mixture.mpoe_config.top_k}" + f"; {NONE!r} adds 0" * none

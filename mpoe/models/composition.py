@@ -55,6 +55,7 @@ LOGITS = 2.8
 # *none* is preferred by PREFERENCE / E logits: among many experts, each text has its own one
 PREFERENCE = 2.0
 LEARNING_RATE = 1e-3
+ROUTER_STEPS = 200
 LARGEST = 1e12  # number in statistics; a router's inputs come from a normalisation
 
 
@@ -409,7 +410,7 @@ def compose(
     routing: RouterConfig | None = None,
     *,
     router: str = "ridge",
-    steps: int = 200,
+    steps: int = ROUTER_STEPS,
 ) -> Any:
     """Combine several fine-tunes of one model into a mixture with one expert each.
 

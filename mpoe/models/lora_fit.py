@@ -28,6 +28,7 @@ from mpoe.models.weight_files import declared_shapes
 LEAST_KEPT = 0.8  # of the adapter's gain over the base on texts that the fit did not see
 HELD_OUT = 5  # one in so many batches is not fitted
 LEARNING_RATE = 1e-2
+FIT_STEPS = 60
 SAMPLED = 64  # texts, or chats, that an adapted model writes
 AT_ONCE = 8  # of them in a batch
 Batches = Sequence[Mapping[str, Tensor]]
@@ -114,7 +115,7 @@ def fit_adapter(
     name: str,
     *,
     neurons: int,
-    steps: int = 60,
+    steps: int = FIT_STEPS,
     tokenizer: Any = None,
 ) -> Expert:
     """An expert of ``base`` that predicts what ``adapted`` does.

@@ -486,6 +486,10 @@ def test_runs_and_success_of_quiet_experts():
         "losses": [4.0, 3.0],
         "refused": "it keeps 70%",
     }
+    records["costs"] = {
+        "background": {"sampling": 99, "statistics": 77},
+        "reading": {"base": [200.0, 600], "one quiet expert": [150.0, 620]},
+    }
     verdicts = {what: holds for what, _, holds in criteria(plan, records)}
     assert verdicts["four: nats ahead of Arrow, top 1"] == "**no**"
     assert verdicts["four: nats ahead of mean of LoRAs"] == "yes"
@@ -494,6 +498,8 @@ def test_runs_and_success_of_quiet_experts():
     assert "| quiet experts, seed 0 |" in table
     assert "| attention | novels | 36 | 1.000 | 90.0% |" in table
     assert "| attention | reviews | 36 | 1.000 | it keeps 70% |" in table
+    assert "| reading | one quiet expert | 150.000 | 0.75 | 620 |" in table
+    assert "| background | sampling: 99 s |" in table
 
 
 @pytest.mark.slow

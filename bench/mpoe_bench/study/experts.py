@@ -113,3 +113,24 @@ def started(arguments: argparse.Namespace) -> tuple[Path, Any, Any]:
     base: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     base.generation_config.pad_token_id = tokenizer.eos_token_id
     return folder, tokenizer, base
+
+
+@torch.inference_mode()
+def mean_inputs(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The mean input ``[I]`` of every layer's feed-forward network."""
+    sums: dict[int, Tensor] = {}
+    handles = []
+    for number, layer in enumerate(model.model.layers):
+
+        def add(module: Any, given: tuple[Tensor, ...], number: int = number) -> None:
+            rows = given[0].flatten(0, -2)
+            sums[number] = sums.get(number, torch.zeros(rows.shape[-1])) + rows.mean(0) / len(
+                batches
+            )
+
+        handles.append(layer.mlp.register_forward_pre_hook(add))
+    for batch in batches:
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return [sums[number] for number in sorted(sums)]

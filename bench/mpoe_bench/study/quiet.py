@@ -6,11 +6,10 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from mpoe.models.background import background_parts, pooled_background, token_ba
 from mpoe.models.composition import compose
 from mpoe.models.lora_fit import check_adapter, fit_adapter
 from mpoe.models.walk import routed_layers
-from mpoe_bench.contender import peak_memory
 from mpoe_bench.study.arms import BETAS, train_steps
+from mpoe_bench.study.costs import ANSWER_TOKENS, costs
 from mpoe_bench.study.experts import (
     BATCH,
     PROMPTS,
@@ -37,6 +36,7 @@ from mpoe_bench.study.experts import (
     drawn,
     losses,
     mean,
+    mean_inputs,
     started,
     trained,
 )
@@ -47,9 +47,6 @@ from mpoe_bench.study.texts import Split, domain_texts, pieces, probe_texts, spl
 SHOWN = 8  # pieces of a text that is not the domain's own
 FITTED = 256  # pieces that neurons are fitted to an adapter on, one batch in five held out
 REPLAY_SEED = 5
-ANSWER_TOKENS = 48
-PROMPT_TOKENS = 32
-ROUNDS = 7  # of calls whose time is taken
 MORE_PROMPTS = (
     "Which planet is closest to the sun?",
     "Write a haiku about autumn leaves.",
@@ -512,63 +509,4 @@ class QuietStudy:
             "four": self.mixture(self.plan.domains, seed),
         }
 
-        def learn(model: Any) -> None:
-            model(input_ids=ids, labels=ids).loss.backward()
-            model.zero_grad()
-
-        @torch.inference_mode()
-        def read(model: Any) -> None:
-            model(input_ids=ids)
-
-        def answer(model: Any) -> None:
-            options = {"min_new_tokens": ANSWER_TOKENS, "max_new_tokens": ANSWER_TOKENS}
-            model.generate(ids[:1, :PROMPT_TOKENS], do_sample=False, **options)
-
-        return {
-            "background": background,
-            "training": measured(learning, learn, ids.numel()),
-            "reading": measured(serving, read, ids.numel()),
-            "answering": measured(serving, answer, ANSWER_TOKENS),
-        }
-
-
-def measured(
-    models: Mapping[str, Any], call: Callable[[Any], None], tokens: int
-) -> dict[str, list[float]]:
-    """By model: tokens of a call per second of processor time, the median of interleaved calls, and
-    megabytes: weights, Adam's state of those that learn, and the most that a call holds."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(ROUNDS):
-        for name, model in models.items():
-            begin = time.process_time()
-            call(model)
-            seconds[name].append(time.process_time() - begin)
-    results = {}
-    for name, model in models.items():
-        kept = sum(
-            p.nbytes * (3 if p.requires_grad and model.training else 1) for p in model.parameters()
-        )
-        held = peak_memory(partial(call, model))[0]["peak"]
-        results[name] = [round(tokens / median(seconds[name]), 1), round((kept + held) / 1e6)]
-    return results
-
-
-@torch.inference_mode()
-def mean_inputs(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """The mean input ``[I]`` of every layer's feed-forward network."""
-    sums: dict[int, Tensor] = {}
-    handles = []
-    for number, layer in enumerate(model.model.layers):
-
-        def add(module: Any, given: tuple[Tensor, ...], number: int = number) -> None:
-            rows = given[0].flatten(0, -2)
-            sums[number] = sums.get(number, torch.zeros(rows.shape[-1])) + rows.mean(0) / len(
-                batches
-            )
-
-        handles.append(layer.mlp.register_forward_pre_hook(add))
-    for batch in batches:
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    return [sums[number] for number in sorted(sums)]
+        return {"background": background} | costs(learning, serving, ids)

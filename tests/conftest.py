@@ -3,7 +3,6 @@
 import atexit
 import gc
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 SHARED = Path(os.environ.get("MPOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     if config.getoption("numprocesses", default=None):
         return  # the workers run the tests; this process needs no import of theirs
     gc.disable()  # until all are collected: imports leave nothing to free
@@ -42,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     """Imports stay out of garbage collections: Accelerate makes one after every training, half a
     second long."""
     gc.collect()
@@ -51,13 +50,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _what_a_module_leaves_stays() -> Iterator[None]:
+def _what_a_module_leaves_stays():
     yield
     gc.collect()
     gc.freeze()
 
 
-def skip_or_fail(reason: str) -> None:
+def skip_or_fail(reason):
     """Skip a test that lacks something, unless ``MPOE_REQUIRE_ALL`` is set, as CI does for its slow
     tests."""
     if os.environ.get("MPOE_REQUIRE_ALL"):
@@ -66,13 +65,13 @@ def skip_or_fail(reason: str) -> None:
 
 
 @pytest.fixture
-def lacks() -> Callable[[str], None]:
+def lacks():
     """`skip_or_fail`, for tests whose folder has a conftest of its own."""
     return skip_or_fail
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed():
     import torch
 
     torch.default_generator.manual_seed(0)
@@ -83,7 +82,7 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
+def shared_data():
     """Folder with the real data sets that experiments use; tests that need it say so when it is
     absent."""
     folder = SHARED / "data"

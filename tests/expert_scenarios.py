@@ -190,7 +190,7 @@ class ExpertScenarios:
                     found.append(
                         pytest.param(kind, case, id=f"{kind.__name__}-{name}", marks=marks)
                     )
-            metafunc.parametrize(("kind", "case"), found)
+            metafunc.parametrize("kind, case", found)
         elif "kind" in metafunc.fixturenames:
             metafunc.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
         if "dtype" in metafunc.fixturenames:

@@ -53,13 +53,13 @@ class LinearScenarios:
                 found.append(
                     pytest.param(name, strategy, dtype, marks=[pytest.mark.exhaustive] * few)
                 )
-        metafunc.parametrize(("name", "strategy", "dtype"), found)
+        metafunc.parametrize("name, strategy, dtype", found)
 
     def test_shapes(self, name, strategy, dtype):
         self.problem(SMALL_SHAPES[name], dtype).check(strategy)
 
     @pytest.mark.parametrize(
-        ("activation", "gathered"),
+        "activation, gathered",
         pairwise(["none", "relu", "gelu", "gelu_tanh", "silu"], [False, True]),
     )
     def test_activations_with_and_without_gather(self, activation, gathered):
@@ -73,7 +73,7 @@ class LinearScenarios:
         light.check("rebuild")
 
     @pytest.mark.parametrize(
-        ("name", "kind"), pairwise(["light", "separable"], ["all_to_one", "some_idle"])
+        "name, kind", pairwise(["light", "separable"], ["all_to_one", "some_idle"])
     )
     def test_distributions(self, name, kind):
         shape = SMALL_SHAPES[name]
@@ -99,7 +99,7 @@ class LinearScenarios:
             self.problem(shape, activation="relu").check(forward, backward)
 
     @pytest.mark.parametrize(
-        ("name", "dtype"),
+        "name, dtype",
         [
             pytest.param("light", torch.float32, marks=pytest.mark.exhaustive),
             ("separable", torch.float32),

@@ -48,7 +48,7 @@ STRANGERS = {("mpoe.inspection", "mpoe.training")}
 
 
 @cache
-def modules() -> dict[str, Path]:
+def modules():
     found = {}
     for package, folder in PACKAGES.items():
         for path in sorted((ROOT / folder / package).rglob("*.py")):
@@ -57,7 +57,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def group_of(module: str) -> str:
+def group_of(module):
     """Longest prefix that has a rank."""
     parts = module.split(".")
     for length in range(len(parts), 0, -1):
@@ -68,12 +68,12 @@ def group_of(module: str) -> str:
 
 
 @cache
-def parsed(path: Path) -> ast.Module:
+def parsed(path):
     return ast.parse(path.read_text())
 
 
 @cache
-def imports_of(path: Path, top_level_only: bool) -> set[str]:
+def imports_of(path, top_level_only):
     """Our own modules that a file imports; if not at the top alone, also in functions and by a
     string, which `import_module` may get."""
     tree = parsed(path)
@@ -141,9 +141,9 @@ def test_no_circles():
     graph = {
         name: imports_of(path, top_level_only=True) - {name} for name, path in modules().items()
     }
-    done: set[str] = set()
+    done = set()
 
-    def visit(name: str, trail: tuple[str, ...]) -> None:
+    def visit(name, trail):
         assert name not in trail, f"circular import: {' -> '.join((*trail, name))}"
         if name not in done:
             for following in graph[name]:
@@ -171,7 +171,7 @@ def test_files_of_tests_import_one_another_by_their_whole_names():
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
-def tokens_of_code(path: Path) -> int:
+def tokens_of_code(path):
     """What a reader must take in: lines, comments and docstrings are free."""
     with path.open("rb") as file:
         count = sum(token.type not in LAYOUT for token in tokenize.tokenize(file.readline))
@@ -201,7 +201,7 @@ def test_a_file_is_read_at_once():
 
 
 def test_the_table_of_mutants_names_files_and_tests():
-    for area in tomllib.loads((ROOT / "tools" / "mutants.toml").read_text()).values():
+    for area in tomllib.loads((ROOT / "tools/mutants.toml").read_text()).values():
         assert all(list(ROOT.glob(each)) for each in area["files"]), area
         tests = [each.removeprefix("--deselect=").partition("::")[0] for each in area["tests"]]
         assert all((ROOT / each).exists() for each in tests), area

@@ -24,7 +24,7 @@ HAS_COMPILER = shutil.which("c++") is not None and shutil.which("cmake") is not 
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and CMake")
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*command, cwd, **environment):
     """Run with the environment of this process, without its PYTHONPATH and nvcc; output and errors
     together."""
     base = {
@@ -44,14 +44,14 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
     )
 
 
-def done(*command: str | Path, cwd: Path, **environment: str) -> str:
+def done(*command, cwd, **environment):
     answer = run(*command, cwd=cwd, **environment)
     assert answer.returncode == 0, answer.stdout
     return answer.stdout
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(tmp_path_factory):
     """Built from a copy of the source tree without build products."""
     folder = tmp_path_factory.mktemp("sdist")
     listing = subprocess.run(
@@ -73,7 +73,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def source(sdist: Path, tmp_path: Path) -> Path:
+def source(sdist, tmp_path):
     """The unpacked source distribution."""
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
@@ -81,7 +81,7 @@ def source(sdist: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def environment(folder: Path, packages: tuple[str, ...] = ()) -> Path:
+def environment(folder, packages=()):
     """A new virtual environment that sees this one's packages: all others, or only those named; its
     Python."""
     done(
@@ -97,10 +97,10 @@ def environment(folder: Path, packages: tuple[str, ...] = ()) -> Path:
         )
         if is_wanted and path.suffix != ".pth" and not (site / path.name).exists():
             (site / path.name).symlink_to(path)
-    return folder / "bin" / "python"
+    return folder / "bin/python"
 
 
-def without_compiler(folder: Path) -> str:
+def without_compiler(folder):
     """A PATH with no compiler on it."""
     folder.mkdir()
     for name in ("cmake", "ninja", "git"):
@@ -110,7 +110,7 @@ def without_compiler(folder: Path) -> str:
     return str(folder)
 
 
-def install(python: Path, source: Path, *options: str, **variables: str) -> str:
+def install(python, source, *options, **variables):
     arguments = (
         "-m",
         "pip",
@@ -125,17 +125,17 @@ def install(python: Path, source: Path, *options: str, **variables: str) -> str:
     return done(python, *arguments, cwd=source.parent, **variables)
 
 
-def facts_of(python: Path, cwd: Path) -> dict:
+def facts_of(python, cwd):
     return json.loads(done(python, "-m", "mpoe_kernels.info", "--json", cwd=cwd))
 
 
-def complaints_of_pip(python: Path, cwd: Path) -> list[str]:
+def complaints_of_pip(python, cwd):
     """What ``pip check`` says of our package: requirements that are absent or too old."""
     lines = run(python, "-m", "pip", "check", cwd=cwd).stdout.splitlines()
     return [line for line in lines if line.startswith("mpoe ")]
 
 
-def wheel_of(python: Path, source: Path, folder: Path) -> tuple[Path, str]:
+def wheel_of(python, source, folder):
     """A wheel, and what pip said."""
     arguments = (
         "-m",
@@ -154,10 +154,10 @@ def wheel_of(python: Path, source: Path, folder: Path) -> tuple[Path, str]:
     return wheel, output
 
 
-def keep_little(source: Path) -> None:
+def keep_little(source):
     """Leave csrc only what is needed to load, to tell of itself and to route: built in seconds."""
-    module = source / "csrc" / "bindings" / "module.cpp"
-    for path in [*module.parent.glob("*.cpp"), *(source / "csrc" / "cpu").glob("*/*.cpp")]:
+    module = source / "csrc/bindings" / "module.cpp"
+    for path in [*module.parent.glob("*.cpp"), *(source / "csrc/cpu").glob("*/*.cpp")]:
         if (
             path.name not in ("module.cpp", "threads.cpp", "routing.cpp")
             and path.parent.name != "routing"
@@ -171,7 +171,7 @@ def test_the_lowest_versions_are_those_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     listed = [*project["dependencies"], *extras["report"], *extras["train"]]
-    lines = (ROOT / "tools" / "lowest_versions.txt").read_text().splitlines()
+    lines = (ROOT / "tools/lowest_versions.txt").read_text().splitlines()
     lowest = dict(line.split("==") for line in lines if "==" in line)
     declared = dict(
         requirement.partition(";")[0].split(">=") for requirement in listed if ">=" in requirement
@@ -301,7 +301,7 @@ def test_the_cuda_kernels_ask_for_the_torch_of_the_environment(source, tmp_path)
 def test_a_failing_compiler_leaves_an_eager_install(source, tmp_path):
     python = environment(tmp_path / "user")
     keep_little(source)
-    (source / "csrc" / "bindings" / "module.cpp").write_text("#error planted\n")
+    (source / "csrc/bindings" / "module.cpp").write_text("#error planted\n")
     output = install(python, source)
     assert "planted" in output
     assert facts_of(python, tmp_path)["backends"]["native"] == [
@@ -365,7 +365,7 @@ def test_build_in_a_checkout(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("listed", "architectures"),
+    "listed, architectures",
     [
         ("8.0;9.0a;10.0+PTX", "80-real;90a-real;100-real;100-virtual"),
         ("8.0 8.6", "80-real;86-real"),

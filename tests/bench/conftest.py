@@ -4,7 +4,6 @@ results."""
 import contextlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from mpoe.cli.main import main
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Tiny products on two threads spend their time waiting for each other when others use the
     cores too."""
     before = torch.get_num_threads()
@@ -34,12 +33,12 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def quick(tmp_path_factory):
     """``mpoe bench`` inside the test process."""
     folder, printed, code = tmp_path_factory.mktemp("bench") / "quick", io.StringIO(), 0
     with contextlib.redirect_stdout(printed):
         try:
             main(["bench", "--out", str(folder), "--scale", "tiny", "--threads", "1"])
         except SystemExit as exit_info:
-            code = exit_info.code or 0  # type: ignore[assignment]
+            code = exit_info.code or 0
     return Run(code, printed.getvalue(), folder, json.loads((folder / "results.json").read_text()))

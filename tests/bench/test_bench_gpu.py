@@ -35,13 +35,13 @@ ON_CPU = [
 ]
 
 
-def script(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [str(ROOT / "bench" / "gpu.sh"), *words]
+def script(*words, **environment):
+    command = [str(ROOT / "bench/gpu.sh"), *words]
     own = {**os.environ, "PYTHON": sys.executable, **environment}
     return subprocess.run(command, capture_output=True, text=True, env=own, cwd=ROOT, check=False)
 
 
-def plan(device: str) -> dict[str, tuple[int, str]]:
+def plan(device):
     """Seconds and command of every part."""
     done = script("--plan", "--device", device, PYTHON="true")
     assert done.returncode == 0, done.stderr
@@ -104,14 +104,14 @@ def test_a_visit_tries_every_part_without_a_gpu(tmp_path):
     }
     assert results["profile"] in ("passed", "not here")
     names = [case.name for case in cases((32,))]
-    timed = (walked / "neurons-times" / "report.md").read_text() + (
-        walked / "others-times" / "report.md"
+    timed = (walked / "neurons-times/report.md").read_text() + (
+        walked / "others-times/report.md"
     ).read_text()
     for name in names:
         assert timed.count(f"| {name} [eager] ") == 2, name  # one token, and 64
     traces = {path.stem for path in (walked / "traces").iterdir()}
     assert traces == {name.replace(" ", "-") for name in names if name.startswith("neurons")}
-    assert "| mpoe T5 neurons " in (walked / "step" / "report.md").read_text()
+    assert "| mpoe T5 neurons " in (walked / "step/report.md").read_text()
     assert (walked / "done").read_text().split() == [
         name for name in ON_CPU if results[name] == "passed"
     ]
@@ -120,7 +120,7 @@ def test_a_visit_tries_every_part_without_a_gpu(tmp_path):
             archive.getnames()
         )
 
-    def selected(part: str) -> list[str]:
+    def selected(part):
         lines = (walked / f"{part}.log").read_text().splitlines()
         return sorted(line.split("::", 1)[1] for line in lines if "::" in line)
 
@@ -144,17 +144,17 @@ def test_a_visit_tries_every_part_without_a_gpu(tmp_path):
     }
 
 
-def trial(tmp_path: Path, code: str, *words: str) -> tuple[int, str]:
+def trial(tmp_path, code, *words):
     """Status and report of the script with a program in place of Python, for a part each."""
     program = tmp_path / "python"
     program.write_text(f"#!/usr/bin/env bash\n{code}\n")
     program.chmod(0o755)
     done = script("--device", "cpu", "--out", str(tmp_path / "out"), *words, PYTHON=str(program))
-    return done.returncode, (tmp_path / "out" / "visit.md").read_text()
+    return done.returncode, (tmp_path / "out/visit.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("failing", "wrong", "line"),
+    "failing, wrong, line",
     [
         ("forward,train --only neurons", "--only hidden", "mpoe: wrong or failed: a: wrong result"),
         ("any_number_of_tokens", "experts.py tests", "E       AssertionError: y"),
@@ -217,7 +217,7 @@ def test_what_has_no_time_is_left_for_the_next_call(tmp_path):
     status, report = trial(tmp_path, 'case "$*" in *models*) exit 1 ;; esac')
     assert status == 0
     assert "| step | failed | " in report
-    assert "step" not in (tmp_path / "out" / "done").read_text().split()
+    assert "step" not in (tmp_path / "out/done").read_text().split()
 
 
 def test_what_has_no_time_is_named():
@@ -236,11 +236,11 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(
     def graphed(function):
         raise CaptureError("the capture of a CUDA graph failed: no")
 
-    def build(_: object) -> tuple[Contender, Truth]:
+    def build(_):
         y = torch.ones(2)
         return Contender(lambda: y), Truth({"y": y.double()}, {"y": 0.0}, y.dtype)
 
-    def comparison(title: str) -> Comparison:
+    def comparison(title):
         return Comparison(
             "", title, dict, [("one", "limit", build), ("two", "mpoe", build)], 2, {}, ("graph",)
         )

@@ -138,7 +138,7 @@ def test_the_planner_suite_judges_all_cases():
     assert len(JUDGED_WORKLOADS) == len({case.name for case in JUDGED_WORKLOADS}) == 49
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def refusal(capsys, *arguments):
     """The one line of a refused command."""
     with pytest.raises(SystemExit) as exit_info:
         main(["bench", *(str(a) for a in arguments)])
@@ -152,7 +152,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    "arguments, words",
     [
         (
             ["--suite", "slow"],

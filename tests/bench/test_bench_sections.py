@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mpoe_bench import run
-from mpoe_bench.contender import NOT_HERE, Comparison, Contender, checked, gradients_of
+from mpoe_bench.contender import NOT_HERE, Contender, checked, gradients_of
 from mpoe_bench.layers import (
     LIMIT,
     Place,
@@ -29,27 +29,25 @@ AT = Place(MODEL, TOKENS)
 Change = Callable[[Contender], Contender]
 
 
-def comparison_of(layers: list, at: Place = AT) -> Comparison:
+def comparison_of(layers, at=AT):
     return layers_comparison("ffn", "FFN", layers, at, experts=EXPERTS)
 
 
-def ours(shape: str, masked: bool = False):
+def ours(shape, masked=False):
     case = named_case(shape, MODEL, EXPERTS, masked)
     return case_layer(f"mpoe {shape}", shape, case, "eager", AT)
 
 
-def honest() -> Comparison:
+def honest():
     """The dense FFN, MPO experts, and a peer."""
     return comparison_of([ours("separable"), *peer_layers(("dense experts, loop",), EXPERTS, AT)])
 
 
-def builds_of(
-    change: Change, kind: str = "peer", baseline: Change = lambda contender: contender
-) -> list:
+def builds_of(change, kind="peer", baseline=lambda contender: contender):
     """The dense FFN, MPO experts, and a peer that ``change`` has changed."""
     (limit, limits, dense), own, (_, _, peer) = honest().contenders
 
-    def changed(build, change: Change):
+    def changed(build, change):
         def made(shared):
             contender, truth = build(shared)
             return change(contender), truth
@@ -63,15 +61,15 @@ def builds_of(
     ]
 
 
-def shared() -> tuple:
+def shared():
     return honest().context()
 
 
 @pytest.fixture
-def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[list], dict]:
+def measure(monkeypatch):
     """The results of a session that measures one comparison of these contenders."""
 
-    def measured(builds: list) -> dict:
+    def measured(builds):
         comparison = replace(honest(), title="t", contenders=builds)
         monkeypatch.setattr(Plan, "of", lambda *_: [comparison])
         monkeypatch.setattr(run, "judged_of", lambda *_: [])
@@ -80,12 +78,12 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[list], dict]:
     return measured
 
 
-def rows_of(results: dict) -> dict[str, dict]:
+def rows_of(results):
     (section,) = results["sections"]
     return {row["name"]: row for row in section["rows"]}
 
 
-def result(how: Callable[[torch.Tensor], torch.Tensor], **others: object) -> Change:
+def result(how, **others):
     """A change of what a contender computes."""
     return lambda contender: replace(
         contender, function=lambda: how(contender.function()), **others
@@ -96,7 +94,7 @@ wrong_result = result(lambda y: y * 1.01)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "change, words",
     [
         (wrong_result, "error of y"),
         (result(lambda y: torch.cat([y[1:2], y[:1], y[2:]])), "error of y"),
@@ -127,10 +125,10 @@ def test_our_own_wrong_result_fails_the_run_and_a_peers_does_not(measure):
 
 
 def test_absent_and_failing_contenders_say_why():
-    def absent(_: Contender) -> Contender:
+    def absent(_):
         raise BackendError("no such package")
 
-    def broken(_: Contender) -> Contender:
+    def broken(_):
         raise MemoryError("out of it")
 
     for change, reason in (

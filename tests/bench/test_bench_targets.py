@@ -4,32 +4,28 @@ own limits."""
 from mpoe_bench.targets import check_targets
 
 
-def timing(x: float) -> dict:
+def timing(x):
     return {"seconds": x, "x": x, "low": x, "high": x, "rounds": 3}
 
 
-def row(name: str, forward: float, train: float | None = None, **facts: object) -> dict:
+def row(name, forward, train=None, **facts):
     found = {"name": name, "kind": "peer", "forward": timing(forward), "reason": None, **facts}
     if train is not None:
         found["train"] = timing(train)
     return found
 
 
-def ours(
-    shape: str, backend: str, forward: float, train: float | None = None, masked: bool = False
-) -> dict:
+def ours(shape, backend, forward, train=None, masked=False):
     facts = {"kind": "mpoe", "shape": shape, "backend": backend, "masked": masked}
     return row(f"mpoe {shape} [{backend}]", forward, train, **facts)
 
 
-def section(
-    dtype: str, rows: list[dict], experts: int = 8, tokens: int = 2048, **case: object
-) -> dict:
+def section(dtype, rows, experts=8, tokens=2048, **case):
     known = {"experts": experts, "tokens": tokens, "dtype": dtype, "model": 768, "hidden": 3072}
     return {"key": "ffn", "title": f"FFN {dtype}", "case": known | case, "rows": rows}
 
 
-def lines_of(sections: list[dict]) -> dict[tuple[str, str], dict]:
+def lines_of(sections):
     return {(line["what"], line["backend"]): line for line in check_targets(sections)}
 
 
@@ -83,7 +79,7 @@ def test_masked_and_memory():
 
 
 def test_mixtures_around_a_dense_network():
-    def needs(count: int) -> dict:
+    def needs(count):
         return {"memory": {"train": {"peak": count + 5, "kept": 5}}}
 
     shape = "neurons 8 x 64, 2"
@@ -105,7 +101,7 @@ def test_mixtures_around_a_dense_network():
 
 
 def test_planner():
-    def reached(within: int) -> bool:
+    def reached(within):
         rows = [{"name": str(k), "ratio": 1.15 if k < within else 1.16} for k in range(48)]
         return check_targets([{"key": "planner", "rows": rows, "backend": "auto"}])[0]["reached"]
 

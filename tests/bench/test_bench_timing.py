@@ -1,6 +1,5 @@
 """Interleaving and memory, on functions whose times and allocations are known."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -13,27 +12,25 @@ class Machine:
     """A clock that functions move by hand, and that slows down for all alike; and what stands for
     pytest-benchmark."""
 
-    def __init__(self, drift: float = 0.0) -> None:
+    def __init__(self, drift=0.0):
         self.now, self.drift, self.log = 0.0, drift, []
         self.stats = SimpleNamespace(iterations=1, stats=SimpleNamespace(data=[]))
 
-    def function(self, name: str, seconds: float) -> Callable[[], None]:
-        def run() -> None:
+    def function(self, name, seconds):
+        def run():
             self.log.append(name)
             self.now += seconds * (1.0 + self.drift * self.now)
 
         return run
 
-    def pedantic(
-        self, function: Callable[[], object], setup: Callable[[], None], rounds: int
-    ) -> None:
+    def pedantic(self, function, setup, rounds):
         for _ in range(rounds):
             setup()
             start = self.now
             function()
             self.stats.stats.data.append((self.now - start) / self.stats.iterations)
 
-    def timed(self, budget: Budget, **seconds: float) -> dict[str, list[float]]:
+    def timed(self, budget, **seconds):
         functions = {name: self.function(name, each) for name, each in seconds.items()}
         return in_turn(self, functions, budget, lambda: self.now)
 
@@ -60,7 +57,7 @@ def test_rounds_alternate_and_quick_functions_repeat_within_a_sample():
 def test_peak_counts_temporaries_and_kept_counts_the_result():
     size = 1 << 20  # float32: 4 MiB
 
-    def work() -> torch.Tensor:
+    def work():
         first = torch.ones(size)
         second = first + 1.0
         del first
@@ -75,7 +72,7 @@ def test_peak_counts_temporaries_and_kept_counts_the_result():
 def test_resident_memory_sees_what_torch_does_not_allocate():
     count = 32 << 20
 
-    def work() -> int:
+    def work():
         return sum(bytearray(b"\1" * count)[:: 1 << 20])  # two copies, from the system's allocator
 
     work()

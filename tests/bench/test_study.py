@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mpoe.data.stand_in_models import load_stand_in
 from mpoe.models import background
 
-NEURONS = Path(__file__).resolve().parents[2] / "bench" / "studies" / "neurons.toml"
+NEURONS = Path(__file__).resolve().parents[2] / "bench/studies" / "neurons.toml"
 DEPTH = NEURONS.with_name("depth.toml")
 TINY = """
 title = "Tiny"
@@ -70,7 +70,7 @@ must_win = true
 
 
 @pytest.fixture(scope="module")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_data(tmp_path_factory):
     """Two domains of invented sentences."""
     folder = tmp_path_factory.mktemp("data")
     for name in ("sms_spam", "movie_sentiment"):
@@ -85,7 +85,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def data(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def data(tiny_data, monkeypatch):
     two = {name: texts.DOMAINS[name] for name in ("messages", "reviews")}
     monkeypatch.setattr(texts, "DOMAINS", two)
     monkeypatch.setattr(texts, "BATCH", 2)
@@ -93,7 +93,7 @@ def data(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def study_file(tmp_path: Path) -> Path:
+def study_file(tmp_path):
     file = tmp_path / "tiny.toml"
     file.write_text(TINY)
     return file
@@ -147,7 +147,7 @@ def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file, data):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "change, words",
     [
         (
             ("hidden =", "hiden ="),
@@ -259,7 +259,7 @@ def test_the_candidate_of_the_study_of_depth_is_at_most_twice_the_dense_model(st
     study = read_study(DEPTH)
     corner = study.stages[stage].corner
 
-    def parameters(arm: str) -> int:
+    def parameters(arm):
         hidden = arms.dense_hidden(study, arm, corner.model)
         model = dense_model(corner.model, hidden, 0, corner.layers)
         if study.arms[arm].experts is not None:
@@ -304,7 +304,7 @@ def test_verdicts_are_those_of_a_paired_t_test():
 def test_a_comparison_waits_for_all_seeds(study_file):
     study = read_study(study_file)
 
-    def record(loss: float) -> dict[str, float]:
+    def record(loss):
         return {"validation": loss, "test": loss}
 
     records = {
@@ -323,9 +323,7 @@ def test_a_comparison_waits_for_all_seeds(study_file):
     assert "has failed" in success(study, records)
 
 
-@pytest.mark.parametrize(
-    ("losses", "verdict"), [((0.9, 1.12), "enough"), ((0.9, 1.17), "not enough")]
-)
+@pytest.mark.parametrize("losses, verdict", [((0.9, 1.12), "enough"), ((0.9, 1.17), "not enough")])
 def test_a_mean_gain_may_be_enough(study_file, losses, verdict):
     known = 'name = "{0}"\nknown_rates = {{ 16 = 0.004 }}'
     text = TINY.replace("must_win = true", "must_win = true\nat_least = 0.03")
@@ -390,7 +388,7 @@ SMALLER = {
 }
 
 
-def tiny_study(folder: Path, data: Path, plan: Path, smaller: dict[str, str]) -> list[str]:
+def tiny_study(folder, data, plan, smaller):
     """Words of a command: a plan of fewer things, on a Llama of two layers."""
     tokenizer = load_stand_in("gpt2")[1]
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -414,7 +412,7 @@ def tiny_study(folder: Path, data: Path, plan: Path, smaller: dict[str, str]) ->
 
 
 @pytest.fixture
-def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_texts(monkeypatch):
     monkeypatch.setattr(texts, "LENGTH", 16)
     monkeypatch.setattr(texts, "PIECES", 4)
     monkeypatch.setattr(quiet, "PROMPTS", quiet.PROMPTS[:1])
@@ -442,7 +440,7 @@ def test_runs_and_success_of_quiet_experts():
     assert waiting[-1] == "replay usage examples 20 0.006 0", "what needs replay's rate must wait"
     texts_of = [*plan.domains, *(f"{domain}, all" for domain in plan.domains), *plan.probes]
 
-    def record(loss: float, answers: float = 0.0) -> dict[str, float]:
+    def record(loss, answers=0.0):
         return dict.fromkeys(texts_of, loss) | {
             "answers": answers,
             "same": 1.0,

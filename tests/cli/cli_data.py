@@ -1,14 +1,27 @@
-"""Small data: rows in a file, and folders that described tasks fit."""
+"""Command lines as they are typed; small data: rows in a file, and folders that described tasks
+fit."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from mpoe.cli import main
 from mpoe.data.spec import TaskSpec
 from mpoe.data.tasks import find_spec
+
+
+def words(*lines: object) -> list[str]:
+    """The arguments that a shell makes of command lines; what holds spaces stands in quotes."""
+    return [word for line in lines for word in shlex.split(str(line))]
+
+
+def run(*lines: object) -> object:
+    """`mpoe` with these words, whose errors are raised."""
+    return main.run(words(*lines))
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:

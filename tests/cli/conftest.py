@@ -1,7 +1,6 @@
 """The command line run inside the test process, and small data folders."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import MagicMock
 
@@ -11,7 +10,7 @@ from mpoe.cli import report
 from mpoe.cli.main import main
 
 from ..models.tiny_models import shorten_documentation
-from .cli_data import write_sentiment
+from .cli_data import words, write_sentiment
 
 FEW = {"SAMPLES": 2, "TEXT_LENGTH": 8, "CHAT_LENGTH": 8, "GENERAL_PIECES": 2}
 
@@ -27,14 +26,12 @@ Run = Callable[..., Answer]
 
 
 @pytest.fixture
-def drawn() -> None:
+def drawn():
     """Of a test that looks at plots: they are not left out."""
 
 
 @pytest.fixture(autouse=True)
-def _what_takes_long_is_short(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _what_takes_long_is_short(request, monkeypatch):
     """Plots, which would take as long as a short training, are painted on nothing; documentation
     is short, and so are the few samples of what a base says itself."""
     shorten_documentation(monkeypatch)
@@ -52,14 +49,14 @@ def _what_takes_long_is_short(
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``cli("info", "--json")`` runs `mpoe info --json`; an exit code other than ``code`` fails the
+def cli(capsys):
+    """``cli("info --json")`` runs `mpoe info --json`; an exit code other than ``code`` fails the
     test."""
 
-    def run(*arguments: object, code: int = 0) -> Answer:
+    def run(*lines, code=0):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
+            main(words(*lines))
         out, err = capsys.readouterr()
         assert int(str(ended.value.code or 0)) == code, err
         return Answer(out, err)
@@ -68,12 +65,12 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture
-def refused(cli: Run) -> Callable[..., str]:
+def refused(cli):
     """Run what must be refused: exit code 2, one line on stderr and no traceback; returns the
     line."""
 
-    def run(*arguments: object) -> str:
-        answer = cli(*arguments, code=2)
+    def run(*lines):
+        answer = cli(*lines, code=2)
         lines = [line for line in answer.err.splitlines() if line.startswith("mpoe: error: ")]
         assert len(lines) == 1, answer.err
         assert "Traceback" not in answer.err
@@ -83,13 +80,13 @@ def refused(cli: Run) -> Callable[..., str]:
 
 
 @pytest.fixture
-def sentiment(tmp_path: Path) -> Path:
+def sentiment(tmp_path):
     """A folder with a tiny two-class task."""
     return write_sentiment(tmp_path / "sentiment")
 
 
 @pytest.fixture
-def prose(tmp_path: Path) -> Path:
+def prose(tmp_path):
     """A folder with a little text for language modelling."""
     folder = tmp_path / "prose"
     folder.mkdir()

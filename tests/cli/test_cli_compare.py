@@ -12,13 +12,14 @@ from transformers import TrainerControl, TrainerState
 
 from mpoe.cli import demo
 from mpoe.cli.compare import read_run, write_report
-from mpoe.cli.main import run
 from mpoe.cli.report import bars_html
 from mpoe.cli.train import going_on
 from mpoe.data.domains import DOMAINS, domain_text
 from mpoe.models.expert_mixture import experts_in
 from mpoe.training.callbacks import LogLineCallback
 from tests.assertions import run_python
+
+from .cli_data import run, words
 
 PARAMETERS = {
     "central": 60,
@@ -31,9 +32,7 @@ PARAMETERS = {
 }
 
 
-def make_run(
-    folder: Path, accuracy: float, rate: float, ended: bool = True, **more: object
-) -> Path:
+def make_run(folder, accuracy, rate, ended=True, **more):
     folder.mkdir()
     training = {
         "learning_rate": rate,
@@ -86,7 +85,7 @@ def make_run(
 def test_runs_side_by_side(cli, tmp_path):
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.7, 2e-3)
     third = make_run(tmp_path / "c", 0.0, 1e-3, ended=False)
-    answer = cli("compare", first, second, third, "--output_dir", tmp_path / "out")
+    answer = cli(f"compare {first} {second} {third} --output_dir {tmp_path}/out")
     lines = {
         line.split("│")[1].strip(): line.split("│")[2:-1]
         for line in answer.out.splitlines()
@@ -103,11 +102,11 @@ def test_runs_side_by_side(cli, tmp_path):
     assert not {"training.output_dir", "command", "training.seed"} & set(
         cells
     )  # neutral, or the same in all
-    text = (tmp_path / "out" / "report.html").read_text()
+    text = (tmp_path / "out/report.html").read_text()
     assert "&lt;b&gt;" in text
     assert "<td class=best>0.7000 *</td>" in text
     assert text.count("data:image/png;base64,iVBOR") == 1
-    assert [run["name"] for run in json.loads((tmp_path / "out" / "compare.json").read_text())] == [
+    assert [run["name"] for run in json.loads((tmp_path / "out/compare.json").read_text())] == [
         "a",
         "b",
         "c",
@@ -136,19 +135,19 @@ def test_means_over_seeds(cli, tmp_path):
 
 def test_names_and_refusals(cli, refused, tmp_path):
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.6, 1e-3)
-    out = ["--output_dir", tmp_path / "out"]
-    assert "needs two runs or more; got 1" in refused("compare", first, *out)
+    out = f"--output_dir {tmp_path}/out"
+    assert "needs two runs or more; got 1" in refused(f"compare {first} {out}")
     assert "is not the folder of a run: it holds no run.json" in refused(
-        "compare", first, tmp_path, *out
+        f"compare {first} {tmp_path} {out}"
     )
-    assert "holds a model or a run" in refused("compare", first, second, "--output_dir", first)
-    answer = cli("compare", first, second, *out)
+    assert "holds a model or a run" in refused(f"compare {first} {second} --output_dir {first}")
+    answer = cli(f"compare {first} {second} {out}")
     assert "*" not in answer.out.split("Scores")[1].split("Validation")[0]  # a tie has no best
-    assert "earlier report" in refused("compare", first, second, *out)
-    assert "1 a" in cli("compare", first, first, *out, "--overwrite").out
+    assert "earlier report" in refused(f"compare {first} {second} {out}")
+    assert "1 a" in cli(f"compare {first} {first} {out} --overwrite").out
     (second / "results.json").write_text("[")
     assert "holds a run that cannot be read" in refused(
-        "compare", first, second, *out, "--overwrite"
+        f"compare {first} {second} {out} --overwrite"
     )
 
 
@@ -179,7 +178,7 @@ def test_the_report_of_a_run_says_everything(tmp_path):
 
 
 def test_a_line_for_each_log_call():
-    lines: list[str] = []
+    lines = []
     shown, state = LogLineCallback(lines.append), TrainerState(global_step=20, max_steps=500)
     call = (None, state, TrainerControl())
     shown.on_step_begin(*call)
@@ -202,12 +201,12 @@ def test_a_line_for_each_log_call():
 
 
 def test_an_interrupted_run_says_how_to_go_on(cli, tmp_path, monkeypatch):
-    def stop(words: list[str]) -> None:
+    def stop(words):
         with going_on(tmp_path, shlex.join(["mpoe", "train", *words])):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("mpoe.cli.train.command", stop)
-    said = cli("train", "--output_dir", "my run", "--overwrite", code=130).err
+    said = cli("train --output_dir 'my run' --overwrite", code=130).err
     assert re.match(
         r"mpoe: interrupted: go on at step 0, .* with mpoe train --output_dir 'my run' --resume\n",
         said,
@@ -226,11 +225,11 @@ def test_a_short_comparison(tmp_path, monkeypatch, capsys):
         "mpoe.data.predict.generate_texts",
         lambda model, tokenizer, examples, *_: ["x"] * len(examples),
     )
-    run(["demo", "--compare", "--steps", "1", "--output_dir", str(tmp_path / "demo")])
+    run(f"demo --compare --steps 1 --output_dir {tmp_path}/demo")
     out = capsys.readouterr().out
     assert "mpoe plan t5-base" in out
-    page = (tmp_path / "demo" / "report.html").read_text()
-    runs = json.loads((tmp_path / "demo" / "compare.json").read_text())
+    page = (tmp_path / "demo/report.html").read_text()
+    runs = json.loads((tmp_path / "demo/compare.json").read_text())
     assert [each["name"] for each in runs] == ["dense", "wider", "switch", "hidden", "separable"]
     assert len({json.dumps(each["results"]["data"]) for each in runs}) == 1  # the same items
     total = {each["name"]: each["results"]["parameters"]["total"] for each in runs}
@@ -244,21 +243,21 @@ def test_a_short_demo_of_experts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mpoe.models.expert_mixture.PIECES", 8)
     short = {name: " ".join(f"{name} of {number}" for number in range(400)) for name in DOMAINS}
     monkeypatch.setattr("mpoe.cli.demo.domain_text", lambda name, held_out: short[name])
-    demo.command(["--output_dir", str(tmp_path / "demo"), "--steps", "2"])
+    demo.command(words(f"--output_dir {tmp_path}/demo --steps 2"))
     out = capsys.readouterr().out
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    results = json.loads((tmp_path / "demo/results.json").read_text())
     losses = results["losses"]
     assert {name: list(by_way) for name, by_way in losses.items()} == {
         **{name: ["base", "always_on", "quiet", "composed"] for name in DOMAINS},
         "documentation": ["base", "composed"],
     }
     assert results["experts"] == ["law", "code", "names", "none"]
-    assert [expert.name for expert in experts_in(tmp_path / "demo" / "model")[0]] == [
+    assert [expert.name for expert in experts_in(tmp_path / "demo/model")[0]] == [
         "law",
         "code",
         "names",
     ]
-    page = (tmp_path / "demo" / "report.html").read_text()
+    page = (tmp_path / "demo/report.html").read_text()
     for text, tokens in results["picture"].items():
         assert f'<p class="tokens"><b>{text}</b>' in page
         assert {expert for _, expert in tokens} <= {0, 1, 2, 3}
@@ -315,7 +314,7 @@ slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(
-    ("task", "margin"),
+    "task, margin",
     [
         pytest.param("movie_sentiment", 0.06, marks=exhaustive),
         pytest.param("doc_module", 0.1, marks=slow),
@@ -323,20 +322,14 @@ slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 )
 def test_the_readme_trains_clearly_above_the_majority(request, tmp_path, task, margin):
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    (line,) = [line for line in readme.splitlines() if line.startswith("mpoe train ")]
-    words = shlex.split(line)[1:]
-    words[words.index("--output_dir") + 1] = str(tmp_path / "run")
-    words[words.index("--max_steps") + 1] = "200"  # enough for that
-    data = words.index("--data_dir")
-    embedded = task.startswith("doc_")
-    words[data : data + 2] = (
-        ["--tasks", task]
-        if embedded
-        else ["--data_dir", str(request.getfixturevalue("shared_data") / task)]
-    )
-    out = run_python("-m", "mpoe", *words)
+    (line,) = [line for line in readme.splitlines() if line.startswith("mpoe train --model t5")]
+    line = re.sub("--output_dir [^ ]*", f"--output_dir {tmp_path}/run", line)
+    line = re.sub("--max_steps [^ ]*", "--max_steps 200", line)  # enough for that
+    folder = None if task.startswith("doc_") else request.getfixturevalue("shared_data") / task
+    data = f"--data_dir {folder}" if folder else f"--tasks {task}"
+    out = run_python("-m", *words(re.sub("--data_dir [^ ]*", data, line)))
     assert "learning_rate 0.0015: what to start from" in out
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = json.loads((tmp_path / "run/results.json").read_text())
     score, majority = (results[key][task]["accuracy"] for key in ("validation", "constant"))
     assert score > majority + margin
     assert not results["remarks"]
@@ -352,7 +345,7 @@ def test_demo(tmp_path):
     losses, lost, shares = results["losses"], results["lost"], results["kept"]
     # docs/should_i.md shows these figures; other processors train a little otherwise, and other
     # versions of the packages have other texts.
-    page = (EXAMPLES.parent / "docs" / "should_i.md").read_text(encoding="utf-8")
+    page = (EXAMPLES.parent / "docs/should_i.md").read_text(encoding="utf-8")
     for name in DOMAINS:
         (row,) = re.findall(rf"^\| {name} \|(.*)\|$", page, flags=re.M)
         base, always_on, quiet, kept, loud, silent, composed = (

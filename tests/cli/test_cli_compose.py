@@ -1,12 +1,11 @@
 """`mpoe compose`: fine-tunes, adapters or experts' files into one mixture, an expert more or fewer,
 and refusals."""
 
+import contextlib
 import copy
 import json
 import shutil
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,9 +21,7 @@ from mpoe import (
     start_expert,
 )
 from mpoe.cli import compose as command
-from mpoe.cli import train
 from mpoe.cli.command import CommandError
-from mpoe.cli.main import run
 from mpoe.cli.quiet import made_background
 from mpoe.data.stand_in_models import load_stand_in, stand_in_path
 from mpoe.models.background import save_background
@@ -35,14 +32,15 @@ from mpoe.training import read_metrics
 from tests.assertions import refuses
 
 from ..models.tiny_models import fit
+from .cli_data import run
 from .cli_data import same_weights as same
 
 BASE = str(stand_in_path("gpt2"))
-SMALL = ["--max_texts", "4", "--max_length", "16"]
+SMALL = "--max_texts 4 --max_length 16"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """Of the tiny GPT-2 two fine-tunes with their texts, and three experts; a text of no domain;
     what does not fit."""
     out = tmp_path_factory.mktemp("compose")
@@ -74,14 +72,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (out / "cut" / name).write_text("{")
     (out / "odd").mkdir()
-    (out / "odd" / "adapter_config.json").write_text(
+    (out / "odd/adapter_config.json").write_text(
         '{"peft_type": "LORA", "target_modules": ["nothing"], "r": 2}'
     )
     return out
 
 
 @pytest.fixture(scope="module")
-def adapter(folder: Path) -> str:
+def adapter(folder):
     """A LoRA adapter of the tiny GPT-2."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
@@ -91,13 +89,15 @@ def adapter(folder: Path) -> str:
     return str(folder / "ft2")
 
 
-def compose(folder: Path, *words: str) -> None:
-    command.command([BASE, *(word.format(folder) for word in words)])
+def compose(folder, line):
+    """`mpoe compose` of the tiny GPT-2, in the folder."""
+    with contextlib.chdir(folder):
+        run(f"compose {BASE} {line}")
 
 
 def test_two_fine_tunes_and_an_adapter(folder, adapter):
-    texts = ["--texts", "{}/t0.txt", "{}/t1.txt", "{}/t2.txt", *SMALL]
-    compose(folder, "{}/ft0", "{}/ft1", adapter, "--output_dir", "{}/triple", *texts)
+    texts = f"--texts t0.txt t1.txt t2.txt {SMALL}"
+    compose(folder, f"ft0 ft1 {adapter} --output_dir triple {texts}")
     three = load_mpoe(folder / "triple")
     assert three.mpoe_config.num_experts == 3
     base, _ = load_stand_in("gpt2")
@@ -110,19 +110,8 @@ def test_two_fine_tunes_and_an_adapter(folder, adapter):
 
 
 def test_a_trained_router(folder):
-    options = [
-        "--texts",
-        "{}/t0.txt",
-        "{}/t1.txt",
-        "--router",
-        "train",
-        "--steps",
-        "1",
-        "--top_k",
-        "2",
-        *SMALL,
-    ]
-    compose(folder, "{}/ft0", "{}/ft1", "--output_dir", "{}/trained_pair", *options)
+    options = f"--texts t0.txt t1.txt --router train --steps 1 --top_k 2 {SMALL}"
+    compose(folder, f"ft0 ft1 --output_dir trained_pair {options}")
     config = load_mpoe(folder / "trained_pair").mpoe_config
     assert (config.expert_type, config.router.top_k) == ("dense", 2)
 
@@ -133,16 +122,7 @@ def test_a_base_of_few_positions(folder, monkeypatch):
     same_length = lambda *given: read(*given) if given[2] == 64 else pytest.fail(str(given))  # noqa: E731
     monkeypatch.setattr(command, "read_batches", same_length)
     monkeypatch.setattr(command.models, "load_model", lambda source: base)
-    compose(
-        folder,
-        "{}/law.expert",
-        "--output_dir",
-        "{}/few",
-        "--background",
-        "{}/none.txt",
-        "--max_texts",
-        "4",
-    )
+    compose(folder, "law.expert --output_dir few --background none.txt --max_texts 4")
 
 
 def test_an_adapter_without_peft(adapter, monkeypatch):
@@ -151,21 +131,13 @@ def test_an_adapter_without_peft(adapter, monkeypatch):
 
 
 def test_one_more_and_one_fewer(folder, capsys):
-    text = ["--background", "{}/none.txt", *SMALL]
-    compose(folder, "{}/law.expert", "{}/med.expert", "--output_dir", "{}/two", *text)
+    text = f"--background none.txt {SMALL}"
+    compose(folder, f"law.expert med.expert --output_dir two {text}")
     assert "law, med, none" in capsys.readouterr().out
-    compose(folder, "{}/code.expert", "--add", "{}/two", "--output_dir", "{}/three")
-    compose(
-        folder,
-        "{}/law.expert",
-        "{}/med.expert",
-        "{}/code.expert",
-        "--output_dir",
-        "{}/at_once",
-        *text,
-    )
+    compose(folder, "code.expert --add two --output_dir three")
+    compose(folder, f"law.expert med.expert code.expert --output_dir at_once {text}")
     assert same(folder / "three", folder / "at_once")
-    compose(folder, "--add", "{}/three", "--remove", "code", "--output_dir", "{}/again")
+    compose(folder, "--add three --remove code --output_dir again")
     assert same(folder / "two", folder / "again")
     assert not same(folder / "two", folder / "three")
     three = load_mpoe(folder / "three")
@@ -184,7 +156,7 @@ def test_the_background_beside_an_expert_is_taken(folder, capsys):
     beside.mkdir()
     shutil.copy(folder / "law.expert", beside)
     background = made_background(base, tokenizer, beside)
-    compose(folder, "{}/beside/law.expert", "--output_dir", "{}/with_it")
+    compose(folder, "beside/law.expert --output_dir with_it")
     printed = capsys.readouterr().out
     assert printed.count("sampling") == 1, "the background was made again"
     assert "What the base itself says" in printed
@@ -193,152 +165,97 @@ def test_the_background_beside_an_expert_is_taken(folder, capsys):
     changed = copy.deepcopy(base)
     changed.transformer.h[0].mlp.c_fc.weight.data += 1
     save_background(background, changed, beside / "background.safetensors")
-    compose(folder, "{}/beside/law.expert", "--output_dir", "{}/not_it")
+    compose(folder, "beside/law.expert --output_dir not_it")
     printed = capsys.readouterr().out
     assert "not used: background must be of this base" in printed
     assert "sampling" in printed
-    compose(folder, "--add", "{}/with_it", "--preference", "5", "--output_dir", "{}/quieter")
+    compose(folder, "--add with_it --preference 5 --output_dir quieter")
     assert load_mpoe(folder / "quieter").config.mpoe_routing["preference"] == 5
     assert not same(folder / "with_it", folder / "quieter")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "line, message",
     [
-        ([], "at least one expert"),
-        ([BASE, "--texts", "{}/t0.txt"], "compose needs --output_dir"),
-        ([BASE, "--output_dir", "{}/x", "--max_length", "1"], "max_length must be at least 2"),
-        ([BASE, "--output_dir", "{}/x"], "texts must name a file for each of 1 fine-tunes; got 0"),
-        ([BASE, "--output_dir", "{}/x", "--texts", "{}/none"], "texts: no such file"),
+        ("", "at least one expert"),
+        (f"{BASE} --texts t0.txt", "compose needs --output_dir"),
+        (f"{BASE} --output_dir x --max_length 1", "max_length must be at least 2"),
+        (f"{BASE} --output_dir x", "texts must name a file for each of 1 fine-tunes; got 0"),
+        (f"{BASE} --output_dir x --texts none", "texts: no such file"),
+        (f"{BASE} --output_dir ft0 --texts t0.txt", "holds a model; give --overwrite"),
+        ("./ft9 --output_dir x --texts t0.txt", "no such folder"),
+        (f"{BASE} --output_dir x --texts bad.txt", "texts: .*expected UTF-8 text"),
         (
-            [BASE, "--output_dir", "{}/ft0", "--texts", "{}/t0.txt"],
-            "holds a model; give --overwrite",
-        ),
-        (["{}/ft9", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "no such folder"),
-        ([BASE, "--output_dir", "{}/x", "--texts", "{}/bad.txt"], "texts: .*expected UTF-8 text"),
-        (
-            [BASE, "--output_dir", "{}/x", "--texts", "{}/short.txt"],
+            f"{BASE} --output_dir x --texts short.txt",
             "short.txt: texts must give at least one block of block_size=128",
         ),
-        (["{}/odd", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "does not fit the base"),
+        ("odd --output_dir x --texts t0.txt", "does not fit the base"),
+        ("law.expert --texts none.txt none.txt", "texts must name a file for each of 1 experts"),
+        ("law.expert --router train", "router train needs --texts for every expert"),
+        ("law.expert --router best", "argument --router: invalid choice: 'best'"),
+        ("law.expert --merge --top_k 2", "merge makes one network without routers: no top_k"),
+        ("law.expert --merge --texts t0.txt", "or texts but of adapters"),
+        ("law.expert --texts t0.txt --output_dir x --max_length 512", "at most 256, the"),
+        ("cut --neurons 4 --output_dir x --texts t0.txt", "line 1, column 2: bad JSON"),
         (
-            ["{}/law.expert", "--texts", "{}/none.txt", "{}/none.txt"],
-            "texts must name a file for each of 1 experts",
-        ),
-        (["{}/law.expert", "--router", "train"], "router train needs --texts for every expert"),
-        (["{}/law.expert", "--router", "best"], "argument --router: invalid choice: 'best'"),
-        (
-            ["{}/law.expert", "--merge", "--top_k", "2"],
-            "merge makes one network without routers: no top_k",
-        ),
-        (["{}/law.expert", "--merge", "--texts", "{}/t0.txt"], "or texts but of adapters"),
-        (
-            [
-                "{}/law.expert",
-                "--texts",
-                "{}/t0.txt",
-                "--output_dir",
-                "{}/x",
-                "--max_length",
-                "512",
-            ],
-            "at most 256, the",
-        ),
-        (
-            ["{}/cut", "--neurons", "4", "--output_dir", "{}/x", "--texts", "{}/t0.txt"],
-            "line 1, column 2: bad JSON",
-        ),
-        (
-            ["{}/law.expert", "--neurons", "8"],
+            "law.expert --neurons 8",
             "neurons must be at least 1, of experts fitted to adapters; got 8",
         ),
-        (["{}/law.expert", "--steps", "0"], "steps must be at least 1; got 0"),
-        (
-            ["{}/law.expert", "--output_dir", "{}/x", "--top_k", "0"],
-            "top_k must be at least 1; got 0",
-        ),
-        (["{}/law.expert", "--output_dir", ""], "compose needs --output_dir"),
-        (["{}/law.expert", "{}/absent.expert"], "absent.expert: no file"),
-        (["{}/law.expert", "{}/bad"], "either fine-tunes or experts' files"),
-        (["{}/law.expert", "--remove", "law"], "remove needs --add MIXTURE"),
-        (
-            ["{}/law.expert", "--background", "{}/absent.txt", "--output_dir", "{}/x"],
-            "background: no such file",
-        ),
-        (
-            ["{}/law.expert", "--add", "{}/bad", "--output_dir", "{}/x"],
-            "a mixture that was composed of experts",
-        ),
-        (["{}/law.expert", "{}/law.expert", "--output_dir", "{}/x"], "'law' is there twice"),
-        (["{}/bad", "--preference", "1"], "add, remove, merge, background and preference are for"),
-        (
-            ["{}/bad", "--background", "{}/none.txt"],
-            "add, remove, merge, background and preference are for",
-        ),
+        ("law.expert --steps 0", "steps must be at least 1; got 0"),
+        ("law.expert --output_dir x --top_k 0", "top_k must be at least 1; got 0"),
+        ("law.expert --output_dir ''", "compose needs --output_dir"),
+        ("law.expert absent.expert", "absent.expert: no file"),
+        ("law.expert bad", "either fine-tunes or experts' files"),
+        ("law.expert --remove law", "remove needs --add MIXTURE"),
+        ("law.expert --background absent.txt --output_dir x", "background: no such file"),
+        ("law.expert --add bad --output_dir x", "a mixture that was composed of experts"),
+        ("law.expert law.expert --output_dir x", "'law' is there twice"),
+        ("bad --preference 1", "add, remove, merge, background and preference are for"),
+        ("bad --background none.txt", "add, remove, merge, background and preference are for"),
     ],
 )
-def test_refused(folder, words, message):
-    refuses(ValueError, message, compose, folder, *words)
-    assert not (folder / "x" / "config.json").exists()
+def test_refused(folder, line, message):
+    refuses(ValueError, message, compose, folder, line)
+    assert not (folder / "x/config.json").exists()
 
 
 def test_names_that_are_refused(folder, adapter):
-    for name in (["t5"], [adapter, "--neurons", "8"]):
-        with pytest.raises(CommandError, match="of others a causal language model"):
-            command.command(
-                ["t5", *name, "--output_dir", str(folder / "x"), "--texts", str(folder / "t0.txt")]
-            )
-    compose(
-        folder, "{}/law.expert", "--output_dir", "{}/one", "--background", "{}/none.txt", *SMALL
-    )
-    with pytest.raises(CommandError, match="remove must name experts of the mixture, law; got med"):
-        compose(folder, "--add", "{}/one", "--remove", "med", "--output_dir", "{}/x")
-    with pytest.raises(
-        CommandError, match="takes the dense model that the experts were trained beside"
-    ):
-        command.command(
-            [str(folder / "one"), str(folder / "law.expert"), "--output_dir", str(folder / "x")]
-        )
+    for name in ("t5", f"{adapter} --neurons 8"):
+        line = f"compose t5 {name} --output_dir {folder}/x --texts {folder}/t0.txt"
+        refuses(CommandError, "of others a causal language model", run, line)
+    compose(folder, f"law.expert --output_dir one --background none.txt {SMALL}")
+    message = "remove must name experts of the mixture, law; got med"
+    refuses(CommandError, message, compose, folder, "--add one --remove med --output_dir x")
+    message = "takes the dense model that the experts were trained beside"
+    refuses(CommandError, message, run, f"compose {folder}/one {folder}/law.expert --output_dir x")
     base, _ = load_stand_in("gpt2")
     model = start_expert(base, 8)
     (folder / "other").mkdir()
     statistics = collect_statistics(model, [{"input_ids": torch.arange(16)[None]}])
-    save_expert(model, folder / "other" / "law.expert", statistics=statistics)
+    save_expert(model, folder / "other/law.expert", statistics=statistics)
     with pytest.raises(ValueError, match="must have names of their own"):
-        compose(folder, "{}/law.expert", "{}/other/law.expert", "--output_dir", "{}/x")
+        compose(folder, "law.expert other/law.expert --output_dir x")
 
 
 def test_texts_a_trained_router_and_one_network(folder, capsys):
-    files, texts = ["{}/law.expert", "{}/med.expert"], ["--texts", "{}/none.txt", "{}/none.txt"]
-    compose(folder, *files, "--output_dir", "{}/refined", *texts, *SMALL)
-    compose(
-        folder,
-        *files,
-        "--output_dir",
-        "{}/trained",
-        *texts,
-        *SMALL,
-        "--router",
-        "train",
-        "--steps",
-        "2",
-    )
-    compose(folder, *files, "--output_dir", "{}/plain")
+    files, texts = "law.expert med.expert", "--texts none.txt none.txt"
+    compose(folder, f"{files} --output_dir refined {texts} {SMALL}")
+    compose(folder, f"{files} --output_dir trained {texts} {SMALL} --router train --steps 2")
+    compose(folder, f"{files} --output_dir plain")
     assert not same(folder / "refined", folder / "plain")
     assert not same(folder / "refined", folder / "trained")
     capsys.readouterr()
-    (folder / "plain" / "mine.safetensors").touch()
-    merged = ["--output_dir", "{}/plain", "--merge", "--overwrite"]
+    (folder / "plain/mine.safetensors").touch()
+    merged = "--output_dir plain --merge --overwrite"
     refuses(
         CommandError,
         "plain holds mine.safetensors, which mpoe did not write",
         compose,
         folder,
-        *files,
-        *merged,
+        f"{files} {merged}",
     )
-    (folder / "plain" / "mine.safetensors").unlink()
-    compose(folder, *files, *merged)
+    (folder / "plain/mine.safetensors").unlink()
+    compose(folder, f"{files} {merged}")
     assert "every expert at weight 1/2" in capsys.readouterr().out
     names = ("experts", "README.md", "modeling_mpoe.py")
     assert not [name for name in names if (folder / "plain" / name).exists()]
@@ -347,19 +264,10 @@ def test_texts_a_trained_router_and_one_network(folder, capsys):
 
 
 def test_what_a_file_expects_and_what_a_mixture_holds(folder, capsys):
-    compose(
-        folder,
-        "{}/law.expert",
-        "{}/code.expert",
-        "--output_dir",
-        "{}/listed",
-        "--background",
-        "{}/none.txt",
-        *SMALL,
-    )
+    compose(folder, f"law.expert code.expert --output_dir listed --background none.txt {SMALL}")
     law, mixture = str(folder / "law.expert"), str(folder / "listed")
     capsys.readouterr()
-    assert not run(["info", law, mixture, "--json"])
+    assert not run(f"info {law} {mixture} --json")
     told = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in told[mixture]] == ["the mixture", "law", "code"]
     assert told[law] == told[mixture][1:2]
@@ -369,61 +277,40 @@ def test_what_a_file_expects_and_what_a_mixture_holds(folder, capsys):
     assert whole["none"].startswith("adds nothing")
     assert whole["background"].startswith("background.safetensors")
     assert (told[law][0]["neurons"], told[law][0]["parameters"]) == (8, 4 * 8 * (2 * 128 + 1))
-    assert not run(["info", law])
+    assert not run(f"info {law}")
     assert told[law][0]["base"][:12] in capsys.readouterr().out
-    refuses(
-        CommandError,
-        "info takes experts' files and mixtures",
-        run,
-        ["info", law, str(folder / "bad")],
-    )
+    refuses(CommandError, "info takes experts' files and mixtures", run, f"info {law} {folder}/bad")
 
 
 def test_upload(folder, monkeypatch, capsys):
     asked = []
 
-    def push(path: str, repository: str, private: bool | None) -> str:
+    def push(path, repository, private):
         asked.append((path, repository, private))
         return "https://hub/commit/1"
 
     monkeypatch.setattr("mpoe.cli.export.push_expert", push)
-    assert not run(["export", str(folder / "law.expert"), "me/experts", "--to", "hub", "--private"])
+    assert not run(f"export {folder}/law.expert me/experts --to hub --private")
     assert asked == [(str(folder / "law.expert"), "me/experts", True)]
     assert "uploaded to https://hub/commit/1" in capsys.readouterr().out
 
 
 def test_what_experts_are_worth(folder, tmp_path, capsys):
-    compose(
-        folder,
-        "{}/law.expert",
-        "{}/med.expert",
-        "--output_dir",
-        "{}/seen",
-        "--background",
-        "{}/none.txt",
-        *SMALL,
-    )
-    words = [
-        "inspect",
-        str(folder / "seen"),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--num_items",
-        "2",
-    ]
-    assert not run(words)
+    compose(folder, f"law.expert med.expert --output_dir seen --background none.txt {SMALL}")
+    line = f"inspect {folder}/seen --output_dir {tmp_path}/out --num_items 2"
+    assert not run(line)
     assert (
         "give --texts FILE" in capsys.readouterr().out
     )  # of no domain, the default items tell nothing
-    assert not run([*words, "--overwrite", "--text", "Return the first item of the list."])
-    assert list(json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]) == [
+    assert not run(f"{line} --overwrite --text 'Return the first item of the list.'")
+    assert list(json.loads((tmp_path / "out/inspect.json").read_text())["worth"]) == [
         "the sentences"
     ]
-    files = [str(folder / "t0.txt"), str(folder / "t1.txt")]
-    absent = [*words, "--overwrite", "--texts", files[0], "absent.txt"]
+    files = [f"{folder}/t0.txt", f"{folder}/t1.txt"]
+    absent = f"{line} --overwrite --texts {files[0]} absent.txt"
     refuses(CommandError, "texts: no such file: absent.txt", run, absent)
-    assert not run([*words, "--overwrite", "--texts", *files])
-    numbers = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert not run(line, "--overwrite --texts", *files)
+    numbers = json.loads((tmp_path / "out/inspect.json").read_text())
     worth = numbers["worth"]
     assert list(worth) == files
     assert numbers["counted_on"] == f"3 items of {', '.join(files)}"
@@ -433,18 +320,13 @@ def test_what_experts_are_worth(folder, tmp_path, capsys):
     assert numbers["tokens"] == 2 * 127
     assert numbers["names"] == ["law", "med", "none"]
     assert numbers["oracle"] <= min(numbers["alone"])
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out/report.html").read_text()
     assert "What each expert is worth" in page
     assert "1 med</span>" in page
     assert "more than the oracle" in capsys.readouterr().out
 
 
-def test_an_adapter_as_an_expert(
-    folder,
-    tmp_path,
-    capsys,
-    monkeypatch,
-):
+def test_an_adapter_as_an_expert(folder, tmp_path, capsys, monkeypatch):
     peft = pytest.importorskip("peft")
     base, tokenizer = load_stand_in("gpt2")
     adapter = peft.LoraConfig(r=2, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True)
@@ -455,29 +337,18 @@ def test_an_adapter_as_an_expert(
     ids = torch.tensor(tokenizer((tmp_path / "sea.txt").read_text())["input_ids"][:256]).view(4, 64)
     fit(model, [{"input_ids": ids, "labels": ids}] * 6)
     model.save_pretrained(tmp_path / "sea")
-    words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "10", "--max_length", "16"]
-    words += ["--steps", "50"]
-    command.command(
-        [
-            BASE,
-            str(tmp_path / "sea"),
-            "--neurons",
-            "64",
-            "--output_dir",
-            str(tmp_path / "mix"),
-            *words,
-        ]
-    )
+    texts = f"--texts {tmp_path}/sea.txt --max_texts 10 --max_length 16 --steps 50"
+    run(f"compose {BASE} {tmp_path}/sea --neurons 64 --output_dir {tmp_path}/mix {texts}")
     assert "sea: 64 neurons keep" in capsys.readouterr().out
     assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["sea", "none"]
     (expert,) = experts_in(tmp_path / "mix")[0]
     assert expert.facts["training"]["kept"] >= 0.8
     monkeypatch.setattr("mpoe.models.lora_fit.SAMPLED", 16)
-    words = [BASE, str(tmp_path / "sea"), "--output_dir", str(tmp_path / "x")]
-    with pytest.raises(ValueError, match="'sea' must keep 80% of its gain as 10 neurons"):
-        command.command([*words, "--steps", "1"])
+    line = f"compose {BASE} {tmp_path}/sea --output_dir {tmp_path}/x"
+    message = "'sea' must keep 80% of its gain as 10 neurons"
+    refuses(ValueError, message, run, f"{line} --steps 1")
     assert not (tmp_path / "x").exists()
-    command.command([*words, "--steps", "40", "--neurons", "64"])
+    run(f"{line} --steps 40 --neurons 64")
     assert "fitted to 16 texts that the adapted model itself writes" in capsys.readouterr().out
     (expert,) = experts_in(tmp_path / "x")[0]
     assert expert.facts["training"]["kept"] >= 0.8
@@ -486,9 +357,7 @@ def test_an_adapter_as_an_expert(
 def test_faults_leave_nothing_behind(folder, tmp_path):
     base, tokenizer = load_stand_in("gpt2")
     expert = load_expert(folder / "law.expert")
-    compose(
-        folder, "{}/med.expert", "--output_dir", "{}/of_med", "--background", "{}/none.txt", *SMALL
-    )
+    compose(folder, f"med.expert --output_dir of_med --background none.txt {SMALL}")
     tokenizer.add_tokens(["another"])
     expert.facts["tokenizer"] = vocabulary_identity(tokenizer)
     write_expert(expert, tmp_path / "tokenizer.expert")
@@ -502,43 +371,28 @@ def test_faults_leave_nothing_behind(folder, tmp_path):
         "tokenizer": "experts must be of one tokenizer",
         "file": "must be a whole safetensors file",
     }.items():
-        for first in (["{}/med.expert"], ["--add", "{}/of_med"]):
-            with pytest.raises(ValueError, match=message):
-                compose(
-                    folder,
-                    str(tmp_path / f"{kind}.expert"),
-                    *first,
-                    "--output_dir",
-                    str(tmp_path / "mix"),
-                )
+        for first in ("med.expert", "--add of_med"):
+            line = f"{tmp_path}/{kind}.expert {first} --output_dir {tmp_path}/mix"
+            refuses(ValueError, message, compose, folder, line)
             assert set(tmp_path.iterdir()) == there
 
 
 def test_from_texts_to_a_mixture(prose, folder, tmp_path, monkeypatch):
     shutil.copytree(prose, prose.parent / "sea")
-    (prose.parent / "sea" / "train.txt").write_text("ship sea sail wave " * 400)
-    seen: list[Any] = []  # for the statistics
+    (prose.parent / "sea/train.txt").write_text("ship sea sail wave " * 400)
+    seen = []  # for the statistics
     monkeypatch.setattr("mpoe.cli.expert.LEAST_STATISTICS", 8)
 
-    def collect(model: Any, batches: Any) -> Any:
+    def collect(model, batches):
         seen.extend(batches)
         return collect_statistics(model, seen)
 
     monkeypatch.setattr("mpoe.cli.expert.collect_statistics", collect)
-    flags = [
-        "--model",
-        "gpt2",
-        "--data_dir",
-        str(prose.parent),
-        "--tasks",
-        "prose",
-        "sea",
-        "--use_cpu",
-    ]
-    flags += ["--max_source_length", "32", "--max_steps", "2"]
-    flags += ["--learning_rate", "1e-2", "--weight_decay", "0.1", "--neurons", "16"]
-    assert not run(["train", *flags, "--expert", "a", "--output_dir", str(tmp_path / "a")])
-    expert = load_expert(tmp_path / "a" / "a.expert")
+    flags = f"--model gpt2 --data_dir {prose.parent} --tasks prose sea --use_cpu"
+    flags += " --max_source_length 32 --max_steps 2"
+    flags += " --learning_rate 1e-2 --weight_decay 0.1 --neurons 16"
+    assert not run(f"train {flags} --expert a --output_dir {tmp_path}/a")
+    expert = load_expert(tmp_path / "a/a.expert")
     assert any(
         load_stand_in("gpt2")[1](" sea")["input_ids"][0] in batch["input_ids"] for batch in seen
     )
@@ -553,65 +407,52 @@ def test_from_texts_to_a_mixture(prose, folder, tmp_path, monkeypatch):
     records = read_metrics(tmp_path / "a")
     (trained,) = (record for record in records if "loss" in record and record["step"] == 2)
     assert trained["base_loss"] > trained["loss"] > 0
-    results = json.loads((tmp_path / "a" / "results.json").read_text())["validation"]
+    results = json.loads((tmp_path / "a/results.json").read_text())["validation"]
     for task, losses in results.items():
         (record,) = (record for record in records if f"eval_{task}_loss" in record)
         assert losses["base_loss"] == record[f"eval_{task}_base_loss"] != losses["loss"]
-    files = [str(tmp_path / "a" / "a.expert"), str(folder / "law.expert")]
-    assert not run(["compose", BASE, *files, "--output_dir", str(tmp_path / "mix"), "--top_k", "1"])
+    files = f"{tmp_path}/a/a.expert {folder}/law.expert"
+    assert not run(f"compose {BASE} {files} --output_dir {tmp_path}/mix --top_k 1")
     mixture = load_mpoe(tmp_path / "mix")
     assert (mixture.config.mpoe_experts, mixture.mpoe_config.top_k) == (["a", "law", "none"], 1)
 
 
 def test_a_run_of_an_expert_goes_on(prose, tmp_path):
-    flags = [
-        "train",
-        "--model",
-        "gpt2",
-        "--data_dir",
-        str(prose),
-        "--use_cpu",
-        "--expert",
-        "a",
-        "--neurons",
-        "4",
-    ]
-    flags += ["--max_source_length", "32", "--max_steps", "2", "--save_steps", "1"]
-    flags += ["--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run")]
+    flags = f"train --model gpt2 --data_dir {prose} --use_cpu --expert a --neurons 4"
+    flags += " --max_source_length 32 --max_steps 2 --save_steps 1"
+    flags += f" --learning_rate 1e-2 --output_dir {tmp_path}/run"
     run(flags)
-    whole = load_expert(tmp_path / "run" / "a.expert").weights
-    saved = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    whole = load_expert(tmp_path / "run/a.expert").weights
+    saved = load_file(tmp_path / "run/checkpoint-1" / "model.safetensors")
     assert all(".experts." in name for name in saved)
-    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
-    run([*flags, "--resume"])
-    again = load_expert(tmp_path / "run" / "a.expert").weights
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    run(f"{flags} --resume")
+    again = load_expert(tmp_path / "run/a.expert").weights
     assert all(torch.equal(value, whole[name]) for name, value in again.items())
-    run([*flags, "--overwrite", "--save_base"])
-    assert same(tmp_path / "run", tmp_path / "run" / "checkpoint-2")
-    assert len(load_file(tmp_path / "run" / "model.safetensors")) > len(saved)
+    run(f"{flags} --overwrite --save_base")
+    assert same(tmp_path / "run", tmp_path / "run/checkpoint-2")
+    assert len(load_file(tmp_path / "run/model.safetensors")) > len(saved)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "line, message",
     [
-        (["--save_base"], "save_base is for --expert"),
+        ("--save_base", "save_base is for --expert"),
         *(
-            (["--expert", name], "expert must be a name")
+            (f"--expert '{name}'", "expert must be a name")
             for name in ("a/b", "..", "", "none", "a\nb")
         ),
-        (["--expert", "mine"], r"did not write .*run/mine\.expert"),
-        (["--expert", "a", "--num_experts", "2"], "num_experts is for mixtures"),
-        (["--expert", "a", "--baseline", "dense"], "baseline is for mixtures"),
-        (["--expert", "a", "--model", "{}"], "expert needs a dense language model"),
+        ("--expert mine", r"did not write .*run/mine\.expert"),
+        ("--expert a --num_experts 2", "num_experts is for mixtures"),
+        ("--expert a --baseline dense", "baseline is for mixtures"),
+        ("--expert a --model {}", "expert needs a dense language model"),
     ],
 )
-def test_training_that_is_refused(prose, tmp_path, words, message):
+def test_training_that_is_refused(prose, tmp_path, line, message):
     convert_to_mpoe(load_stand_in("gpt2")[0]).save_pretrained(tmp_path / "mixture")
-    words = [word.format(tmp_path / "mixture") for word in words]
+    line = line.format(tmp_path / "mixture")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine.expert").write_text("mine")
-    with pytest.raises((CommandError, FileExistsError), match=message):
-        train.command(
-            ["--data_dir", str(prose), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words]
-        )
+    (tmp_path / "run/mine.expert").write_text("mine")
+    flags = f"train --data_dir {prose} --output_dir {tmp_path}/run --use_cpu"
+    refuses((CommandError, FileExistsError), message, run, flags, line)
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["mine"]

@@ -4,7 +4,6 @@ refusals."""
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from tests.assertions import refuses
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory):
     """Folders t5, gpt2 (paper shapes) and dense (experts) of converted stand-ins."""
     root = tmp_path_factory.mktemp("models")
     for name, kind, values in (
@@ -38,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def page(folder: Path) -> str:
+def page(folder):
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:)', text), (
         "the report must need nothing beside itself"
@@ -50,17 +49,7 @@ def page(folder: Path) -> str:
 @pytest.mark.usefixtures("drawn")
 def test_report_of_a_t5(cli, models, sentiment, tmp_path):
     out, run = tmp_path / "out", models / "t5"
-    arguments = [
-        "inspect",
-        run,
-        "--data_dir",
-        sentiment,
-        "--output_dir",
-        out,
-        "--text",
-        "the film is <good>",
-    ]
-    cli(*arguments)
+    cli(f"inspect {run} --data_dir {sentiment} --output_dir {out} --text 'the film is <good>'")
     text = page(out)
     assert {p.name for p in out.iterdir()} == {"report.html", "inspect.json"}
     assert text.count("data:image/png;base64,iVBOR") == 2  # load, bonds
@@ -80,10 +69,10 @@ def test_report_of_a_t5(cli, models, sentiment, tmp_path):
 
 @pytest.mark.slow
 def test_other_mixtures(cli, models, prose, tmp_path):
-    data = ["--data_dir", prose, "--max_source_length", 16]
+    data = f"--data_dir {prose} --max_source_length 16"
     for name in ("gpt2", "dense", "none"):
-        cli("inspect", models / name, *data, "--output_dir", tmp_path / name)
-    numbers = json.loads((tmp_path / "gpt2" / "inspect.json").read_text())
+        cli(f"inspect {models}/{name} {data} --output_dir {tmp_path}/{name}")
+    numbers = json.loads((tmp_path / "gpt2/inspect.json").read_text())
     assert len(numbers["routes"]) == 2  # the first items, where no text is given
     assert set(numbers["bonds"]) == {"up", "down", "c_attn", "c_proj"}
     assert re.search(r">[012]\+[012]</td>", page(tmp_path / "gpt2"))
@@ -94,41 +83,31 @@ def test_other_mixtures(cli, models, prose, tmp_path):
 
 def test_help_and_refusals(cli, refused, models, tmp_path):
     assert "--output_dir" in cli("inspect").out
-    out, t5 = ["--output_dir", tmp_path / "out"], models / "t5"
+    out, t5 = f"--output_dir {tmp_path}/out", models / "t5"
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "report.html").write_text("mine")
+    (tmp_path / "old/report.html").write_text("mine")
     for flags, message in (
-        (["--text", "x"], "inspect needs a model first"),
-        (["t5", *out], "t5 is a dense t5; inspect looks into mixtures: mpoe convert t5 OUT"),
-        ([t5, "--text", " "], "text must hold words; got an empty one"),
+        ("--text x", "inspect needs a model first"),
+        (f"t5 {out}", "t5 is a dense t5; inspect looks into mixtures: mpoe convert t5 OUT"),
+        (f"{t5} --text ' '", "text must hold words; got an empty one"),
         (
-            [t5, "--texts", "a.txt"],
+            f"{t5} --texts a.txt",
             "texts are for mixtures that mpoe compose made of experts of a decoder",
         ),
-        ([t5, "--num_items", 0], "num_items must be at least 1; got 0"),
-        ([t5, "--output_dir", t5], "holds a model or a run; choose another folder"),
-        ([t5, "--output_dir", tmp_path / "old"], "holds an earlier report; give --overwrite"),
+        (f"{t5} --num_items 0", "num_items must be at least 1; got 0"),
+        (f"{t5} --output_dir {t5}", "holds a model or a run; choose another folder"),
+        (f"{t5} --output_dir {tmp_path}/old", "holds an earlier report; give --overwrite"),
     ):
-        assert message in refused("inspect", *flags)
-    assert (tmp_path / "old" / "report.html").read_text() == "mine"
+        assert message in refused(f"inspect {flags}")
+    assert (tmp_path / "old/report.html").read_text() == "mine"
     assert not (tmp_path / "out").exists()
 
 
 def test_a_runs_load_is_counted_on_its_own_data(cli, prose, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
-    flags = [
-        "--data_dir",
-        prose,
-        "--max_source_length",
-        16,
-        "--num_experts",
-        2,
-        "--max_steps",
-        1,
-        "--use_cpu",
-    ]
-    cli("train", "--model", "gpt2", *flags, "--learning_rate", 1e-3, "--output_dir", run)
-    cli("inspect", run, "--output_dir", out)
+    flags = f"--data_dir {prose} --max_source_length 16 --num_experts 2 --max_steps 1 --use_cpu"
+    cli(f"train --model gpt2 {flags} --learning_rate 0.001 --output_dir {run}")
+    cli(f"inspect {run} --output_dir {out}")
     numbers = json.loads((out / "inspect.json").read_text())
     assert numbers["counted_on"].endswith("validation items of prose")
     blocks = int(numbers["counted_on"].split()[0])
@@ -147,7 +126,7 @@ SHAPES = {
 }
 
 
-def unfolding(weight: torch.Tensor, shape: MPOShape, bond: int) -> torch.Tensor:
+def unfolding(weight, shape, bond):
     """The matrix ``[i_1 j_1 .. i_k j_k, the rest]`` of a weight, by plain reshapes."""
     n = shape.num_cores
     tensor = weight.reshape(*shape.in_factors, *shape.out_factors)
@@ -157,7 +136,7 @@ def unfolding(weight: torch.Tensor, shape: MPOShape, bond: int) -> torch.Tensor:
     )
 
 
-def full_weights(cores: MPOCores) -> torch.Tensor:
+def full_weights(cores):
     """``[E, padded I, padded F]``, of the chain itself: values in the padding count too."""
     shape = cores.shape
     whole = MPOShape(
@@ -202,7 +181,7 @@ def test_entropy_counts_the_directions_in_use():
     )  # a chain of one core has no bonds
 
 
-@pytest.mark.parametrize(("kind", "top_k"), [("t5", 1), ("gpt2", 2)])
+@pytest.mark.parametrize("kind, top_k", [("t5", 1), ("gpt2", 2)])
 def test_routes_are_the_routers_choices(kind, top_k):
     dense, tokenizer = load_stand_in(kind)
     router = {"top_k": top_k, "bias_update_rate": 0.01}
@@ -216,7 +195,7 @@ def test_routes_are_the_routers_choices(kind, top_k):
         ["encoder", "decoder"] if kind == "t5" else ["main"]
     )
     assert [name for route in routes for name in route.layers] == [name for name, _ in layers]
-    seen: dict[str, torch.Tensor] = {}
+    seen = {}
     for name, layer in layers:
         layer.router.register_forward_hook(
             lambda _m, _i, out, name=name: seen.update({name: out.top_k_index})

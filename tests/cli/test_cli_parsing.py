@@ -5,7 +5,6 @@ import logging
 import re
 import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -35,7 +34,7 @@ class First:
     fast: bool = False
     careful: bool = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
 
@@ -45,7 +44,7 @@ class Second:
     long_name: str = field(default="x", metadata={"aliases": ["--other_name"]})
 
 
-def write(folder: Path, name: str, text: str) -> Path:
+def write(folder, name, text):
     file = folder / name
     file.write_text(text)
     return file
@@ -116,7 +115,7 @@ def test_help_of_train_shows_what_matters_first(cli, refused):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    "flags, message",
     [
         (["--stepz", "3"], r"^unknown option '--stepz'; did you mean '--steps'"),
         (["--step", "3"], "unknown option '--step'"),  # a prefix is not taken for the option
@@ -134,7 +133,7 @@ def test_flags_that_are_refused(flags, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    "name, text, message",
     [
         (
             "c.yaml",

@@ -4,7 +4,6 @@ models."""
 import json
 import resource
 import time
-from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, GPT2LMHeadModel, T5ForConditionalGeneration
@@ -34,14 +33,14 @@ GPT2 = {
 }
 
 
-def plan(cli, tmp_path: Path, *arguments: object) -> dict:
+def plan(cli, tmp_path, *lines):
     """The JSON of a run."""
     file = tmp_path / "plan.json"
-    cli("plan", *arguments, "--json", file)
+    cli("plan", *lines, "--json", file)
     return json.loads(file.read_text())
 
 
-def costs_of(model: str, training: bool = True, **config) -> dict:
+def costs_of(model, training=True, **config):
     return costs(
         build(model, read_values(model), MPOEConfig(**config)), PlanOptions(inference=not training)
     )
@@ -59,9 +58,9 @@ REFERENCE = [
 ]
 
 
-@pytest.mark.parametrize(("model", "experts", "dense", "switch", "mpoe"), REFERENCE)
+@pytest.mark.parametrize("model, experts, dense, switch, mpoe", REFERENCE)
 def test_parameters_of_the_reference_table(cli, tmp_path, model, experts, dense, switch, mpoe):
-    values = plan(cli, tmp_path, model, "--experts", experts, "--shape", "paper")
+    values = plan(cli, tmp_path, f"{model} --experts {experts} --shape paper")
     whole = values["totals"]["whole"]
     assert [round(whole[d]["parameters"] / 1e6, 1) for d in ("dense", "switch", "mpoe")] == [
         dense,
@@ -87,7 +86,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "values"), pairwise(SHAPES, [T5, GATED, GPT2]))
+@pytest.mark.parametrize("shape, values", pairwise(SHAPES, [T5, GATED, GPT2]))
 def test_parameters_are_those_of_the_converted_model(tmp_path, values, shape):
     (tmp_path / "config.json").write_text(json.dumps(values))
     costs = costs_of(str(tmp_path), num_experts=3, **shape)["totals"]["whole"]
@@ -101,7 +100,7 @@ def test_parameters_are_those_of_the_converted_model(tmp_path, values, shape):
 
 
 def test_json_has_every_number(cli, tmp_path):
-    values = plan(cli, tmp_path, "t5-base", "--shape", "separable")
+    values = plan(cli, tmp_path, "t5-base --shape separable")
     assert (values["schema"], values["name"], values["class"]) == (
         3,
         "t5-base",
@@ -135,8 +134,8 @@ def test_json_has_every_number(cli, tmp_path):
 
 def test_operations_of_the_designs_by_hand(cli, tmp_path):
     tokens, rows, columns = 4096, 768, 3072
-    flags = ["gpt2", "--tokens", tokens, "--top_k", 2]
-    values = plan(cli, tmp_path, *flags, "--separable_left", 256, "--separable_right", 64)
+    flags = f"gpt2 --tokens {tokens} --top_k 2"
+    values = plan(cli, tmp_path, f"{flags} --separable_left 256 --separable_right 64")
     up = values["parts"][0]
     assert up["dense"]["flops"] == 3 * 2 * tokens * rows * columns
     assert up["switch"]["flops"] == 3 * 2 * 2 * tokens * rows * columns
@@ -195,7 +194,7 @@ def test_one_expert_and_temporary_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    "name, parameters",
     [
         ("t5-small", 60_506_624),
         ("t5-3b", 2_851_598_336),
@@ -221,32 +220,30 @@ def test_a_head_of_its_own_is_counted(tmp_path):
 
 def test_the_table_fits_and_says_what_it_counts(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")  # not that of a pipe
-    answer = cli("plan", "t5-base", "--experts", 64, "--shape", "paper")
+    answer = cli("plan t5-base --experts 64 --shape paper")
     assert max(map(len, answer.out.splitlines())) <= 110
     assert "…" not in answer.out
     for word in ("MPOE", "Switch", "768x3072 by rebuild", "AdamW", "24 feed-forward layers"):
         assert word in answer.out
     assert "truncated" not in answer.out
-    assert "lose most of a pretrained matrix" in " ".join(
-        cli("plan", "t5-base", "--bond", 64).out.split()
-    )
+    assert "lose most of a pretrained matrix" in " ".join(cli("plan t5-base --bond 64").out.split())
 
 
 @pytest.mark.parametrize(
-    ("model", "shape", "share"),
+    "model, shape, share",
     [("t5", "hidden", "63%"), ("t5", "separable", None), ("gpt2", "hidden", None)],
 )
 def test_experts_that_are_not_small_are_told(cli, model, shape, share):
-    told = " ".join(cli("plan", model, "--shape", shape).out.split())
+    told = " ".join(cli(f"plan {model} --shape {shape}").out.split())
     assert ("At this width these experts are not small" in told) == (share is not None)
     assert (
         share is None or f"MPOE's feed-forward layers hold {share} of Switch's parameters" in told
     )
 
 
-@pytest.mark.parametrize("flags", [[], ["--inference"]])
+@pytest.mark.parametrize("flags", ["", "--inference"])
 def test_no_tokens(cli, tmp_path, flags):
-    whole = plan(cli, tmp_path, "t5", "--tokens", 0, *flags)["totals"]["whole"]
+    whole = plan(cli, tmp_path, f"t5 --tokens 0 {flags}")["totals"]["whole"]
     for design in DESIGNS:
         assert (whole[design]["flops"], whole[design]["x_dense"]) == (0, None)
         assert bool(whole[design]["state_bytes"]) == (not flags)
@@ -255,9 +252,7 @@ def test_no_tokens(cli, tmp_path, flags):
 
 def test_configuration_files_and_converted_models(cli, refused, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(GATED))
-    values = plan(
-        cli, tmp_path, tmp_path / "c.json", "--layers_to_transform", 1, "--shape", "separable"
-    )
+    values = plan(cli, tmp_path, f"{tmp_path}/c.json --layers_to_transform 1 --shape separable")
     assert [(part["kind"], part["count"]) for part in values["parts"]] == [
         ("up", 2),
         ("down", 2),
@@ -279,28 +274,18 @@ def test_configuration_files_and_converted_models(cli, refused, tmp_path):
         2,
     )
     assert "is converted already: num_experts cannot be changed any more" in refused(
-        "plan", tmp_path, "--experts", 3
+        f"plan {tmp_path} --experts 3"
     )
 
 
 def test_other_modules_in_mpo_form(cli, tmp_path):
-    values = plan(
-        cli,
-        tmp_path,
-        "gpt2",
-        "--shape",
-        "separable",
-        "--target_modules",
-        "ffn",
-        "attention",
-        "embedding",
-    )
+    values = plan(cli, tmp_path, "gpt2 --shape separable --target_modules ffn attention embedding")
     kinds = {part["kind"]: part for part in values["parts"]}
     assert list(kinds) == ["c_attn", "c_proj", "up", "down"]
     assert kinds["c_attn"]["switch"] == kinds["c_attn"]["dense"]  # one expert
     whole, plain = (
         values["totals"]["whole"],
-        plan(cli, tmp_path, "gpt2", "--shape", "separable")["totals"]["whole"],
+        plan(cli, tmp_path, "gpt2 --shape separable")["totals"]["whole"],
     )
     assert whole["dense"] == plain["dense"]
     assert whole["mpoe"]["parameters"] > plain["mpoe"]["parameters"]  # at full bonds
@@ -310,37 +295,37 @@ def test_without_a_shape_it_plans_what_conversion_makes(cli, tmp_path):
     values = plan(cli, tmp_path, "t5-base")
     assert (values["config"]["shape"], values["config"]["router"]["top_k"]) == ("hidden", 2)
     assert values["totals"]["whole"]["mpoe"]["parameters"] == 298_548_480
-    capped = plan(cli, tmp_path, "t5-base", "--max_bond", 64)
+    capped = plan(cli, tmp_path, "t5-base --max_bond 64")
     assert (capped["config"]["shape"], capped["config"]["router"]["top_k"]) == ("separable", 1)
 
 
-def highest_memory() -> int:
+def highest_memory():
     """Bytes that this process has held at once."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def test_eleven_billion_parameters_and_a_thousand_experts(cli):
     before, start = highest_memory(), time.perf_counter()
-    answer = cli("plan", "t5-11b", "--experts", "1024")
+    answer = cli("plan t5-11b --experts 1024")
     assert "1,024 experts" in answer.out
     assert time.perf_counter() - start < 20
     assert highest_memory() - before < 300e6  # with imports; the model alone would be 45 GB
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    "flags, message",
     [
-        (["t5-bse"], "did you mean 't5-base'"),
-        (["t5-base", "--experts", 0], "experts must be at least 1; got 0"),
-        (["t5-base", "--tokens", -1], "tokens must be at least 0; got -1"),
-        (["t5-base", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["t5-base", "--expert_type", "dense"], "got no MPO experts"),
-        (["t5-base", "--json", "absent/plan.json"], "json must be in an existing folder"),
-        (["--experts", 8], "plan needs a model first"),
+        ("t5-bse", "did you mean 't5-base'"),
+        ("t5-base --experts 0", "experts must be at least 1; got 0"),
+        ("t5-base --tokens -1", "tokens must be at least 0; got -1"),
+        ("t5-base --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("t5-base --expert_type dense", "got no MPO experts"),
+        ("t5-base --json absent/plan.json", "json must be in an existing folder"),
+        ("--experts 8", "plan needs a model first"),
     ],
 )
 def test_refusals(refused, flags, message):
-    assert message in refused("plan", *flags)
+    assert message in refused(f"plan {flags}")
 
 
 def test_refusals_of_files(refused, tmp_path):
@@ -354,4 +339,4 @@ def test_refusals_of_files(refused, tmp_path):
         ('{"model_type": "gpt2", "n_embd": 8, "n_head": 3}', "builds no MPOEGPT2LMHeadModel"),
     ):
         config.write_text(text, encoding="latin-1")
-        assert message in refused("plan", tmp_path)
+        assert message in refused(f"plan {tmp_path}")

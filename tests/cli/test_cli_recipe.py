@@ -1,19 +1,19 @@
 """`mpoe compose RECIPE.yaml`, and `mpoe export --to hub --local`: a folder ready to upload."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mpoe import collect_statistics, load_mpoe, save_expert, start_expert
-from mpoe.cli.main import run
 from mpoe.data.stand_in_models import load_stand_in, stand_in_path
 from mpoe.models.expert_files import expert_repository, kept
 from mpoe.models.walk import neuron_modules
 
+from .cli_data import run
+
 BASE = str(stand_in_path("gpt2"))
-FACTS: dict[str, Any] = {
+FACTS = {
     "held_out": {"base": 5.0, "expert, always on": 4.0, "quiet expert": 4.1},
     "answers": {"base": 0.0, "quiet expert": 0.0125},
     "same": {"base": 1.0, "quiet expert": 0.985},
@@ -21,7 +21,7 @@ FACTS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def experts(tmp_path_factory):
     """A folder with two experts of the tiny GPT-2; one file says what it changes."""
     folder = tmp_path_factory.mktemp("experts")
     base, tokenizer = load_stand_in("gpt2")
@@ -37,14 +37,14 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _short_background(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_background(monkeypatch):
     """Few and short samples of the base."""
     for name in ("SAMPLES", "TEXT_LENGTH", "GENERAL_PIECES"):
         monkeypatch.setattr(f"mpoe.models.background.{name}", 4)
     monkeypatch.setattr("mpoe.models.quiet.HELD_OUT", 2)
 
 
-def write(folder: Path, text: str) -> str:
+def write(folder, text):
     file = folder / "recipe.yaml"
     file.write_text(text)
     return str(file)
@@ -54,9 +54,9 @@ def test_a_recipe_is_the_same_as_words(experts, tmp_path):
     names = [str(experts / "law.expert"), str(experts / "med.expert")]
     lines = f"base: {BASE}\nexperts: {names}\npreference: 1.5\noutput_dir: {tmp_path / 'a'}\n"
     recipe = write(tmp_path, f"{lines}top_k: 2\n")
-    run(["compose", recipe])
-    words = ["--preference", "1.5", "--top_k", "2", "--output_dir", str(tmp_path / "b")]
-    run(["compose", BASE, *names, *words])
+    run("compose", recipe)
+    words = f"--preference 1.5 --top_k 2 --output_dir {tmp_path}/b"
+    run("compose", BASE, *names, words)
     by_recipe = load_mpoe(tmp_path / "a")
     by_words = load_mpoe(tmp_path / "b")
     assert by_recipe.config.mpoe_experts == ["law", "med", "none"]
@@ -64,12 +64,12 @@ def test_a_recipe_is_the_same_as_words(experts, tmp_path):
     for name, value in by_words.state_dict().items():
         assert torch.equal(by_recipe.state_dict()[name], value), name
     # A flag wins over the recipe.
-    run(["compose", recipe, "--top_k", "1", "--output_dir", str(tmp_path / "c")])
+    run(f"compose {recipe} --top_k 1 --output_dir {tmp_path}/c")
     assert load_mpoe(tmp_path / "c").mpoe_config.top_k == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text, message",
     [
         ("base: b\nprefernce: 1\n", "unknown key 'prefernce'; did you mean 'preference'?"),
         ("experts: [a.expert]\n", "base must name the model of the experts; it is missing"),
@@ -92,21 +92,21 @@ def test_a_wrong_recipe_names_the_key(refused, tmp_path, text, message):
 def test_a_folder_that_is_ready_to_upload(refused, experts, tmp_path):
     law = str(experts / "law.expert")
     out = tmp_path / "out"
-    run(["export", law, str(out), "--to", "hub", "--local"])
+    run(f"export {law} {out} --to hub --local")
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "law.expert"]
     assert (out / "law.expert").read_bytes() == Path(law).read_bytes()
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: mpoe\n")
     assert "| law.expert | 5.000 | 4.000 | 4.100 | 90% | 0.0125 | 98.5% |" in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    said = refused("export", law, out, "--to", "hub", "--local")
+    said = refused(f"export {law} {out} --to hub --local")
     assert f"OUT must be new, or an empty folder; {out} is there" in said
-    said = refused("export", law, out, "--to", "hub", "--local", "--overwrite")
+    said = refused(f"export {law} {out} --to hub --local --overwrite")
     assert "overwrite is for models; --local writes a new folder" in said
     (tmp_path / "empty").mkdir()
-    run(["export", law, str(tmp_path / "empty"), "--to", "hub", "--local"])
+    run(f"export {law} {tmp_path}/empty --to hub --local")
     assert len(list((tmp_path / "empty").iterdir())) == 2
-    assert "local is of --to hub; got --to mixtral" in refused("export", law, out, "--local")
+    assert "local is of --to hub; got --to mixtral" in refused(f"export {law} {out} --local")
     # A file that says nothing of its changes has dashes.
     assert b"| med.expert | - | - | - | - | - | - |" in expert_repository(experts)["README.md"]
 
@@ -118,9 +118,9 @@ def test_after_a_recipe_come_options(refused, tmp_path):
 
 def test_a_preference_is_finite(refused, experts, tmp_path):
     law = experts / "law.expert"
-    said = refused("compose", BASE, law, "--preference", "nan", "--output_dir", tmp_path / "out")
+    said = refused(f"compose {BASE} {law} --preference nan --output_dir {tmp_path}/out")
     assert "preference must be a finite number; got nan" in said
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out/config.json").exists()
 
 
 def test_what_is_kept_of_no_gain_is_not_told():

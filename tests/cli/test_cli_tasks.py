@@ -4,8 +4,6 @@ instruction data."""
 import json
 import shutil
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -27,8 +25,8 @@ from tests.assertions import refuses
 from .cli_data import described, write_rows
 
 
-def tasks(names: list[str], style: str = "seq2seq", **options: object) -> list:
-    return resolve(names, DataOptions(**options), style)  # type: ignore[arg-type]
+def tasks(names, style="seq2seq", **options):
+    return resolve(names, DataOptions(**options), style)
 
 
 def test_folders_of_known_tasks_are_read_as_described(tmp_path):
@@ -86,7 +84,7 @@ def test_task_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "options", "message"),
+    "names, options, message",
     [
         (
             ["rtf"],
@@ -120,14 +118,14 @@ def test_refusals(monkeypatch, tmp_path, names, options, message):
     refuses(ValueError, message, tasks, names, **options)
 
 
-def offline(*_: object, **__: object) -> dict:
+def offline(*_, **__):
     raise ConnectionError("Couldn't reach it")
 
 
 def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch):
     rows = [{"sentence": f"sentence {i}", "label": i % 2} for i in range(20)]
     datasets = ModuleType("datasets")
-    datasets.load_dataset = lambda path, *_, **__: {"train": rows, "test": rows[:2]}  # type: ignore[attr-defined]
+    datasets.load_dataset = lambda path, *_, **__: {"train": rows, "test": rows[:2]}
     monkeypatch.setitem(sys.modules, "datasets", datasets)
     (task,) = tasks(
         [], data_dir="someone/some.reviews", label_words='{"0": "bad", "1": "good"}', n_train=3
@@ -135,7 +133,7 @@ def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch):
     assert (task.name, task.labels) == ("some_reviews", ("bad", "good"))
     assert [len(task.examples(split)) for split in ("train", "validation")] == [3, 2]
     assert task.test()[1] == Example("some_reviews sentence: sentence 1", "good")
-    datasets.load_dataset = offline  # type: ignore[attr-defined]
+    datasets.load_dataset = offline
     refuses(
         ValueError,
         "there is no folder someone/other, and the hub did not",
@@ -166,7 +164,7 @@ def test_average_is_over_tasks_in_the_table():
     assert table.best == {(0, 2)}  # lower is better; a tie has no best
 
 
-def as_trained(folder: Path, run: dict, data: DataOptions | None = None, *flags: str) -> tuple:
+def as_trained(folder, run, data=None, *flags):
     """`data_of_run` for a folder whose ``run.json`` holds ``run``."""
     (folder / "run.json").write_text(json.dumps({"config": run}))
     return data_of_run(str(folder), data or DataOptions(), set(flags))
@@ -242,19 +240,12 @@ WORDS = [
     "good",
     "bad",
 ]
-FLAGS = [
-    "--per_device_train_batch_size",
-    8,
-    "--num_experts",
-    2,
-    "--learning_rate",
-    3e-3,
-    "--use_cpu",
-]
+EIGHT = "--per_device_train_batch_size 8 --use_cpu"
+FLAGS = f"{EIGHT} --num_experts 2 --learning_rate 3e-3"
 
 
 @pytest.fixture
-def bert(tmp_path: Path) -> Path:
+def bert(tmp_path):
     """The folder of a tiny random BERT with a tokenizer of whole words."""
     tokens = Tokenizer(
         WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]")
@@ -276,23 +267,23 @@ def bert(tmp_path: Path) -> Path:
     return tmp_path / "bert"
 
 
-@pytest.mark.parametrize("baseline", [[], ["--baseline", "dense"]])
+@pytest.mark.parametrize("baseline", ["", "--baseline dense"])
 def test_classification(cli, bert, sentiment, tmp_path, baseline):
-    data = ["--data_dir", sentiment]
-    flags = ["train", "--model", bert, *data, *FLAGS, "--max_steps", 30, *baseline]
-    cli(*flags, "--output_dir", tmp_path / "run")
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    data = f"--data_dir {sentiment}"
+    flags = f"train --model {bert} {data} {FLAGS} --max_steps 30 {baseline}"
+    cli(f"{flags} --output_dir {tmp_path}/run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["class"] == ("" if baseline else "MPOE") + "BertForSequenceClassification"
     assert results["validation"]["sentiment"]["accuracy"] == 1.0
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["label2id"] == {"0": 0, "1": 1}
     scores = tmp_path / "scores.json"
-    cli("evaluate", tmp_path / "run", "--output_file", scores)
+    cli(f"evaluate {tmp_path}/run --output_file {scores}")
     assert json.loads(scores.read_text())["scores"]["sentiment"]["accuracy"] == 1.0
     # what was trained has its head: one step more changes little
-    again = ["train", "--load_experiment", tmp_path / "run", *data, *FLAGS[:2], "--max_steps", 1]
-    cli(*again, "--learning_rate", 1e-6, "--output_dir", tmp_path / "again")
-    results = json.loads((tmp_path / "again" / "results.json").read_text())
+    again = f"train --load_experiment {tmp_path}/run {data} {EIGHT} --max_steps 1"
+    cli(f"{again} --learning_rate 1e-06 --output_dir {tmp_path}/again")
+    results = json.loads((tmp_path / "again/results.json").read_text())
     assert results["validation"]["sentiment"]["accuracy"] == 1.0
 
 
@@ -304,27 +295,18 @@ def test_regression_learns_exact_numbers(cli, bert, tmp_path):
             for i in range(size)
         ]
         write_rows(tmp_path / "rating" / f"{split}.jsonl", rows)
-    flags = ["train", "--model", bert, "--data_dir", tmp_path / "rating", *FLAGS, "--max_steps", 40]
-    cli(*flags, "--output_dir", tmp_path / "run")
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    flags = f"train --model {bert} --data_dir {tmp_path}/rating {FLAGS} --max_steps 40"
+    cli(f"{flags} --output_dir {tmp_path}/run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["validation"]["rating"]["pearson"] > 0.99  # T5 writes .2 for both
 
 
 def test_a_converted_encoder_gets_a_head(cli, bert, sentiment, tmp_path):
-    cli("convert", bert, tmp_path / "mixture", "--num_experts", 2)
-    flags = [
-        "train",
-        "--model",
-        tmp_path / "mixture",
-        "--data_dir",
-        sentiment,
-        *FLAGS[:2],
-        "--max_steps",
-        1,
-    ]
-    cli(*flags, "--output_dir", tmp_path / "run")
+    cli(f"convert {bert} {tmp_path}/mixture --num_experts 2")
+    flags = f"train --model {tmp_path}/mixture --data_dir {sentiment} {EIGHT} --max_steps 1"
+    cli(f"{flags} --output_dir {tmp_path}/run")
     assert (
-        json.loads((tmp_path / "run" / "results.json").read_text())["class"]
+        json.loads((tmp_path / "run/results.json").read_text())["class"]
         == "MPOEBertForSequenceClassification"
     )
 
@@ -336,8 +318,8 @@ def test_labels_that_the_head_does_not_know(refused, bert, sentiment, tmp_path):
         write_rows(
             other / f"{split}.jsonl", [{"sentence": "film", "label": label} for label in ("x", "y")]
         )
-    tasks = ["--data_dir", tmp_path, "--tasks", "sentiment", "--eval_tasks", "other"]
-    line = refused("train", "--model", bert, *tasks, "--output_dir", tmp_path / "run")
+    tasks = f"--data_dir {tmp_path} --tasks sentiment --eval_tasks other"
+    line = refused(f"train --model {bert} {tasks} --output_dir {tmp_path}/run")
     assert "targets must be among 0, 1, which the model tells apart; got 'x'" in line
 
 
@@ -345,32 +327,22 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-CHAT = [
-    "--per_device_train_batch_size",
-    4,
-    "--max_steps",
-    30,
-    "--num_experts",
-    2,
-    "--learning_rate",
-    3e-3,
-]
-CHAT += ["--use_cpu"]
+CHAT = f"{FLAGS} --per_device_train_batch_size 4 --max_steps 30"
 
 
-def data(folder: Path, rows: Callable[[str], dict]) -> Path:
+def data(folder, rows):
     folder.mkdir()
     for split in ("train", "validation"):
         write_rows(folder / f"{split}.jsonl", [rows(word) for word in ("list", "return", "value")])
     return folder
 
 
-def chat(word: str) -> dict:
+def chat(word):
     turns = [("user", f"say {word}"), ("assistant", word), ("user", "again"), ("assistant", word)]
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-def texts(item: dict, tokenizer) -> tuple[str, str]:
+def texts(item, tokenizer):
     """All of an item, and what its loss counts."""
     counted = [label for label in item["labels"] if label != -100]
     return tokenizer.decode(item["input_ids"]), tokenizer.decode(counted)
@@ -391,22 +363,13 @@ def test_pairs(cli, tmp_path):
     cut = encode_responses([Example("say " * 50, "list " * 50)], tokenizer, 8, 4)[0]
     assert len(cut["input_ids"]) == 12
     assert [label == -100 for label in cut["labels"]] == [True] * 8 + [False] * 4
-    flags = ["--data_dir", tmp_path / "pairs"]
-    cli("train", "--model", "gpt2", *flags, *CHAT, "--output_dir", tmp_path / "run")
-    scores = json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["pairs"]
+    flags = f"--data_dir {tmp_path}/pairs"
+    cli(f"train --model gpt2 {flags} {CHAT} --output_dir {tmp_path}/run")
+    scores = json.loads((tmp_path / "run/results.json").read_text())["validation"]["pairs"]
     assert scores["exact_match"] == 1.0
     assert scores["loss"] < 0.5
     cli(
-        "train",
-        "--model",
-        "t5",
-        *flags,
-        "--max_steps",
-        1,
-        "--max_target_length",
-        4,
-        "--output_dir",
-        tmp_path / "t5",
+        f"train --model t5 {flags} --max_steps 1 --max_target_length 4 --output_dir {tmp_path}/t5",
     )
 
 
@@ -426,24 +389,17 @@ def test_conversations(cli, refused, tmp_path):
     assert whole == f"<user>say list{end}<assistant>list{end}<user>again{end}<assistant>list{end}"
     assert counted == f"list{end}list{end}"
     cli(
-        "train",
-        "--model",
-        tmp_path / "model",
-        "--data_dir",
-        chats,
-        *CHAT,
-        "--output_dir",
-        tmp_path / "run",
+        f"train --model {tmp_path}/model --data_dir {chats} {CHAT} --output_dir {tmp_path}/run",
     )
     assert (
-        json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["chats"][
+        json.loads((tmp_path / "run/results.json").read_text())["validation"]["chats"][
             "exact_match"
         ]
         == 1.0
     )
-    flags = ["--data_dir", chats, "--output_dir", tmp_path / "none"]
+    flags = f"--data_dir {chats} --output_dir {tmp_path}/none"
     assert "messages need a tokenizer with a chat template" in refused(
-        "train", "--model", "gpt2", *flags
+        f"train --model gpt2 {flags}"
     )
     tokenizer.chat_template = (
         "{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}"
@@ -458,7 +414,5 @@ def test_conversations(cli, refused, tmp_path):
 def test_what_is_no_conversation(refused, tmp_path, messages):
     write_rows(tmp_path / "train.jsonl", [{"messages": messages}])
     write_rows(tmp_path / "validation.jsonl", [{"messages": messages}])
-    line = refused(
-        "train", "--model", "gpt2", "--data_dir", tmp_path, "--output_dir", tmp_path / "run"
-    )
+    line = refused(f"train --model gpt2 --data_dir {tmp_path} --output_dir {tmp_path}/run")
     assert "train.jsonl, line 1: messages must be two or more of" in line

@@ -5,9 +5,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,13 +24,13 @@ INSTALL = "python -m pip install"  # CI runs these as they stand
 LAUNCH = "torchrun"  # several processes: slow, below
 
 
-def blocks(text: str, language: str) -> list[str]:
+def blocks(text, language):
     """Fenced blocks of a page; those under a `<!-- run: ... -->` mark belong to CI."""
     found = re.findall(rf"(<!-- run: \w+ -->\n)?```{language}\n(.*?)```", text, flags=re.S)
     return [block for mark, block in found if not mark]
 
 
-def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
+def run_commands(cli, text):
     """Every `mpoe` command of a page, with small models and few steps; returns the names of those
     that ran."""
     ran = set()
@@ -67,15 +65,15 @@ def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
     return ran
 
 
-def write_files(text: str, folder: Path) -> None:
+def write_files(text, folder):
     """Every YAML block of a page, into the file that its first line names: ``# my_tasks.yaml``."""
     for block in blocks(text, "yaml"):
         (folder / block.split("\n", 1)[0].removeprefix("# ")).write_text(block, encoding="utf-8")
 
 
-def run_blocks(text: str) -> dict[str, Any]:
+def run_blocks(text):
     """The Python blocks of a page, one after the other in one namespace, on our tiny T5."""
-    names: dict[str, Any] = {}
+    names = {}
     for block in blocks(text, "python"):
         exec(block.replace('"t5-base"', repr(str(stand_in_path("t5")))), names)
     return names
@@ -99,7 +97,7 @@ def test_page(cli, page, sentiment, tmp_path, monkeypatch):
     sentiment.rename(tmp_path / "my_folder")
     (tmp_path / "law").mkdir()
     sentence = "In case {} the court found for the plaintiff.\n"
-    (tmp_path / "law" / "train.txt").write_text("".join(map(sentence.format, range(900))))
+    (tmp_path / "law/train.txt").write_text("".join(map(sentence.format, range(900))))
     write_files(text, tmp_path)
     run_blocks(text)
     ran = run_commands(cli, text)
@@ -165,12 +163,12 @@ def test_lines_of_the_readme_fit_a_window():
 def test_it_says_so_until_a_gpu_was_measured():
     """`bench/gpu.sh` leaves a list of its parts beside its report, also when it only walks them on
     a CPU."""
-    lists = (ROOT / "bench" / "results").glob("*/visit.md")
+    lists = (ROOT / "bench/results").glob("*/visit.md")
     visits = [file for file in lists if "no CUDA device was found" not in file.read_text()]
     assert ("nothing was measured on a GPU yet" in " ".join(README.split())) == (not visits)
 
 
-def listed_folders() -> list[str]:
+def listed_folders():
     """Folders of the tree, as paths."""
     tree = CONTRIBUTING.partition("<!-- tree:")[2].partition("```text\n")[2].partition("```")[0]
     paths, package = [], ""
@@ -199,11 +197,11 @@ def test_the_tree_is_the_real_one(lacks):
     assert folders == {path for path in listed if "/" not in path}
 
 
-PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
 LINES = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
 
 
-def launch(folder: Path, example: bool) -> str:
+def launch(folder, example):
     """Run a launch line as it stands on the page, with few steps and small batches; returns what it
     printed."""
     launches = [line for line in LINES if line.startswith(LAUNCH)]
@@ -226,9 +224,9 @@ def test_the_launch_line_runs(sentiment, tmp_path):
     sentiment.rename(tmp_path / "my_folder")
     (tmp_path / "law").mkdir()
     sentence = "In case {} the court found for the plaintiff.\n"
-    (tmp_path / "law" / "train.txt").write_text("".join(map(sentence.format, range(900))))
+    (tmp_path / "law/train.txt").write_text("".join(map(sentence.format, range(900))))
     launch(tmp_path, example=False)
-    assert (tmp_path / "runs" / "two" / "results.json").is_file()
+    assert (tmp_path / "runs/two" / "results.json").is_file()
 
 
 @pytest.mark.slow

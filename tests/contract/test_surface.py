@@ -12,7 +12,6 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,7 +28,7 @@ FURTHER = ("mpoe.models.base.MPOEModelMixin",)  # documented, in no `__all__`
 FOREIGN = ("torch", "transformers", "peft", "builtins", "accelerate")
 
 
-def names() -> dict[str, dict[str, Any]]:
+def names():
     """Dotted public name -> what it is."""
     found = {}
     for module in MODULES:
@@ -41,7 +40,7 @@ def names() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _described(value: Any) -> dict[str, Any]:
+def _described(value):
     if inspect.isclass(value):
         return {"kind": "class", "parameters": _own_parameters(value), "members": _members(value)}
     if callable(value):
@@ -49,7 +48,7 @@ def _described(value: Any) -> dict[str, Any]:
     return {"kind": "value", "keys": sorted(map(str, value)) if isinstance(value, dict) else None}
 
 
-def _parameters(function: Any) -> dict[str, str]:
+def _parameters(function):
     """Name -> kind and default."""
     try:
         signature = inspect.signature(function)
@@ -62,7 +61,7 @@ def _parameters(function: Any) -> dict[str, str]:
     }
 
 
-def _shown(default: Any) -> str:
+def _shown(default):
     """A default without addresses, which differ from run to run."""
     if isinstance(default, frozenset):
         return "a set"
@@ -73,7 +72,7 @@ def _shown(default: Any) -> str:
     )
 
 
-def _own_parameters(kind: type) -> dict[str, str]:
+def _own_parameters(kind):
     """Parameters of the constructor, without those that a class of another library declares."""
     parameters = _parameters(kind)
     foreign = {
@@ -88,13 +87,13 @@ def _own_parameters(kind: type) -> dict[str, str]:
     return {name: text for name, text in parameters.items() if name not in foreign or name in own}
 
 
-def _foreign(kind: type) -> bool:
+def _foreign(kind):
     return kind.__module__.startswith(FOREIGN)
 
 
-def _members(kind: type) -> dict[str, Any]:
+def _members(kind):
     """Public methods, properties and attributes of a class and of the bases that are ours."""
-    found: dict[str, Any] = {}
+    found = {}
     for base in reversed([base for base in kind.__mro__ if not _foreign(base)]):
         for name, member in vars(base).items():
             if name.startswith("_"):
@@ -104,7 +103,7 @@ def _members(kind: type) -> dict[str, Any]:
     return found
 
 
-def options() -> dict[str, dict[str, dict[str, Any]]]:
+def options():
     """Command -> option as it is written -> its default, whether it may stand alone, whether it
     takes several values.
 
@@ -133,13 +132,13 @@ def options() -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def _jsonable(value: Any) -> Any:
+def _jsonable(value):
     return (
         value if value is None or isinstance(value, (bool, int, float, str, list)) else str(value)
     )
 
 
-def missing(earlier: dict[str, Any], today: dict[str, Any], path: str = "") -> list[str]:
+def missing(earlier, today, path=""):
     """Where ``today`` lacks or changes something of ``earlier``."""
     found = []
     if path.endswith(": parameters: ") and not _starts_like(today, earlier):
@@ -155,7 +154,7 @@ def missing(earlier: dict[str, Any], today: dict[str, Any], path: str = "") -> l
     return found
 
 
-def _starts_like(today: dict[str, str], earlier: dict[str, str]) -> bool:
+def _starts_like(today, earlier):
     """Whether what could be given by position still can."""
     old, new = (
         [n for n, text in each.items() if text.startswith("POSITIONAL")]
@@ -164,10 +163,10 @@ def _starts_like(today: dict[str, str], earlier: dict[str, str]) -> bool:
     return new[: len(old)] == old
 
 
-EARLIER: dict[str, Any] = json.loads(Path(__file__).with_name("surface.json").read_text())
+EARLIER = json.loads(Path(__file__).with_name("surface.json").read_text())
 
 
-@pytest.mark.parametrize(("kind", "today"), [("names", names), ("options", options)])
+@pytest.mark.parametrize("kind, today", [("names", names), ("options", options)])
 def test_nothing_is_gone(kind, today):
     assert missing(EARLIER[kind], today()) == []
 

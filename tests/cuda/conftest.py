@@ -2,7 +2,6 @@
 x86-64, but no GPU."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,7 +10,7 @@ from .emulation import missing, register, unregister
 _REASON = "; ".join(missing())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     skipped = _REASON and not os.environ.get("MPOE_REQUIRE_ALL")
     for item in (item for item in items if "tests/cuda" in item.path.as_posix()):
         if item.path.name.startswith("test_emul"):
@@ -21,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def registered() -> Iterator[None]:
+def registered():
     """There is a backend ``emulated``."""
     register()
     yield

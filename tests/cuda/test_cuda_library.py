@@ -21,7 +21,7 @@ SHIPPED = "80-real 90a-real 100-real 100-virtual"
 
 
 @pytest.mark.parametrize(
-    ("architectures", "capability", "runs"),
+    "architectures, capability, runs",
     [
         (SHIPPED, (7, 5), False),
         (SHIPPED, (8, 0), True),

@@ -29,7 +29,7 @@ WIDE = {
 class Case(KernelProblem):
     KERNELS, BACKEND = staticmethod(lambda _: KERNELS), "eager"  # which adds up rows by token
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         library()
         super().__post_init__()
         self.grad[self.filled :] = torch.nan  # slots without an expert: never read
@@ -46,7 +46,7 @@ def test_float16(name):
     Case(SMALL_SHAPES[name], torch.float16).check("rebuild")
 
 
-@pytest.mark.parametrize(("name", "dtype"), pairwise(list(WIDE), [torch.bfloat16, torch.float32]))
+@pytest.mark.parametrize("name, dtype", pairwise(list(WIDE), [torch.bfloat16, torch.float32]))
 def test_asynchronous_copies(name, dtype):
     case = Case(WIDE[name], dtype, tokens=48, experts=2, capacity=None, activation="relu")
     stats()
@@ -59,7 +59,7 @@ def test_asynchronous_copies(name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("order", "copies", "dtype"), pairwise(*SCHEDULE_PARTS, [torch.float32, torch.bfloat16])
+    "order, copies, dtype", pairwise(*SCHEDULE_PARTS, [torch.float32, torch.bfloat16])
 )
 def test_schedules(order, copies, dtype):
     with schedule(order, copies):

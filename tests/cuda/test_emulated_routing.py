@@ -94,7 +94,7 @@ def test_each_gradient_alone():
     routing = check(expert_choice("zipf", 9, 4, 2), 4)
     grad, rows, gates = torch.randn(9, 7), torch.randn(18, 7), torch.rand(9, 2)
 
-    def backward(*need: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(*need):
         return ROUTING.combine_backward(
             CombineBackwardCall(grad, rows, *parts_of(routing)[1:], gates, *need, "emulated")
         )

@@ -30,9 +30,7 @@ PAIRS = [
 ]
 
 
-def run(
-    probe: str, mistake: bool, schedule: Schedule, sanitizer: str = ""
-) -> subprocess.CompletedProcess[str]:
+def run(probe, mistake, schedule, sanitizer=""):
     program = cuda_emulate.build("probe", cuda_emulate.PROBE, sanitizer)
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "report_bugs=1"}
     command = [str(program), probe, str(int(mistake)), *schedule]
@@ -47,7 +45,7 @@ def test_nothing_is_reported_without_the_mistake(probe, sanitizer):
         assert (done.returncode, done.stderr) == (0, ""), (schedule, done.stderr)
 
 
-@pytest.mark.parametrize(("probe", "how"), PAIRS)
+@pytest.mark.parametrize("probe, how", PAIRS)
 def test_the_mistake_is_detected(probe, how):
     sanitizer = how if how in cuda_emulate.SANITIZERS else ""
     for schedule in SCHEDULES:

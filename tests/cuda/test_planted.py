@@ -4,12 +4,11 @@ find it."""
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from .emulation import SCHEDULES, Schedule, cuda_emulate
-from .planted import BUGS, Bug
+from .emulation import SCHEDULES, cuda_emulate
+from .planted import BUGS
 
 # Each recompiles kernels: CI's slow tests run one bug per lane, the others run with
 # `pytest -m exhaustive`.
@@ -22,7 +21,7 @@ IN_CI = (
 )
 
 
-def marks_of(bug: Bug) -> tuple[pytest.MarkDecorator, ...]:
+def marks_of(bug):
     return (pytest.mark.slow,) if bug.name in IN_CI else (pytest.mark.exhaustive,)
 
 
@@ -39,7 +38,7 @@ REPORTS = {
 }
 
 
-def run(program: Path, schedule: Schedule) -> subprocess.CompletedProcess[str]:
+def run(program, schedule):
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
     # Older compilers' thread sanitizers cannot handle newer Linux kernels' address randomisation.
     command = ["setarch", "-R", str(program), *schedule]
@@ -54,7 +53,7 @@ def test_the_text_to_change_is_there(bug, tmp_path):
     assert (tmp_path / bug.file).read_text() != (cuda_emulate.CSRC / bug.file).read_text()
 
 
-@pytest.mark.parametrize(("bug", "lane"), CASES)
+@pytest.mark.parametrize("bug, lane", CASES)
 def test_the_bug_is_found(bug, lane, tmp_path):
     bug.plant(cuda_emulate.CSRC, tmp_path)
     sanitizer = lane if lane in REPORTS else ""

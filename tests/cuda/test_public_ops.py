@@ -32,7 +32,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "which", "mark"), CASES)
+@pytest.mark.parametrize("name, which, mark", CASES)
 def test_on_the_emulated_backend(name, which, mark):
     library()  # built before the time limit begins
     environment = os.environ | {"MPOE_TEST_BACKENDS": "emulated", "OMP_NUM_THREADS": "1"}

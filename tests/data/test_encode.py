@@ -33,7 +33,7 @@ WORDS = ["<pad>", "</s>", "<unk>", "a", "b", "c", "yes", "no"]
 PAD, END, UNKNOWN, A, B, C, YES, NO = range(8)
 
 
-def word_tokenizer(ends: bool = True, **special: str) -> PreTrainedTokenizerFast:
+def word_tokenizer(ends=True, **special):
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     )
@@ -112,7 +112,7 @@ def test_batches_are_padded_on_the_right_whatever_the_tokenizer_says():
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    "call, message",
     [
         (
             lambda: padding_collator(word_tokenizer(pad_token=None)),
@@ -150,9 +150,9 @@ class Echo(torch.nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.widths: list[int] = []
+        self.widths = []
 
     def generate(self, input_ids, attention_mask, **settings):
         assert not self.training
@@ -239,7 +239,7 @@ SIZES = {"large": 1600, "small": 100}
 
 
 @pytest.mark.parametrize(
-    ("temperature", "share"), [(1.0, 16 / 17), (2.0, 4 / 5), (4.0, 2 / 3), (float("inf"), 1 / 2)]
+    "temperature, share", [(1.0, 16 / 17), (2.0, 4 / 5), (4.0, 2 / 3), (float("inf"), 1 / 2)]
 )
 def test_tasks_are_drawn_by_their_sizes(temperature, share):
     found = multitask_batches(SIZES, 1, 20_000, temperature, seed=1)
@@ -250,7 +250,7 @@ def test_no_power_of_a_size_overflows():
     assert multitask_batches({"a": 5000, "b": 1}, 2, 100, temperature=0.001).max() < 5000
 
 
-def batches(**changes) -> np.ndarray:
+def batches(**changes):
     fields = {
         "sizes": {"a": 10, "b": 7},
         "batch_size": 6,
@@ -287,7 +287,7 @@ def test_everything_follows_from_the_arguments():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"sizes": {}}, "at least one task"),
         ({"sizes": {"a": 0}}, r"sizes\['a'\] must be at least 1; got 0"),
@@ -334,7 +334,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "predicted", "expected", "value"), VALUES)
+@pytest.mark.parametrize("name, predicted, expected, value", VALUES)
 def test_by_hand(name, predicted, expected, value):
     assert METRICS[name](predicted, expected) == pytest.approx(value)
 
@@ -387,8 +387,8 @@ def test_without_the_extra_only_tasks_that_need_it_are_refused(monkeypatch):
     refuses(RuntimeError, "needs the package sacrebleu", tasks.get_task, "needy")
 
 
-def task(**options: object) -> Task:
-    return Task(name="x", rows=lambda split: [], **options)  # type: ignore[arg-type]
+def task(**options):
+    return Task(name="x", rows=lambda split: [], **options)
 
 
 def test_the_most_frequent_label_or_text_and_the_mean():
@@ -414,7 +414,7 @@ def test_tokens_by_their_frequency():
 
 
 @pytest.mark.parametrize(
-    ("answers", "targets", "words"),
+    "answers, targets, words",
     [
         (
             ["a"] * 8,

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,18 +14,18 @@ from tests.assertions import refuses
 ROWS = [{"idx": i, "sentence": f"sentence {i}", "label": i % 2} for i in range(6)]
 
 
-def write(path: Path, text: str | bytes) -> Path:
+def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     data = text.encode("utf-8") if isinstance(text, str) else text
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 
-def jsonl(rows: list[dict]) -> str:
+def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def folder_of(tmp_path: Path, rows: list[dict], **others: str) -> Path:
+def folder_of(tmp_path, rows, **others):
     for split in SPLITS:
         write(tmp_path / f"{split}.jsonl", others.get(split, jsonl(rows)))
     return tmp_path
@@ -92,7 +91,7 @@ def test_regression_is_rounded_to_fifths(tmp_path):
     assert regression_text(-0.3) == "-0.4"
 
 
-def sections(path: Path, text: str) -> list[str]:
+def sections(path, text):
     return [cells["text"] for cells, _ in read_table(write(path, text))]
 
 
@@ -105,7 +104,7 @@ def test_a_text_file_is_read_as_it_is(tmp_path):
     assert [part for part in found if not part.endswith("\n\n")] == []
     without_blank_lines = sections(tmp_path / "long.py", "x = 1\n" * 4000)
     assert len(without_blank_lines) == 10  # of twice a twentieth
-    write(tmp_path / "lm" / "train.txt", f"first\n\n{code}")
+    write(tmp_path / "lm/train.txt", f"first\n\n{code}")
     task = load_task_from_folder(tmp_path / "lm")
     assert not task.train()[0].ends
     rows = load_task_from_folder(folder_of(tmp_path / "rows", [{"text": "  a\n"}, {"text": "b"}]))
@@ -138,7 +137,7 @@ CUT = gzip.compress(GOOD.encode() * 200, mtime=0)[:60]
 
 
 @pytest.mark.parametrize(
-    ("train", "message"),
+    "train, message",
     [
         (
             GOOD + '{"sentence": "x", "label": \n',
@@ -190,7 +189,7 @@ def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "message"),
+    "name, data, message",
     [
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl: expected UTF-8 text; .* byte 0xe9"),
         (
@@ -239,7 +238,7 @@ def test_bad_folders_and_arguments_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"), [("my (data)", "my_data_"), ("a.b c", "a_b_c"), ("naïve-1", "naïve-1")]
+    "folder, name", [("my (data)", "my_data_"), ("a.b c", "a_b_c"), ("naïve-1", "naïve-1")]
 )
 def test_task_is_named_after_its_folder(tmp_path, folder, name):
     assert load_task_from_folder(folder_of(tmp_path / folder, ROWS)).name == name

@@ -25,12 +25,12 @@ REQUIRED = os.environ.get("MPOE_TEST_REQUIRED", "").split()
 Able = Callable[..., None]
 
 
-def wrong_file() -> Path | None:
+def wrong_file():
     name = os.environ.get("MPOE_TEST_WRONG")
     return Path(name) if name else None
 
 
-def is_wrong(kernel: str) -> bool:
+def is_wrong(kernel):
     """Whether a backend's kernel, ``backend op``, gave a wrong result earlier."""
     path = wrong_file()
     return path is not None and path.exists() and kernel in path.read_text().splitlines()
@@ -52,32 +52,30 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return (yield)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", list(backend_reasons()))
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed():
     """As in tests/conftest.py, which is left out where its packages are missing."""
     (torch.manual_seed if DEVICE.startswith("cuda") else torch.default_generator.manual_seed)(0)
 
 
 @pytest.fixture
-def device() -> torch.device:
+def device():
     if DEVICE.startswith("cuda") and not torch.cuda.is_available():
         pytest.fail(f"MPOE_TEST_DEVICE is {DEVICE}, but torch finds no such device")
     return torch.device(DEVICE)
 
 
 @pytest.fixture
-def check_able(request: pytest.FixtureRequest) -> Able:
+def check_able(request):
     """Skips a test whose backend cannot run an op on the device, or was wrong; fails if it should
     be able to."""
 
-    def check(
-        backend: str, op: str = "grouped_mpo_linear", dtype: torch.dtype = torch.float32
-    ) -> None:
+    def check(backend, op="grouped_mpo_linear", dtype=torch.float32):
         kernel = f"{backend} {op}"
         request.node.user_properties.append(("kernel", kernel))
         if is_wrong(kernel):
@@ -92,7 +90,7 @@ def check_able(request: pytest.FixtureRequest) -> Able:
 
 
 @pytest.fixture
-def able(backend: str, check_able: Able) -> str:
+def able(backend, check_able):
     """The backend, if it runs the grouped product there."""
     check_able(backend)
     return backend

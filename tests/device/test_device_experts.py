@@ -1,8 +1,6 @@
 """Hidden-side experts and neurons on the device, in the sizes people use first, against the float64
 reference."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ from .conftest import DEVICE
 ON_GPU = DEVICE.startswith("cuda")
 TOKENS = 300 if ON_GPU else 19
 COUNTS = (1, 8, 9, 64, 300, 4096) if ON_GPU else (1, 9)
-SIZES: dict[str, dict[str, Any]] = {
+SIZES = {
     "neurons": {
         "experts": 8,
         "top_k": 2,
@@ -45,11 +43,11 @@ CASES = [(dtype, name) for dtype in (torch.bfloat16, torch.float32) for name in 
 IDS = [f"{str(dtype).removeprefix('torch.')}-{name}" for dtype, name in CASES]
 
 
-def problem_of(name: str, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
+def problem_of(name, dtype, device, **options):
     """With its tensors on the device."""
     sizes = {"tokens": TOKENS, "dtype": dtype, **SIZES[name], **options}
     if name.startswith("hidden"):
-        made: Any = HiddenProblem(per_group=True, **sizes)
+        made = HiddenProblem(per_group=True, **sizes)
     else:
         made = NeuronProblem(out=sizes["width"], **sizes)
     made.inputs = {
@@ -59,11 +57,11 @@ def problem_of(name: str, dtype: torch.dtype, device: torch.device, **options: A
     return made
 
 
-def op_of(name: str) -> str:
+def op_of(name):
     return "hidden_experts" if name.startswith("hidden") else "neuron_experts"
 
 
-@pytest.mark.parametrize(("dtype", "name"), CASES, ids=IDS)
+@pytest.mark.parametrize("dtype, name", CASES, ids=IDS)
 def test_experts(dtype, name, backend, device, check_able):
     check_able(backend, op_of(name))
     problem_of(name, dtype, device).check(backend, 3)

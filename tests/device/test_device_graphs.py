@@ -1,13 +1,10 @@
 """opcheck, torch.compile, CUDA graphs and repeated runs on the device, for every backend that runs
 there."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks
 from mpoe_bench.contender import graphed
-from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
 from tests.cases import SMALL_SHAPES
@@ -18,20 +15,18 @@ from .test_device_ops import make_blocks
 SHAPE = SMALL_SHAPES["light"]
 
 
-def tensors(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def tensors(device, dtype=torch.float32):
     """x, left, central, right."""
     blocks = random_blocks(SHAPE, 3)
     found = (torch.randn(9, SHAPE.in_features), blocks.left, blocks.central, blocks.right)
     return [t.detach().to(device, dtype).requires_grad_() for t in found]
 
 
-def offsets(device: torch.device) -> Tensor:
+def offsets(device):
     return torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
 
 
-def product(
-    backend: str, x: Tensor, left: Tensor, central: Tensor, right: Tensor, ends: Tensor
-) -> Tensor:
+def product(backend, x, left, central, right, ends):
     blocks = MPOBlocks(left, central, right, SHAPE.in_features, SHAPE.out_features)
     return grouped_mpo_linear(x, blocks, ends, activation="gelu", backend=backend)
 
@@ -52,7 +47,7 @@ def test_compiled_graphs_are_whole_and_give_the_same(able, device):
     compiler = "inductor" if device.type == "cuda" else "aot_eager"
     compiled = torch.compile(product, fullgraph=True, backend=compiler)
 
-    def run(function) -> list[Tensor]:
+    def run(function):
         y = function(able, *inputs, ends)
         return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
@@ -63,7 +58,7 @@ def test_compiled_graphs_are_whole_and_give_the_same(able, device):
 def test_two_runs_agree_bit_for_bit(able, device):
     inputs, ends = tensors(device), offsets(device)
 
-    def run() -> list[Tensor]:
+    def run():
         y = product(able, *inputs, ends)
         return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))]
 
@@ -71,22 +66,22 @@ def test_two_runs_agree_bit_for_bit(able, device):
         assert torch.equal(first, second)
 
 
-def run_apart(function: Callable[..., None], *arguments: object) -> None:
+def run_apart(function, *arguments):
     """Call a function in a new process, so that what it leaves behind is gone; raises what it
     raised."""
     torch.multiprocessing.spawn(_without_rank, (function, *arguments))
 
 
-def _without_rank(_: int, function: Callable[..., None], *arguments: object) -> None:
+def _without_rank(_, function, *arguments):
     function(*arguments)
 
 
-def captured(function: Callable[[], object], device: str) -> Callable[[], object]:
+def captured(function, device):
     """In a CUDA graph; on a CPU the function."""
     return graphed(function) if device.startswith("cuda") else function
 
 
-def replay_a_decoding_step(backend: str, name: str, device: str) -> None:
+def replay_a_decoding_step(backend, name, device):
     """Routing and both products, captured with one routing and replayed with another."""
     torch.manual_seed(0)
     shape = SMALL_SHAPES[name]
@@ -101,7 +96,7 @@ def replay_a_decoding_step(backend: str, name: str, device: str) -> None:
     gates = torch.ones(4, 1, device=device)
     found = torch.empty(4, down_shape.out_features, device=device)
 
-    def step() -> Tensor:
+    def step():
         with torch.no_grad():
             return mpo_ffn(x, route(index, 3, backend=backend), gates, *parts, backend=backend)
 
@@ -112,14 +107,14 @@ def replay_a_decoding_step(backend: str, name: str, device: str) -> None:
     torch.testing.assert_close(found, step())
 
 
-def replay_experts(backend: str, name: str, tokens: int, device: str) -> None:
+def replay_experts(backend, name, tokens, device):
     """Experts captured with one routing, replayed with five others, bit for bit."""
     problem = problem_of(name, torch.bfloat16, torch.device(device), tokens=tokens, none_share=0.0)
     found = torch.empty_like(problem.grad, dtype=torch.bfloat16)
     index = problem.index.clone()
     problem.index = index
 
-    def step() -> Tensor:
+    def step():
         with torch.no_grad():
             return problem.run(type(problem).OP, torch.bfloat16, backend=backend)["o"]
 
@@ -131,7 +126,7 @@ def replay_experts(backend: str, name: str, tokens: int, device: str) -> None:
         assert torch.equal(found, step()), f"routing {seed}"
 
 
-def check_captured(backend: str, device: torch.device) -> None:
+def check_captured(backend, device):
     if device.type == "cuda" and backend == "eager":
         pytest.skip("plain PyTorch asks the device for sizes, so it is never captured")
 

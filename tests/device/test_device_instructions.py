@@ -4,7 +4,6 @@ for bit."""
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from tests.emulator import cuda_emulate
 SOURCE = cuda_emulate.EMULATION / "instructions_main.cu"
 
 
-def results_of(program: Path) -> dict[str, list[str]]:
+def results_of(program):
     """What a program prints: instruction -> words."""
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,18 +1,14 @@
 """Every backend that runs on the device, through the public ops, against the float64 reference on
 the same device."""
 
-from typing import Any
-
 import pytest
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks
-from torch import Tensor
 
 from mpoe.layers.router import float32_logits
 from mpoe_kernels import (
     MPOBlocks,
     MPOShape,
-    Routing,
     combine,
     dispatch,
     grouped_mpo_linear,
@@ -42,25 +38,19 @@ dtypes = pytest.mark.parametrize(
 )
 
 
-def make_blocks(
-    shape: MPOShape, experts: int, dtype: torch.dtype, device: torch.device
-) -> MPOBlocks:
+def make_blocks(shape, experts, dtype, device):
     made = random_blocks(shape, experts)
     parts = (t.to(device, dtype) for t in (made.left, made.central, made.right))
     return MPOBlocks(*parts, shape.in_features, shape.out_features)
 
 
-def make_routing(
-    tokens: int, experts: int, kind: str, device: torch.device, capacity: int | None = None
-) -> Routing:
+def make_routing(tokens, experts, kind, device, capacity=None):
     return route(
         expert_choice(kind, tokens, experts).to(device), experts, capacity, backend="eager"
     )
 
 
-def strategies_of(
-    backend: str, shape: MPOShape, dtype: torch.dtype, device: torch.device
-) -> list[str]:
+def strategies_of(backend, shape, dtype, device):
     """Strategies that a backend has kernels for, forward and backward."""
     dims, reasons = BlockDims.of_shape(shape), BACKENDS[backend].contraction_reasons
     return [
@@ -73,7 +63,7 @@ def strategies_of(
     ]
 
 
-def require_strategy(backend: str, strategy: str, dtype: torch.dtype, device: torch.device) -> None:
+def require_strategy(backend, strategy, dtype, device):
     """Skip a test whose backend refuses a strategy."""
     shape = SMALL_SHAPES["separable" if strategy == "separable" else "light"]
     if strategy not in strategies_of(backend, shape, dtype, device):
@@ -81,13 +71,13 @@ def require_strategy(backend: str, strategy: str, dtype: torch.dtype, device: to
 
 
 def check_linear(
-    backend: str,
-    strategies: list[str],
-    shape: MPOShape,
-    dtype: torch.dtype,
-    device: torch.device,
-    **options: Any,
-) -> None:
+    backend,
+    strategies,
+    shape,
+    dtype,
+    device,
+    **options,
+):
     """Forward and backward with bias and ReLU; the op is told which slots read a token."""
     options = {
         "tokens": 37,
@@ -121,7 +111,7 @@ def test_large_shapes(able, name, dtype, device):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tokens"), [("all_to_one", 37), ("some_idle", 37), ("uniform", 37), ("uniform", 0)]
+    "kind, tokens", [("all_to_one", 37), ("some_idle", 37), ("uniform", 37), ("uniform", 0)]
 )
 def test_loads(able, kind, tokens, device):
     way = ["rebuild" if tokens else "auto"]
@@ -129,7 +119,7 @@ def test_loads(able, kind, tokens, device):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "capacity"), [(5, 3, 2, None), (700, 64, 2, 11), (0, 3, 1, 2)]
+    "tokens, experts, top_k, capacity", [(5, 3, 2, None), (700, 64, 2, 11), (0, 3, 1, 2)]
 )
 def test_routing_is_the_same_everywhere(able, tokens, experts, top_k, capacity, device):
     index = expert_choice("zipf", tokens, experts, top_k).to(device)
@@ -143,7 +133,7 @@ def test_routing_is_the_same_everywhere(able, tokens, experts, top_k, capacity, 
 def test_dispatch_and_combine(able, device):
     routing = make_routing(300, 7, "zipf", device, capacity=50)
 
-    def run(backend: str, kind: torch.dtype) -> list[Tensor]:
+    def run(backend, kind):
         torch.manual_seed(3)
         x = torch.randn(300, 40).to(device, kind).requires_grad_()
         gates = torch.rand(300, 1).to(device, kind).requires_grad_()
@@ -185,7 +175,7 @@ def test_embedding(rows, device):
     )
     grad = torch.randn(rows, shape.out_features, device=device)
 
-    def run(function, kind: torch.dtype) -> list[Tensor]:
+    def run(function, kind):
         leaves = [t.to(kind).requires_grad_() for t in (blocks.left, blocks.central, blocks.right)]
         y = function(ids, MPOBlocks(*leaves, shape.in_features, shape.out_features))
         return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))]

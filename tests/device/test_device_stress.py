@@ -2,7 +2,7 @@
 third."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from mpoe_kernels import mpo_ffn, route
 from tests.cases import SMALL_SHAPES
 
-from .conftest import Able
 from .test_device_experts import ON_GPU, op_of, problem_of
 from .test_device_ops import LARGE, make_blocks
 
@@ -21,7 +20,7 @@ KINDS = ("neurons of 64", "hidden of 64", "chain")
 Step = Callable[[], list[Tensor]]
 
 
-def chain_step(backend: str, device: torch.device, tokens: int) -> Step:
+def chain_step(backend, device, tokens):
     """Routing and both products of a network of MPO experts, forward and backward."""
     shape = LARGE["paper"] if ON_GPU else SMALL_SHAPES["light"]
     down = shape.mirrored() if ON_GPU else shape
@@ -31,7 +30,7 @@ def chain_step(backend: str, device: torch.device, tokens: int) -> Step:
     gates = torch.rand(tokens, 1, device=device)
     leaves = [part.detach().requires_grad_() for part in (x, gates)]
 
-    def step() -> list[Tensor]:
+    def step():
         y = mpo_ffn(
             leaves[0], route(index, 8, backend=backend), leaves[1], *blocks, backend=backend
         )
@@ -40,9 +39,7 @@ def chain_step(backend: str, device: torch.device, tokens: int) -> Step:
     return step
 
 
-def step_of(
-    kind: str, backend: str, device: torch.device, check_able: Able, tokens: int = 300
-) -> Step:
+def step_of(kind, backend, device, check_able, tokens=300):
     """A call whose results are compared."""
     tokens = tokens if ON_GPU else 9
     if kind == "chain":
@@ -53,16 +50,16 @@ def step_of(
     return lambda: list(problem.run(type(problem).OP, torch.bfloat16, backend=backend).values())
 
 
-def assert_same(first: list[Tensor], second: list[Tensor], what: str) -> None:
+def assert_same(first, second, what):
     for number, (one, two) in enumerate(zip(first, second, strict=True)):
         assert torch.equal(one, two), f"{what}: result {number} has other bits"
 
 
-def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+def on_stream(stream):
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
-def finished() -> None:
+def finished():
     """Everything that a GPU was given is done."""
     if ON_GPU:
         torch.cuda.synchronize()

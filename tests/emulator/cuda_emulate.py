@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 TESTS = ROOT / "tests"
 EMULATION = TESTS / "emulator"
-CACHE = ROOT / "build" / "emulated"
+CACHE = ROOT / "build/emulated"
 SANITIZERS = {
     "": [],
     "address": ["-g1", "-fsanitize=address,undefined"],
@@ -36,13 +36,13 @@ BINDINGS = EMULATION / "bindings.cpp"
 LIBRARY = [*KERNELS, EMULATOR, EMULATION / "control.cpp", BINDINGS]
 PROBE = [EMULATOR, EMULATION / "probe_main.cpp"]
 # Programs that run kernels without Python; tests/native/cpp/truth.cpp computes the correct results.
-_COMMON = [EMULATOR, CSRC / "common" / "cpu_features.cpp"]
+_COMMON = [EMULATOR, CSRC / "common/cpu_features.cpp"]
 SWEEPS = {
     "linear": [
         *(CUDA / "linear" / f"{name}.cu" for name in ("linear", "bfloat16", "float")),
-        *(*_COMMON, TESTS / "native" / "cpp" / "truth.cpp", EMULATION / "sweep_linear.cpp"),
+        *(*_COMMON, TESTS / "native/cpp" / "truth.cpp", EMULATION / "sweep_linear.cpp"),
     ],
-    "routing": [CUDA / "routing" / "routing.cu", *_COMMON, EMULATION / "sweep_routing.cpp"],
+    "routing": [CUDA / "routing/routing.cu", *_COMMON, EMULATION / "sweep_routing.cpp"],
 }
 
 

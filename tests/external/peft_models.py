@@ -71,7 +71,7 @@ def _fill(cache: Path, name: str, kind: str) -> None:
         )
     folder = cache / f"models--{name.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(REVISION)
+    (folder / "refs/main").write_text(REVISION)
     model.save_pretrained(folder / "snapshots" / REVISION)
     words = ["<pad>", "<unk>", "</s>", *(f"word{n}" for n in range(1021))]
     word_tokenizer(words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>").save_pretrained(
@@ -85,7 +85,7 @@ def pytest_configure() -> None:
     sys.modules.setdefault(
         "diffusers",
         SimpleNamespace(StableDiffusionPipeline=type("StableDiffusionPipeline", (), {})),
-    )  # type: ignore[arg-type]
+    )
     # Its first use of a model goes to the hub; here none does.
     sys.path.insert(0, os.getcwd())
     helpers: Any = importlib.import_module("tests.testing_utils")

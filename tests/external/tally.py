@@ -61,5 +61,5 @@ def word_tokenizer(words: list[str], **options: Any) -> Any:
     whole = Tokenizer(
         models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
     )
-    whole.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    whole.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=whole, **options)

@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ from mpoe import MPOEConfig, convert_to_mpoe, merge_experts
 from mpoe.models.export import check_export
 
 pytestmark = pytest.mark.slow
-BUILD = Path(__file__).resolve().parents[2] / "build" / "llama.cpp"
+BUILD = Path(__file__).resolve().parents[2] / "build/llama.cpp"
 PROMPTS = (
     "The capital of France is",
     "Photosynthesis is the process by which",
@@ -42,7 +41,7 @@ PROMPTS = (
     "To sort a list in Python, you can",
 )
 NEW_TOKENS = 24
-EXACTLY: dict[str, Any] = {
+EXACTLY = {
     "max_new_tokens": NEW_TOKENS,
     "min_new_tokens": NEW_TOKENS,
     "do_sample": False,
@@ -58,14 +57,14 @@ print(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
 """
 
 
-def ran(*command: object) -> str:
+def ran(*command):
     return subprocess.run(
         [str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
 
 
 @pytest.fixture(scope="session")
-def program(request: pytest.FixtureRequest) -> Path:
+def program(request):
     """What an environment variable names."""
     if request.param not in os.environ:
         pytest.skip(f"{request.param} is not set")
@@ -73,9 +72,7 @@ def program(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[Any]]:
+def served(request, tmp_path_factory):
     """A folder with the dense model and the mixture as a stock class, of experts of 64 neurons, for
     Mixtral of the size of the network; prompts, answers, and their texts."""
     package, folder, to = (
@@ -98,9 +95,7 @@ def served(
     dense.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
     dense.save_pretrained(folder / "dense")
-    shape: dict[str, Any] = (
-        {"shape": "separable"} if to == "mixtral" else {"shape": "neurons", "neurons": 64}
-    )
+    shape = {"shape": "separable"} if to == "mixtral" else {"shape": "neurons", "neurons": 64}
     model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, router={"top_k": 2}, **shape)).eval()
     for name, parameter in model.named_parameters():
         if ".router." in name or (".experts." in name and to != "mixtral"):
@@ -136,13 +131,13 @@ def test_vllm(program, served):
     assert json.loads(said.splitlines()[-1]) == [tokens for _, tokens, _ in rows]
 
 
-def converted(program: Path, model: Path, file: Path) -> None:
+def converted(program, model, file):
     """A folder's model as a GGUF file in float32, by llama.cpp's own converter."""
     converter = program / "convert_hf_to_gguf.py"
     ran(sys.executable, converter, model, "--outtype", "f32", "--outfile", file)
 
 
-def loss_in_llama_cpp(file: Path, texts: list[list[int]]) -> float:
+def loss_in_llama_cpp(file, texts):
     """Nats per token of texts of token ids."""
     import llama_cpp
 

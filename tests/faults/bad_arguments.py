@@ -372,15 +372,15 @@ def make_paths(folder: Path) -> None:
     (folder / "loop").symlink_to(folder / "loop")
     (folder / "dangling").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "fifo")
-    weights = (folder / "model" / "model.safetensors").read_bytes()
-    settings = (folder / "model" / "config.json").read_text()
+    weights = (folder / "model/model.safetensors").read_bytes()
+    settings = (folder / "model/config.json").read_text()
     for name in ("fifo_model", "lying", "cut", "deep"):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(settings)
-    os.mkfifo(folder / "fifo_model" / "model.safetensors")
-    (folder / "lying" / "model.safetensors").write_bytes(weights.replace(b'"F32"', b'"I32"'))
-    (folder / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    (folder / "deep" / "config.json").write_text("[" * 100_000)
+    os.mkfifo(folder / "fifo_model/model.safetensors")
+    (folder / "lying/model.safetensors").write_bytes(weights.replace(b'"F32"', b'"I32"'))
+    (folder / "cut/model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (folder / "deep/config.json").write_text("[" * 100_000)
 
 
 ODD = (

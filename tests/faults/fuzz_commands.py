@@ -199,8 +199,8 @@ def prepare(folder: Path) -> Path:
     from mpoe import MPOEConfig, convert_to_mpoe
     from mpoe.data.stand_in_models import stand_in_path
 
-    inside = folder / "here" / "below"  # what relative paths write stays in ``folder``
-    data = inside / "here" / "data"
+    inside = folder / "here/below"  # what relative paths write stays in ``folder``
+    data = inside / "here/data"
     data.mkdir(parents=True)
     for split in ("train", "validation", "test"):
         (data / f"{split}.jsonl").write_text(TABLES[".jsonl"])

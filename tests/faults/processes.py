@@ -201,7 +201,7 @@ def straight_run(folder: Path) -> dict[str, torch.Tensor]:
     """Weights of a run that nobody disturbs."""
     if fork(lambda: victim(folder / "straight"), folder / "straight.log").wait():
         raise RuntimeError((folder / "straight.log").read_text())
-    return load_file(folder / "straight" / "model.safetensors")
+    return load_file(folder / "straight/model.safetensors")
 
 
 def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> None:

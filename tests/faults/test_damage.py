@@ -26,41 +26,41 @@ Spoil = Callable[[Path], object]
 class Evil:
     """What a pickle would run: it leaves a mark in the folder where it was unpickled."""
 
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+    def __reduce__(self):
         return os.system, ("touch pwned",)
 
 
-def weights(folder: Path) -> Path:
+def weights(folder):
     return folder / "model.safetensors"
 
 
-def changed(change: Callable[[bytes], bytes]) -> Spoil:
+def changed(change):
     """The weights' file holds other bytes."""
     return lambda folder: weights(folder).write_bytes(change(weights(folder).read_bytes()))
 
 
-def replaced(name: str, text: str) -> Spoil:
+def replaced(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
-def flip_in_header(data: bytes) -> bytes:
+def flip_in_header(data):
     at = data.index(b'"shape"') + 9
     return data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :]
 
 
-def integers_as_weights(data: bytes) -> bytes:
+def integers_as_weights(data):
     """A header that says integers of the same size: their bits would become numbers around 1e9."""
     at = data.index(b'"F32"', data.index(b"experts.up.central"))
     return data[: at + 1] + b"I" + data[at + 2 :]
 
 
-def claims(edge: int, end: int, is_there: bool) -> Spoil:
+def claims(edge, end, is_there):
     """A header that asks for ``edge`` x ``edge`` numbers, perhaps in a file as long (holes take no
     space on a disk)."""
     entry = {"dtype": "F32", "shape": [edge, edge], "data_offsets": [0, end]}
     header = json.dumps({"lm_head.weight": entry}).encode()
 
-    def spoil(folder: Path) -> None:
+    def spoil(folder):
         weights(folder).write_bytes(len(header).to_bytes(8, "little") + header)
         if is_there:
             os.truncate(weights(folder), 8 + len(header) + end)
@@ -68,23 +68,23 @@ def claims(edge: int, end: int, is_there: bool) -> Spoil:
     return spoil
 
 
-def pickled_weights(folder: Path) -> None:
+def pickled_weights(folder):
     weights(folder).unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
 
 
-def swapped_shapes(folder: Path) -> None:
+def swapped_shapes(folder):
     tensors = load_file(weights(folder))
     name = next(name for name in tensors if name.endswith("experts.up.central"))
     tensors[name] = tensors[name].transpose(0, 1).contiguous()[..., :-1].contiguous()
     save_file(tensors, weights(folder))
 
 
-def in_shards(name: str, outside: bool = False) -> Spoil:
+def in_shards(name, outside=False):
     """The weights are a shard; one tensor is said to be in the file ``name``, perhaps one that is
     there outside."""
 
-    def spoil(folder: Path) -> None:
+    def spoil(folder):
         if outside:
             shutil.copy(weights(folder), folder.parent / "outside.safetensors")
         os.rename(weights(folder), folder / "a.safetensors")
@@ -97,8 +97,8 @@ def in_shards(name: str, outside: bool = False) -> Spoil:
     return spoil
 
 
-def change_config(**changes: object) -> Spoil:
-    def spoil(folder: Path) -> None:
+def change_config(**changes):
+    def spoil(folder):
         values = json.loads((folder / "config.json").read_text())
         for name, value in changes.items():
             (values["mpoe"] if name in values["mpoe"] else values)[name] = value
@@ -107,14 +107,14 @@ def change_config(**changes: object) -> Spoil:
     return spoil
 
 
-def index_of_nothing(folder: Path) -> None:
+def index_of_nothing(folder):
     weights(folder).unlink()
     (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": 3}}')
 
 
 WHOLE, NUMBERS = "must be a whole safetensors file", "must be of the shape"
 # What `load_mpoe` must say of each.
-DAMAGES: dict[str, tuple[Spoil, str]] = {
+DAMAGES = {
     "weights cut short": (changed(lambda data: data[: len(data) // 2]), WHOLE),
     "weights empty": (changed(lambda data: b""), WHOLE),
     "bit flipped in the header": (changed(flip_in_header), WHOLE),
@@ -174,7 +174,7 @@ DAMAGES: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
     mpoe_model("t5").save_pretrained(folder)
     return folder
@@ -256,7 +256,7 @@ def test_damaged_mpoe_only_saves(tmp_path, change):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     prepare_output_dir(folder, run_config={})
     make_trainer(folder, **resume_options("t5", 6)).train()
@@ -269,14 +269,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_flipped_bit_in_a_checkpoint(trained, tmp_path, name):
     """Sizes fit, sums do not: the run goes on from the checkpoint before."""
     shutil.copytree(trained, tmp_path / "run")
-    file = tmp_path / "run" / "checkpoint-6" / name
+    file = tmp_path / "run/checkpoint-6" / name
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.warns(UserWarning, match=rf"checkpoint-6 is passed over: {name} changed"):
-        assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+        assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-3"
     trainer = make_trainer(tmp_path / "run", **resume_options("t5", 6))
     with pytest.raises(ValueError, match=f"checkpoint-6 is damaged: {name} changed"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ length."""
 import gc
 import os
 import signal
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +55,7 @@ def test_full_disk_loses_nothing(tmp_path, sizes):
     """By what the weights take: before the first checkpoint, with room for them and not for the
     optimizer's state."""
     expected = straight_run(tmp_path)
-    room = (tmp_path / "straight" / "model.safetensors").stat().st_size
+    room = (tmp_path / "straight/model.safetensors").stat().st_size
     for size in sizes:
         full_disk(tmp_path, 1 + int(size * room), expected)
 
@@ -195,7 +194,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     (run / "b.expert").write_text("earlier")
     make = train.make_trainer
 
-    def late(*arguments: Any) -> Any:
+    def late(*arguments):
         (run / "a.expert").write_text("mine")
         return make(*arguments)
 
@@ -215,7 +214,7 @@ def test_loads_and_conversions_in_threads(tmp_path):
         convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable")).state_dict(),
     ]
 
-    def work(number: int) -> dict[str, torch.Tensor]:
+    def work(number):
         for _ in range(3):
             made = (
                 load_mpoe(tmp_path)
@@ -257,13 +256,13 @@ def test_same_seed_same_bits(tmp_path, family):
     assert all(torch.equal(finals[1][name], value) for name, value in finals[0].items())
 
 
-def count_tensors() -> int:
+def count_tensors():
     gc.collect()
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
 @pytest.mark.parametrize(
-    ("steps", "warm", "most"),
+    "steps, warm, most",
     [pytest.param(150, 50, 20_000, marks=slow), pytest.param(1000, 200, 2_000, marks=exhaustive)],
 )
 def test_memory_stays_flat(steps, warm, most):

@@ -8,11 +8,9 @@ import random
 import resource
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ from .fuzz import Case, checkpoints, data_files, odd, some, spoil_values, what_b
 from .processes import SEED, fork
 
 SHAPE = {"in_factors": [2, 3, 4], "out_factors": [4, 3, 4], "max_bond": 5}
-GOOD: dict[type, dict[str, Any]] = {
+GOOD = {
     MPOEConfig: {
         "moe_type": "switch",
         "num_experts": 3,
@@ -56,7 +54,7 @@ _INNER = [field.name for kind in (RouterConfig, MPOShape) for field in dataclass
 _INNER += ["MPOEConfig", "RouterConfig", "MPOShape", "left", "right"]
 
 
-def configurations(draw: random.Random) -> Iterator[Case]:
+def configurations(draw):
     """An endless stream."""
     while True:
         kind = draw.choice((MPOEConfig, MPOEConfig, RouterConfig, MPOShape))
@@ -80,7 +78,7 @@ def configurations(draw: random.Random) -> Iterator[Case]:
         yield Case(f"{kind.__name__} {values!r:.300}", partial(use, make), [*names, *_INNER])
 
 
-def use(make: Callable[[], Any]) -> None:
+def use(make):
     """What is accepted survives a round trip through JSON, and gives shapes or says why not."""
     made = make()
     again = type(made).from_dict(json.loads(json.dumps(made.to_dict())))
@@ -91,7 +89,7 @@ def use(make: Callable[[], Any]) -> None:
         made.shape_for("down", 48, 24)
 
 
-KINDS: dict[str, Callable[[random.Random, Path], Iterator[Case]]] = {
+KINDS = {
     "configurations": lambda draw, folder: configurations(draw),
     "command lines": fuzz_commands.cases,
     "data and configuration files": data_files,
@@ -103,7 +101,7 @@ KINDS: dict[str, Callable[[random.Random, Path], Iterator[Case]]] = {
 ROOM = 6 << 30  # bytes of address space that may be taken: a fair machine, not a huge one
 
 
-def try_inputs(kind: str, count: int, seed: int, folder: Path) -> None:
+def try_inputs(kind, count, seed, folder):
     """In a child: new memory is filled with NaN, so that a result that holds what nobody wrote is
     seen."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -114,7 +112,7 @@ def try_inputs(kind: str, count: int, seed: int, folder: Path) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    found: Counter[str] = Counter()
+    found = Counter()
     for case, _ in zip(
         KINDS[kind](random.Random(f"{kind} {seed}"), folder), range(count), strict=False
     ):
@@ -126,7 +124,7 @@ def try_inputs(kind: str, count: int, seed: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "seed"), [(25, 0), pytest.param(500, SEED, marks=pytest.mark.exhaustive)]
+    "count, seed", [(25, 0), pytest.param(500, SEED, marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs(kind, count, seed, tmp_path):

@@ -12,10 +12,8 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +25,7 @@ from tests.assertions import refuses
 from tests.training.tiny import make_trainer
 
 from ..cli.cli_data import write_sentiment
-from .processes import SEED, Child, command_says, fork
+from .processes import SEED, command_says, fork
 
 TOLD, LATE, TWO_INSIDE = (
     3,
@@ -39,21 +37,21 @@ TOLD, LATE, TWO_INSIDE = (
 class Inside(TrainerCallback):
     """Marks the time in which a Trainer trains."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args, state, control, **kwargs):
         enter(Path(args.output_dir))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args, state, control, **kwargs):
         (Path(args.output_dir) / "inside").rmdir()
 
 
-def enter(folder: Path) -> None:
+def enter(folder):
     try:
         (folder / "inside").mkdir()
     except FileExistsError:
         os._exit(TWO_INSIDE)
 
 
-def claim(folder: Path, seconds: float, resume: bool = False, overwrite: bool = False) -> None:
+def claim(folder, seconds, resume=False, overwrite=False):
     """A run as the command line does it: hold, claim, work, leave."""
     with hold(folder):
         prepare_output_dir(folder, overwrite, resume, {"steps": 1})
@@ -62,13 +60,13 @@ def claim(folder: Path, seconds: float, resume: bool = False, overwrite: bool = 
         (folder / "inside").rmdir()
 
 
-def train(folder: Path) -> None:
+def train(folder):
     """A run of the library: the Trainer alone."""
     torch.set_num_threads(1)
     make_trainer(folder, max_steps=1, callbacks=[Inside()]).train()
 
 
-def live(folder: Path, go_on: int) -> None:
+def live(folder, go_on):
     """A run in the middle of a save; it ends when ``go_on`` is closed and its files are as it wrote
     them."""
     with hold(folder):
@@ -84,10 +82,10 @@ def live(folder: Path, go_on: int) -> None:
         (folder / "inside").rmdir()
 
 
-def told(work: Callable[[], object]) -> Callable[[], None]:
+def told(work):
     """``work``, whose refusals are exit statuses."""
 
-    def run() -> None:
+    def run():
         try:
             work()
         except FolderInUseError as error:
@@ -100,12 +98,12 @@ def told(work: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-def at_once(works: list[Callable[[], object]], folder: Path) -> list[Child]:
+def at_once(works, folder):
     """Fork all of them, and let them go at the same moment."""
     ready, go = os.pipe()
 
-    def waiting(work: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
+    def waiting(work):
+        def run():
             os.close(go)
             os.read(ready, 1)  # ends when the parent closes its end
             told(work)()
@@ -121,11 +119,11 @@ def at_once(works: list[Callable[[], object]], folder: Path) -> list[Child]:
     return children
 
 
-def said_by(*children: Child) -> str:
+def said_by(*children):
     return " | ".join(child.log.read_text()[-300:] for child in children)
 
 
-def double_start(folder: Path, draw: random.Random, tally: Counter[str]) -> None:
+def double_start(folder, draw, tally):
     """Two to four starts at once; some replace an earlier run."""
     overwrite = draw.random() < 0.3
     if overwrite:
@@ -136,17 +134,17 @@ def double_start(folder: Path, draw: random.Random, tally: Counter[str]) -> None
     judge(children, tally, most=len(times) if overwrite else 1)
 
 
-def double_training(folder: Path, draw: random.Random, tally: Counter[str]) -> None:
+def double_training(folder, draw, tally):
     """Two Trainers at once; who comes late trains after the first, never beside it."""
     judge(at_once([partial(train, folder)] * 2, folder), tally, most=2)
 
 
-def resume_of_live(folder: Path, draw: random.Random, tally: Counter[str]) -> None:
+def resume_of_live(folder, draw, tally):
     """Three processes want to continue, or to replace, a run that is still going; it may then be
     killed."""
     waiting, go_on = os.pipe()
 
-    def work() -> None:
+    def work():
         os.close(go_on)
         live(folder, waiting)
 
@@ -175,7 +173,7 @@ def resume_of_live(folder: Path, draw: random.Random, tally: Counter[str]) -> No
     tally.update(processes=5, entered=2, told=3)
 
 
-def judge(children: list[Child], tally: Counter[str], most: int) -> None:
+def judge(children, tally, most):
     """One to ``most`` got in; nobody met another inside; the rest were told."""
     statuses = [child.wait(120) for child in children]
     entered = statuses.count(0)
@@ -185,7 +183,7 @@ def judge(children: list[Child], tally: Counter[str], most: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("races", "seed"),
+    "races, seed",
     [(5, 7), pytest.param(200, SEED, marks=pytest.mark.exhaustive)],
     ids=["a slice", "at length"],
 )
@@ -204,10 +202,10 @@ def test_races(tmp_path, races, seed):
 # ------------------------------------------------------------------ the lock by itself
 
 
-def holding(folder: Path) -> Child:
+def holding(folder):
     """A process that holds a folder until it is killed."""
 
-    def work() -> None:
+    def work():
         with hold(folder):
             (folder / "held").touch()
             time.sleep(600)
@@ -244,7 +242,7 @@ def test_who_holds_a_folder_is_named_and_a_killed_process_holds_none(tmp_path):
 
 
 def test_children_do_not_keep_the_lock_of_a_process_that_has_ended(tmp_path):
-    def with_a_child() -> None:  # as a process with workers that read data
+    def with_a_child():  # as a process with workers that read data
         with hold(tmp_path / "run"):
             if os.fork() == 0:
                 time.sleep(30)
@@ -274,7 +272,7 @@ def test_a_lock_that_says_nothing_about_its_holder(tmp_path):
 def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path, monkeypatch):
     original, calls = run_lock._try, []
 
-    def first_too_late(descriptor: int, kind: int) -> bool:
+    def first_too_late(descriptor, kind):
         calls.append(kind)
         if len(calls) == 1:
             (tmp_path / LOCK_FILE).unlink()  # as its holder does when it ends
@@ -287,8 +285,8 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path, monkeypat
 
 
 def test_file_systems_without_locks(tmp_path, monkeypatch):
-    def refuse(code: int) -> None:
-        def flock(*_: object) -> None:
+    def refuse(code):
+        def flock(*_):
             raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(run_lock.fcntl, "flock", flock)
@@ -314,7 +312,7 @@ def test_the_command_line_beside_a_run_that_is_going(tmp_path):
     words += ["--num_experts", "2", "--use_cpu"]
     words += ["--per_device_train_batch_size", "2", "--save_steps", "5", "--disable_tqdm", "true"]
 
-    def run() -> None:
+    def run():
         command_says([*words, "--max_steps", "100000"], tmp_path / "live.log")
 
     child = fork(run, tmp_path / "fork.log")

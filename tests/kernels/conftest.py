@@ -1,8 +1,5 @@
 """Choosing by timing with stand-ins, in an empty cache."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from mpoe_kernels import backends
@@ -11,22 +8,22 @@ from mpoe_kernels.contract import autotune
 
 
 @pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def empty_cache(tmp_path, monkeypatch):
     """Timing is on, nothing is known."""
     monkeypatch.delenv("MPOE_AUTOTUNE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     autotune.forget()
-    yield tmp_path / "mpoe" / "choices.json"
+    yield tmp_path / "mpoe/choices.json"
     autotune.forget()
 
 
 @pytest.fixture
-def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+def seconds(monkeypatch):
     """Times of two stand-ins, ``first`` (preferred) and ``second``, by name of backend; their calls
     compute nothing."""
     found = {"first": 2.0, "second": 1.0}
 
-    def backend(name: str) -> Backend:
+    def backend(name):
         # A kernel by which `_seconds` below can tell whose it is.
         return Backend(
             name,

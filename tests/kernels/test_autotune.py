@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,12 +84,12 @@ def test_threads_versions_and_instructions_are_part_of_the_key(seconds, monkeypa
     assert len(choices()) == 6
 
 
-def ranked(problem: Problem = PROBLEM) -> tuple[str, str]:
+def ranked(problem=PROBLEM):
     found = resolve_contraction(problem)
     return found.backend, found.strategy
 
 
-def first_of(problem: Problem = PROBLEM) -> tuple[str, str]:
+def first_of(problem=PROBLEM):
     return "first", problem.rounded().plans()[0].strategy
 
 
@@ -159,7 +158,7 @@ def test_what_cannot_be_adopted(wrong):
     with pytest.raises(
         TypeError, match=r"choices must (be a mapping of|map) strings to strings; got"
     ):
-        adopt(wrong)  # type: ignore[arg-type]
+        adopt(wrong)
 
 
 def test_what_fails_when_it_is_timed_does_not_run():
@@ -169,11 +168,11 @@ def test_what_fails_when_it_is_timed_does_not_run():
 
 
 @pytest.mark.parametrize(
-    ("takes", "calls"), [((1, 2, 3), (21, 21, 1)), ((40, 41), (4, 4)), ((300, 301), (2, 2))]
+    "takes, calls", [((1, 2, 3), (21, 21, 1)), ((40, 41), (4, 4)), ((300, 301), (2, 2))]
 )
 def test_how_often_candidates_are_timed(takes, calls, monkeypatch):
     """Milliseconds: for 200 of them or 20 rounds; once if hopeless."""
-    ran: list[int] = []
+    ran = []
     for threads, clock in ((1, "thread_time"), (2, "perf_counter")):
         ran.clear()
         monkeypatch.setattr(autotune, "time", SimpleNamespace(**{clock: lambda: sum(ran) / 1000}))
@@ -184,7 +183,7 @@ def test_how_often_candidates_are_timed(takes, calls, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "share", "sizes"),
+    "rows, share, sizes",
     [
         (256, 1, [(8, 64), (8, 64)]),
         (256, 0.25, [(2, 16), (4, 32)]),
@@ -202,9 +201,9 @@ def test_a_timed_call_is_short(rows, share, sizes, monkeypatch):
             assert autotune._timed_sizes(PROBLEM) == wanted
 
 
-@pytest.mark.parametrize(("slots", "strategies"), [(64, 2), (4096, 1)])
+@pytest.mark.parametrize("slots, strategies", [(64, 2), (4096, 1)])
 def test_what_holds_too_much_memory_is_not_timed(slots, strategies, seconds, monkeypatch):
-    timed: list[int] = []
+    timed = []
     monkeypatch.setattr(
         autotune, "_seconds", lambda runs, device: timed.append(len(runs)) or [1.0] * len(runs)
     )
@@ -253,8 +252,8 @@ def test_a_compiled_graph_times_when_it_runs():
 
 
 def test_two_threads_at_once(seconds, monkeypatch):
-    timed: list[int] = []
-    timing: Callable[..., list[float]] = autotune._seconds
+    timed = []
+    timing = autotune._seconds
     monkeypatch.setattr(autotune, "_seconds", lambda *given: (timed.append(1), timing(*given))[1])
     assert in_threads(4, lambda _: resolve_contraction(PROBLEM).backend) == ["second"] * 4
     assert timed == [1]
@@ -370,7 +369,7 @@ def test_an_unwritable_place_is_no_error(seconds, empty_cache, kind, monkeypatch
         empty_cache.symlink_to(empty_cache)
     elif kind == "read-only home":
 
-        def refuse(**_: object) -> None:
+        def refuse(**_):
             raise OSError(errno.EROFS, "Read-only file system")
 
         monkeypatch.setattr(tempfile, "mkstemp", refuse)
@@ -380,22 +379,22 @@ def test_an_unwritable_place_is_no_error(seconds, empty_cache, kind, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("home", "expected"), [("relative", "/home/of/user/.cache"), ("", "/home/of/user/.cache")]
+    "home, expected", [("relative", "/home/of/user/.cache"), ("", "/home/of/user/.cache")]
 )
 def test_the_place_of_the_file(home, expected, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setenv("HOME", "/home/of/user")
-    assert kept.choices_file() == Path(expected) / "mpoe" / "choices.json"
+    assert kept.choices_file() == Path(expected) / "mpoe/choices.json"
 
 
 def test_without_a_home_and_a_user_choices_lie_in_the_temporary_folder(tmp_path, monkeypatch):
     """As in a container."""
 
-    def nobody(number: int) -> None:
+    def nobody(number):
         raise KeyError(number)
 
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", nobody)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert kept.choices_file() == tmp_path / "mpoe" / "choices.json"
+    assert kept.choices_file() == tmp_path / "mpoe/choices.json"

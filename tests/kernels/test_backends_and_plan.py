@@ -42,7 +42,7 @@ from .backend_cases import candidate_backend, eager_kernel
 
 
 @pytest.fixture
-def broken_backend(monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
+def broken_backend(monkeypatch):
     backend = backends.Backend(
         "broken",
         kernels={},
@@ -53,7 +53,7 @@ def broken_backend(monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
     return backend
 
 
-def run(**options: object) -> torch.Tensor:
+def run(**options):
     blocks = random_blocks(SMALL_SHAPES["light"], 2)
     return grouped_mpo_linear(
         torch.ones(3, 12, dtype=torch.float64), blocks, torch.tensor([0, 1, 3]), **options
@@ -90,7 +90,7 @@ def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(
 ):
     calls = []
 
-    def logged(name: str):
+    def logged(name):
         return lambda *args: (calls.append(name), eager_kernel(name)(*args))[1]
 
     first = candidate_backend("first", {op: logged(op) for op in backends.CONTRACTIONS})
@@ -120,7 +120,7 @@ def test_backend_and_strategy_are_chosen_together(monkeypatch):
     forces both."""
     calls = []
 
-    def logged(op: str):
+    def logged(op):
         return lambda call: (calls.append((op, call.strategy)), eager_kernel(op)(call))[1]
 
     picky = candidate_backend(
@@ -169,7 +169,7 @@ def test_compiled_graphs_follow_use_backend(monkeypatch):
     blocks = random_blocks(SMALL_SHAPES["light"], 2)
     x, offsets = torch.ones(3, 12, dtype=torch.float64), torch.tensor([0, 1, 3])
 
-    def inside() -> torch.Tensor:
+    def inside():
         with use_backend("slow"):
             y = grouped_mpo_linear(x, blocks, offsets)
         return y + grouped_mpo_linear(x, blocks, offsets)
@@ -203,9 +203,9 @@ def test_names_are_taken_once_and_checked():
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live storages that ops created; ``inputs`` do not count."""
 
-    def __init__(self, *inputs: torch.Tensor) -> None:
+    def __init__(self, *inputs):
         super().__init__()
-        self.alive: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in inputs}
+        self.alive = {t.untyped_storage()._cdata: 0 for t in inputs}
         self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -300,7 +300,7 @@ def test_eager_computes_the_products_that_are_counted(name):
 def test_what_a_compiled_kernel_refuses_is_a_value_error():
     """PyTorch turns it into a RuntimeError that starts with a source file's path."""
 
-    def kernel(message: str) -> None:
+    def kernel(message):
         raise RuntimeError(message)
 
     ops = RefusingOps(SimpleNamespace(kernel=kernel))
@@ -353,7 +353,7 @@ def test_where_choices_are_kept(monkeypatch, tmp_path):
     monkeypatch.delenv("MPOE_AUTOTUNE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     facts = info.collect()
-    assert facts["choices"] == str(tmp_path / "mpoe" / "choices.json")
+    assert facts["choices"] == str(tmp_path / "mpoe/choices.json")
     assert facts["choices"] in info.show(facts)
 
 

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpoe_bench.cases import random_cores, relative_error
-from torch import Tensor
 
 from mpoe_kernels import (
     MPOShape,
@@ -36,7 +35,7 @@ def test_t5_base_bonds_and_counts():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "bond", "central", "auxiliary"),
+    "sizes, bond, central, auxiliary",
     [
         ((768, 3072), 128, 524_288, 74_128),
         ((768, 3072), 64, 131_072, 37_264),
@@ -111,7 +110,7 @@ GAUGES = (
 )  # for every shape; "identity" needs particular bonds and has its own tests
 
 
-def original_algorithm(weight: Tensor, shape: MPOShape) -> Tensor:
+def original_algorithm(weight, shape):
     """Yardstick: full SVD sweep from left to right, symmetric gauge, then all bonds truncated at
     once."""
     n = shape.num_cores
@@ -238,7 +237,7 @@ def test_identity_gauge_leaves_the_weight_in_the_centre(name):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)]
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)]
 )
 def test_low_precision_comes_back_in_its_dtype(dtype, tolerance):
     shape = SMALL_SHAPES["padded"]
@@ -277,7 +276,7 @@ def test_fold_and_reconstruct_agree_with_the_definition(name):
 
 @pytest.mark.parametrize("gauge", ["symmetric", "orthogonal", "identity"])
 @pytest.mark.parametrize(
-    ("dtype", "size"), [(torch.float32, 1e37), (torch.float64, 1e300), (torch.bfloat16, 1e37)]
+    "dtype, size", [(torch.float32, 1e37), (torch.float64, 1e300), (torch.bfloat16, 1e37)]
 )
 @pytest.mark.parametrize("factors", [((2, 3, 2), (3, 2, 2)), ((2, 6), (6, 2)), ((12,), (12,))])
 def test_decompose_large_numbers(gauge, dtype, size, factors):

@@ -2,14 +2,12 @@
 of raw calls."""
 
 import inspect
-from collections.abc import Callable, Iterator
 from itertools import combinations
-from typing import Any
 
 import pytest
 import torch
 from mpoe_bench.cases import relative_error
-from torch import Tensor, func, nn
+from torch import Tensor, func
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
@@ -22,7 +20,7 @@ from tests.cases import SMALL_SHAPES
 from tests.linear_problem import LAYOUTS
 
 from .backend_cases import choices_of, need_of, on_every_backend
-from .problems import SHAPE, TOKENS, Function, calls, run
+from .problems import SHAPE, TOKENS, calls, run
 from .problems import problems as of_ops
 
 OPS = sorted(of_ops())
@@ -37,7 +35,7 @@ ALL_UTILS = (*FEW_UTILS, "test_autograd_registration", "test_aot_dispatch_dynami
 MANY_BLOCKS = MPOShape((8, 13, 16), (8, 11, 16), max_bond=20)
 
 
-def fitting(op: str, backend: str) -> Iterator[dict[str, Any]]:
+def fitting(op, backend):
     """Arguments of an op; of the linear one by every strategy, of two shapes."""
     if "linear" not in op:
         yield calls(backend, op)
@@ -107,7 +105,7 @@ def test_layouts_of_memory(name, layout, backend):
     need_of(name, backend)
     function, inputs = of_ops()[name]
 
-    def results(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def results(place):
         leaves = [place(value).detach().requires_grad_() for value in inputs]
         with use_backend(backend):
             y = function(*leaves)
@@ -146,7 +144,7 @@ def test_autocast_is_a_cast_of_all_but_the_gates(name, dtype, backend):
 # ------------------------------------------------------------------ transforms
 
 
-def problems() -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
+def problems():
     """Functions of every op and layer, of floating tensors, and those."""
     found = of_ops()
     found["MPOLinear"] = of_module(MPOLinear(12, 8), torch.randn(TOKENS, 12))
@@ -158,10 +156,10 @@ def problems() -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
     return found
 
 
-def of_module(module: nn.Module, x: Tensor) -> tuple[Function, tuple[Tensor, ...]]:
+def of_module(module, x):
     names, parameters = zip(*module.named_parameters(), strict=True)
 
-    def call(x: Tensor, *values: Tensor) -> Tensor:
+    def call(x, *values):
         return func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
 
     return call, (x, *(parameter.detach().clone() for parameter in parameters))
@@ -203,7 +201,7 @@ def test_what_transforms_refuse(name):
     function, inputs = problems()[name]
     gradient = func.grad(lambda *v: function(*v).square().sum())
 
-    def in_dual_level() -> Tensor:
+    def in_dual_level():
         with forward_ad.dual_level():
             return function(forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
 
@@ -260,7 +258,7 @@ def test_autograd_around_a_transform():
 # ------------------------------------------------------------------ memory
 
 
-def stand_ins(value: Tensor) -> list[tuple[Tensor, Tensor]]:
+def stand_ins(value):
     return [
         (torch._neg_view(value), -value),
         (torch._efficientzerotensor(value.shape), torch.zeros_like(value)),

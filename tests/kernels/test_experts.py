@@ -3,7 +3,6 @@ reference."""
 
 from functools import cache
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -25,9 +24,9 @@ from tests.linear_problem import LAYOUTS, cast, leaves
 
 from .backend_cases import DTYPES, on_every_backend, require
 
-PROBLEMS: dict[str, type[Any]] = {"hidden_experts": HiddenProblem, "neuron_experts": NeuronProblem}
+PROBLEMS = {"hidden_experts": HiddenProblem, "neuron_experts": NeuronProblem}
 # Those of a GPU's kernels, and more rows than are processed at once.
-LARGER: dict[type[Any], list[dict[str, Any]]] = {
+LARGER = {
     HiddenProblem: [
         {"tokens": 65, "experts": 64, "groups": 2, "block": 16},
         {"tokens": 14, "top_k": 8, "experts": 9, "groups": 5, "block": 3},
@@ -56,7 +55,7 @@ PLACES = range(len(SIZES))
 
 
 @cache
-def problem(number: int, gated: bool, dtype: torch.dtype) -> Any:
+def problem(number, gated, dtype):
     """One for all backends, which are compared with one result of the reference."""
     kind, case = SIZES[number]
     own = {"per_group": number % 2 == 0} if kind is HiddenProblem else {}
@@ -73,7 +72,7 @@ def problem(number: int, gated: bool, dtype: torch.dtype) -> Any:
 
 @on_every_backend
 @pytest.mark.parametrize(
-    ("number", "gated", "dtype"),
+    "number, gated, dtype",
     [
         *pairwise(PLACES[: len(NAMED)], [False, True], FLOATS),  # of native's dtypes each has one
         *pairwise(PLACES[len(NAMED) :], [False, True], FLOATS[1::2]),
@@ -86,7 +85,7 @@ def test_against_reference(backend, number, gated, dtype):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("top_k", "experts", "neurons"), [(16, 1024, 8), (3, 4, 512)])
+@pytest.mark.parametrize("top_k, experts, neurons", [(16, 1024, 8), (3, 4, 512)])
 def test_the_largest_sizes(backend, dtype, top_k, experts, neurons):
     require(backend, "neuron_experts", dtype)
     size = {
@@ -102,7 +101,7 @@ def test_the_largest_sizes(backend, dtype, top_k, experts, neurons):
 
 @on_every_backend
 @pytest.mark.parametrize(
-    ("op", "activation", "gated", "dtype"),
+    "op, activation, gated, dtype",
     pairwise(
         list(PROBLEMS),
         ["relu", "gelu", "gelu_new", "silu", "none"],
@@ -175,7 +174,7 @@ THREADS = [  # the neurons of one expert are shared out too
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("op", "options"), THREADS)
+@pytest.mark.parametrize("op, options", THREADS)
 def test_native_bits_do_not_depend_on_threads(op, options, dtype):
     require("native", op, dtype)
     problem, found = PROBLEMS[op](tokens=130, with_bias=True, dtype=dtype, **options), []
@@ -187,7 +186,7 @@ def test_native_bits_do_not_depend_on_threads(op, options, dtype):
 
 
 @pytest.mark.parametrize(
-    ("op", "options"),
+    "op, options",
     [
         # With blocks of 1,024, a tile of sums holds 256 tokens; groups of a part that follow each
         # other share sums.
@@ -215,7 +214,7 @@ def test_more_than_is_computed_at_once(op, options):
 
 
 @pytest.mark.parametrize(
-    ("elements", "tokens", "sizes"),
+    "elements, tokens, sizes",
     [(170, 28, [(2, 4)] * 3 + [(1, 4)]), (10, 28, [(1, 4)] * 7), (10**6, 2100, [(21, 128)])],
 )
 def test_what_neurons_gather_at_once(elements, tokens, sizes, monkeypatch):
@@ -285,7 +284,7 @@ def test_shared_blocks_need_no_axis_of_groups():
 
 
 @pytest.mark.parametrize(
-    ("way", "name", "rows"),
+    "way, name, rows",
     pairwise(
         [
             (None, by_eager._ELEMENTS),
@@ -326,7 +325,7 @@ def test_embedding_against_reference(way, name, rows, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "pairs", "rebuild"),
+    "sizes, pairs, rebuild",
     [((4, 2, 3, 4, 4, 3, 4, 3, 64, 24), 24, 56), ((2, 2, 4, 4, 2, 30, 5, 6, 40, 24), 11, 40)],
 )
 def test_more_rows_are_looked_up_in_another_way(sizes, pairs, rebuild):

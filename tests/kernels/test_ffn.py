@@ -3,12 +3,10 @@ GPU would run them."""
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks
-from torch import Tensor
 
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_ffn, route
 from mpoe_kernels.backends import places_rows
@@ -36,7 +34,7 @@ def test_ffn_dropout_drops_hidden_activations():
     assert bool((mpo_ffn(x, routing, weights, up, down, dropout=1.0) == 0).all())
 
 
-@pytest.mark.parametrize(("name", "backend"), pairwise(["light", "separable"], BACKENDS))
+@pytest.mark.parametrize("name, backend", pairwise(["light", "separable"], BACKENDS))
 def test_one_graph(backend, name):
     """Of routing, a network and rows there and back, without a number that the host reads."""
     shape = SMALL_SHAPES[name]
@@ -47,7 +45,7 @@ def test_one_graph(backend, name):
     down = random_blocks(shape.mirrored(), 4, torch.float32, requires_grad=True)
     gate_proj = gate if name == "light" else None
 
-    def mix(x: Tensor, logits: Tensor) -> Tensor:
+    def mix(x, logits):
         weights, index = logits.softmax(-1).topk(1)
         routing = route(index, 4, capacity=3, backend=backend)
         y = mpo_ffn(
@@ -97,14 +95,14 @@ TOKENS, EXPERTS = 13, 4
 MASK = torch.arange(TOKENS) % 5 != 1
 
 
-def routing_of(capacity: int | None = 3) -> Routing:
+def routing_of(capacity=3):
     """Some tokens are masked, some are dropped, and one expert is idle."""
     return route(
         expert_choice("some_idle", TOKENS, EXPERTS, 1), EXPERTS, capacity=capacity, token_mask=MASK
     )
 
 
-def gates_of(dtype: torch.dtype = torch.float32) -> Tensor:
+def gates_of(dtype=torch.float32):
     gates = torch.rand(TOKENS, 1)
     gates[~MASK] = float("nan")  # gates of tokens without a slot, whose rows must still be zero
     return gates.to(dtype)
@@ -149,7 +147,7 @@ def test_a_network_without_gradients_places_its_rows(backend, gate_dtype, monkey
     require_strategies(backend, shape, torch.float32)
     up, down = (random_blocks(s, EXPERTS, torch.float32) for s in (shape, shape.mirrored()))
     routing, gates, x = routing_of(), gates_of(gate_dtype), torch.randn(TOKENS, shape.in_features)
-    placed: list[int] = []
+    placed = []
     once = ffn.placed_mpo_linear
     monkeypatch.setattr(
         ffn, "placed_mpo_linear", lambda *arguments: placed.append(1) or once(*arguments)
@@ -221,11 +219,11 @@ class Problem(KernelProblem):
     experts: int = 6
     kind: str = "some_idle"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         super().__post_init__()
         self.grad[self.filled :] = 0
 
-    def _common(self, strategy: str) -> tuple[Any, ...]:
+    def _common(self, strategy):
         """An idle expert's blocks must never be read."""
         x, left, central, right, *others = super()._common(strategy)
         idle = self.routing.expert_offsets.diff() == 0
@@ -250,7 +248,7 @@ def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(phase, monkeypatch):
     dims, card = BlockDims.of_shape(SMALL_SHAPES["separable"]), {"capability": (9, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card["capability"])
 
-    def offered(strategy: str, dtype: torch.dtype, device: str) -> list[tuple[str, bool]]:
+    def offered(strategy, dtype, device):
         plan = Contraction(strategy, dims, 8, 64, dtype, phase, ALL_GRADIENTS, device)
         return [(candidate.name, candidate.waits) for candidate in candidates(plan)]
 

@@ -2,11 +2,9 @@
 rounded to TF32."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -30,7 +28,7 @@ CARDS = {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (
 
 
 @pytest.fixture(params=CARDS, ids=str)
-def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def card(request, monkeypatch):
     """A GPU with Triton and without the CUDA kernels, which PyTorch seems to have."""
     target = architecture.target_named(CARDS[request.param])
     monkeypatch.setattr(architecture, "target_of", lambda _: target)
@@ -70,7 +68,7 @@ def test_experts_and_routing_have_kernels():
         assert select(Request(op, "cuda:0", dtype)) is BACKENDS["triton"].kernels[op]
 
 
-@pytest.mark.parametrize(("case", "top_k"), pairwise(list(cases((768,))), [1, 2, 8]))
+@pytest.mark.parametrize("case, top_k", pairwise(list(cases((768,))), [1, 2, 8]))
 def test_layers_run_on_tensors_without_memory(case, top_k):
     """Forward and backward, decoding and training: what reads a number from such a tensor raises an
     error."""
@@ -126,20 +124,20 @@ CAPABILITIES = ((8, 0), (10, 0))
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
 
 
-def _index(device: Any = None) -> int:
+def _index(device=None):
     return torch.device("cuda" if device is None else device).index or 0
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch):
+def gpus(monkeypatch):
     """cuda:0 is current, cuda:1 is a different card."""
     questions = (architecture.gpu_available, architecture._gpu_architecture, architecture._gpu)
 
-    def forget_all() -> None:
+    def forget_all():
         for question in questions:
             question.cache_clear()
 
-    def properties(device: Any = None) -> SimpleNamespace:
+    def properties(device=None):
         return SimpleNamespace(
             name=NAMES[_index(device)],
             shared_memory_per_multiprocessor=1 << 18,
@@ -177,11 +175,11 @@ def test_a_choice_is_kept_for_its_card_alone(gpus):
 class OnSecondGpu(torch.Tensor):
     """A tensor that says it is on cuda:1."""
 
-    def get_device(self) -> int:
+    def get_device(self):
         return 1
 
 
-def on_gpu(*size: int) -> torch.Tensor:
+def on_gpu(*size):
     return torch.empty(size, dtype=torch.bfloat16).as_subclass(OnSecondGpu)
 
 
@@ -190,11 +188,11 @@ class Kernel:
 
     __name__ = "a_kernel"
 
-    def __init__(self, events: list[object], error: Exception | None = None) -> None:
+    def __init__(self, events, error=None):
         self.events, self.error = events, error
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(**arguments: object) -> None:
+    def __getitem__(self, grid):
+        def launch(**arguments):
             self.events.append("launch")
             if self.error is not None:
                 raise self.error
@@ -203,11 +201,11 @@ class Kernel:
 
 
 @pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def events(monkeypatch):
     """Records changes of the current GPU, initially cuda:0."""
-    found: list[object] = []
+    found = []
 
-    def change(index: int) -> int:
+    def change(index):
         if index >= 0:
             found.append(index)
         return 0 if index >= 0 else -1
@@ -240,7 +238,7 @@ def test_in_the_interpreter_no_gpu_is_asked_for(events):
 MATMUL = torch.backends.cuda.matmul
 
 
-def _set(where: object, name: str, value: object) -> Callable[[], None]:
+def _set(where, name, value):
     return lambda: setattr(where, name, value)
 
 
@@ -257,10 +255,10 @@ WAYS = {
 
 
 @pytest.fixture(params=WAYS)
-def allowed(request: pytest.FixtureRequest):
+def allowed(request):
     """Configures PyTorch in one of the ways; yields whether TF32 is then allowed."""
 
-    def reset() -> None:
+    def reset():
         torch.backends.fp32_precision = MATMUL.fp32_precision = "none"
 
     tell, expected = WAYS[request.param]

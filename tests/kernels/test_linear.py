@@ -87,7 +87,7 @@ CHAIN_ORDERS = {
 }
 
 
-def cpu_dtypes(backend: str) -> list[torch.dtype]:
+def cpu_dtypes(backend):
     """Dtypes in which a backend computes anything, among those whose rounding the tests know."""
     shapes = (SMALL_SHAPES["light"], SMALL_SHAPES["separable"])
     dtypes = (torch.float64, torch.float32, torch.bfloat16)
@@ -132,7 +132,7 @@ def test_random_problems(backend, shape, tokens, seed, data, **options: object):
         mask=torch.rand(tokens) > 0.2 if data.draw(st.booleans()) else None,
         backend=backend,
         layout=data.draw(st.sampled_from(list(LAYOUTS))),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     product.check(data.draw(st.sampled_from(choices)))
 
@@ -148,12 +148,12 @@ def test_sizes_beyond_one_tile(backend, name, dtype):
         {"tokens": 83, "kind": "some_idle", "activation": "silu"},
         {"tokens": 1, "activation": "relu"},
     ):
-        product = Product(MEDIUM[name], dtype, experts=4, top_k=1, backend=backend, **options)  # type: ignore[arg-type]
+        product = Product(MEDIUM[name], dtype, experts=4, top_k=1, backend=backend, **options)
         for strategy in strategies:
             product.check(strategy)
 
 
-@pytest.mark.parametrize(("size", "dtype"), pairwise(NATIVE_SIZES, BOTH))
+@pytest.mark.parametrize("size, dtype", pairwise(NATIVE_SIZES, BOTH))
 def test_blocks_and_pieces_of_native_kernels(size, dtype):
     name, tokens = size
     experts, kind, activation = (4, "some_idle", "silu") if tokens == 70 else (2, "zipf", "gelu")
@@ -172,7 +172,7 @@ def test_blocks_and_pieces_of_native_kernels(size, dtype):
 
 
 @on_every_backend
-@pytest.mark.parametrize(("order", "dtype"), pairwise(list(CHAIN_ORDERS), BOTH))
+@pytest.mark.parametrize("order, dtype", pairwise(list(CHAIN_ORDERS), BOTH))
 def test_every_chain_order(backend, order, dtype):
     shape = MPOShape(*CHAIN_ORDERS[order], max_bond=5)
     if "chain" not in require_strategies(backend, shape, dtype):
@@ -200,7 +200,7 @@ def test_odd_alignment_and_strides_change_no_bit(backend, name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "tokens", "experts", "dtype"),
+    "shape, tokens, experts, dtype",
     pairwise(
         [
             MEDIUM["medium_mirrored"],
@@ -228,7 +228,7 @@ def test_native_bits_do_not_depend_on_threads(shape, tokens, experts, dtype):
 def test_masked_central_core_is_never_computed(name, monkeypatch):
     """A detached central core reaches the backward kernel as "not needed", and its gradient stays
     None."""
-    seen: list[list[bool]] = []
+    seen = []
     kernels = {op: eager_kernel(op) for op in backends.CONTRACTIONS}
     backward = kernels["grouped_mpo_linear_backward"]
     kernels["grouped_mpo_linear_backward"] = lambda call: (seen.append(call.need), backward(call))[
@@ -258,7 +258,7 @@ def test_nothing_is_kept_for_a_backward_that_cannot_follow():
         torch.randn(4, shape.in_features).double(),
         torch.tensor([0, 4]),
     )
-    saved: list[bool] = []
+    saved = []
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -288,7 +288,7 @@ def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head
 
 
 @pytest.mark.parametrize(
-    ("left", "right"), [((1, 1, 2, 20), (1, 6, 2, 2)), ((1, 2, 2, 6), (1, 20, 1, 2))]
+    "left, right", [((1, 1, 2, 20), (1, 6, 2, 2)), ((1, 2, 2, 6), (1, 20, 1, 2))]
 )
 def test_what_a_weight_is_rebuilt_from_may_be_larger(left, right):
     sizes = left, (left[-1], 3, 1, right[1]), right
@@ -341,7 +341,7 @@ def test_every_instruction_set_of_this_machine(isa):
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-def small_product() -> tuple[torch.Tensor, MPOBlocks, torch.Tensor]:
+def small_product():
     blocks = random_blocks(MPOShape((2, 2, 3), (2, 3, 2)), 2, torch.float32)
     return torch.randn(5, 12), blocks, torch.tensor([0, 3, 5], dtype=torch.int32)
 
@@ -360,7 +360,7 @@ def test_a_raw_forward_that_saved_nothing_has_no_backward():
 def test_autocast_reaches_torch_func():
     x, blocks, offsets = small_product()
 
-    def loss(x: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    def loss(x, left):
         product = MPOBlocks(left, blocks.central, blocks.right, 12, 12)
         return grouped_mpo_linear(x, product, offsets).float().sum()
 

@@ -26,7 +26,7 @@ SHAPES = {**SMALL_SHAPES, **{name: workload_shape(name, 768, 3072) for name in N
 ROWS = (1, 2, 8, 32, 100, 512, 4096)
 
 
-def optimal_flops(dims: BlockDims, rows: int) -> float:
+def optimal_flops(dims, rows):
     """opt_einsum's cheapest order for one expert; it counts two operations per multiply-add."""
     d = dims
     views = ((rows, d.iL, d.iC, d.iR), (d.iL, d.jL, d.a), (d.a, d.iC, d.jC, d.b), (d.b, d.iR, d.jR))
@@ -36,7 +36,7 @@ def optimal_flops(dims: BlockDims, rows: int) -> float:
     return float(info.opt_cost)
 
 
-def check_against_optimum(shape: MPOShape, rows: int) -> None:
+def check_against_optimum(shape, rows):
     dims = BlockDims.of_shape(shape)
     optimum = optimal_flops(dims, rows)
     # A missing side is a scalar: kernels multiply the rows by it, opt_einsum folds it into the

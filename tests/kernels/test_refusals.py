@@ -3,14 +3,11 @@
 Other sizes are in tests/faults/test_fuzz.py, other kinds of tensors in test_signatures.py.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from mpoe_bench.cases import random_blocks, random_cores, workload_shape
-from torch import Tensor
 
 from mpoe_kernels import (
     BackendError,
@@ -35,6 +32,7 @@ from mpoe_kernels.backends import Request, select
 from mpoe_kernels.contract import BlockDims, Contraction
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.linear.reference import activation_reference
+from tests.assertions import refuses
 from tests.cases import SMALL_SHAPES
 from tests.expert_problems import HiddenProblem, NeuronProblem
 
@@ -60,449 +58,335 @@ BIG = torch.zeros(1 << 16, 1 << 15, dtype=torch.int64, device="meta")
 PLACED = ONES(3, 12), UP, route(PAIRS, 2).expert_offsets, None, route(PAIRS, 2)
 
 
-def lost(tensor: Tensor) -> Tensor:
+def lost(tensor):
     """Half of its memory is gone."""
     copy = tensor.clone()
     copy.untyped_storage().resize_(copy.nbytes // 2)
     return copy
 
 
-def named(blocks: MPOBlocks, **changes: int) -> MPOBlocks:
+def named(blocks, **changes):
     """With other sizes."""
     sizes = {"in_features": blocks.in_features, "out_features": blocks.out_features, **changes}
     return MPOBlocks(blocks.left, blocks.central, blocks.right, **sizes)
 
 
 def blocks(
-    left: tuple = (1, 2, 3, 4),
-    central: tuple = (4, 1, 1, 4),
-    right: tuple = (1, 4, 3, 2),
-    **sizes: int,
-) -> Any:
+    left=(1, 2, 3, 4),
+    central=(4, 1, 1, 4),
+    right=(1, 4, 3, 2),
+    **sizes,
+):
     return MPOBlocks(
         ONES(left), ONES(central), ONES(right), **{"in_features": 6, "out_features": 6, **sizes}
     )
 
 
-def shape(**changes: Any) -> MPOShape:
+def shape(**changes):
     return MPOShape(**{"in_factors": (2, 2), "out_factors": (2, 2), **changes})
 
 
-def linear(**changes: Any) -> Tensor:
+def linear(**changes):
     return grouped_mpo_linear(**(LINEAR | changes))
 
 
-def plan(**changes: Any) -> Any:
+def plan(**changes):
     return plan_contraction(
         **{"shape": MPOShape.paper(8, 8), "num_experts": 2, "num_tokens": 4, **changes}
     )
 
 
-def experts(kind: type[Any], **changes: Any) -> Tensor:
-    problem = kind()
-    return problem.OP(
-        **{**problem.inputs, "top_k_index": problem.index, "activation": "gelu", **changes}
-    )
+def both(gates):
+    """Gates of a token's rows, as they are placed and as they are combined."""
+    return [
+        lambda: placed_mpo_linear(*PLACED, gates, None),
+        lambda: combine(X, PLACED[-1], gates),
+    ]
 
 
-TYPES, VALUES, cast_linear = TypeError, ValueError, torch.autocast("cpu")(mpo_linear)
-CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
-    # shapes
-    (
-        lambda: shape(out_factors=(2,)),
-        VALUES,
-        "in_factors and out_factors must have the same length",
-    ),
-    (
-        lambda: shape(in_factors=(), out_factors=()),
-        VALUES,
-        "in_factors must hold at least one factor",
-    ),
-    (lambda: shape(in_factors=(2, 0)), VALUES, r"in_factors\[1\] must be at least 1; got 0"),
-    (
-        lambda: shape(in_factors=(2.5, 2)),
-        TYPES,
-        r"in_factors\[0\] must be an integer; got float 2.5",
-    ),
-    (lambda: shape(in_factors=3), TYPES, "in_factors must be a sequence of integers; got 3"),
-    (lambda: shape(max_bond=0), VALUES, "max_bond must be at least 1; got 0"),
-    (lambda: shape(max_bond=(1, 2)), VALUES, "one entry per inner bond"),
-    (lambda: shape(max_bond="big"), TYPES, "max_bond must be None, an integer"),
-    (lambda: shape(max_bond=[1.5]), TYPES, r"max_bond\[0\] must be an integer; got float 1\.5"),
-    (
-        lambda: shape(central=2),
-        VALUES,
-        "central must lie between 0 and the last of 2 cores = 1; got 2",
-    ),
-    (lambda: shape(central="x"), TYPES, "central must be an integer; got str 'x'"),
-    (lambda: shape(in_features=5), VALUES, r"product of its factors \[2, 2\] = 4; got 5"),
-    (lambda: shape(out_features=0), VALUES, "out_features must lie between 1"),
-    (lambda: shape(in_features="x"), TYPES, "in_features must be an integer; got str 'x'"),
-    (
-        lambda: MPOShape.separable(768, 3072, left=100),
-        VALUES,
-        "left must divide in_features = 768; got 100",
-    ),
-    (
-        lambda: MPOShape.from_dict({**shape().to_dict(), "ranks": 3}),
-        VALUES,
-        r"unknown: \['ranks'\]",
-    ),
-    (lambda: MPOShape.from_dict("x"), TYPES, "an MPOShape is described by a mapping; got str 'x'"),
-    (lambda: MPOShape.paper(8, 8).parameters(0), VALUES, "num_experts must be at least 1"),
-    (lambda: MPOShape.paper("x", 3), TYPES, "must be an integer; got str 'x'"),
-    (lambda: MPOShape.paper(0, 3), VALUES, "must be at least 1; got 0"),
-    (
-        lambda: MPOShape.separable(16, 2**63),
-        VALUES,
-        "out_features must lie between 1 and 1099511627776; got 922337203685477",
-    ),
-    (
-        lambda: MPOShape.light(16, 2**63),
-        VALUES,
-        "out_features must lie between 1 and 1099511627776; got 9223372036854775808",
-    ),
-    (
-        lambda: workload_shape("paper_x", 6, 6),
-        VALUES,
-        "name must be 'separable', .*; got 'paper_x'",
-    ),
-    # decompositions
-    (lambda: decompose(ONES(3, 3, 3), LIGHT), VALUES, r"weight must be \[I, F\]"),
-    (lambda: decompose(ONES(12, 12).long(), LIGHT), TYPES, "weight must have a floating dtype"),
-    (lambda: decompose(torch.full((12, 12), torch.nan), LIGHT), VALUES, "weight must be finite"),
-    (lambda: decompose(torch.full((12, 12), torch.inf), LIGHT), VALUES, "weight must be finite"),
-    (
-        lambda: decompose(ONES(12, 12), LIGHT, "symetric"),
-        VALUES,
-        "gauge must be one of .*did you mean 'symmetric'",
-    ),
-    (lambda: decompose(ONES(12, 12), (12, 12)), TYPES, "shape must be an MPOShape"),
-    (
-        lambda: decompose(ONES(6, 6, device="meta"), SHAPE),
-        VALUES,
-        r"weight must have values to decompose; .* on meta",
-    ),
-    (
-        lambda: decompose(torch.eye(6).to_sparse(), SHAPE),
-        VALUES,
-        "weight must be a dense tensor; .* torch.sparse_coo",
-    ),
-    (lambda: decompose(lost(ONES(6, 6)), SHAPE), VALUES, "weight must hold its values"),
-    (
-        lambda: decompose(
+def without_an_axis(name, size):
+    """Blocks one of whose axes is empty."""
+    return [
+        lambda axis=axis: blocks(**{name: (*size[:axis], 0, *size[axis + 1 :])})
+        for axis in range(4)
+    ]
+
+
+cast_linear = torch.autocast("cpu")(mpo_linear)
+CASES = {
+    ValueError: {
+        "left must have no axis of size 0": without_an_axis("left", (1, 2, 3, 4)),
+        "central must have no axis of size 0": without_an_axis("central", (4, 3, 2, 5)),
+        "right must have no axis of size 0": without_an_axis("right", (1, 5, 2, 2)),
+        r"top_k_weights must be \[T, K\] = \[3, 1\]": both(ONES(3, 2)),
+        r"top_k_weights must be \[T, K\]; got": both(ONES(3)),
+        # shapes
+        "in_factors and out_factors must have the same length": lambda: shape(out_factors=(2,)),
+        "in_factors must hold at least one factor": lambda: shape(in_factors=(), out_factors=()),
+        r"in_factors\[1\] must be at least 1; got 0": lambda: shape(in_factors=(2, 0)),
+        "max_bond must be at least 1; got 0": lambda: shape(max_bond=0),
+        "one entry per inner bond": lambda: shape(max_bond=(1, 2)),
+        "central must lie between 0 and the last of 2 cores = 1; got 2": lambda: shape(central=2),
+        r"product of its factors \[2, 2\] = 4; got 5": lambda: shape(in_features=5),
+        "out_features must lie between 1": lambda: shape(out_features=0),
+        "left must divide in_features = 768; got 100": lambda: MPOShape.separable(
+            768, 3072, left=100
+        ),
+        r"unknown: \['ranks'\]": lambda: MPOShape.from_dict({**shape().to_dict(), "ranks": 3}),
+        "num_experts must be at least 1": lambda: MPOShape.paper(8, 8).parameters(0),
+        "must be at least 1; got 0": lambda: MPOShape.paper(0, 3),
+        "out_features must lie between 1 and 1099511627776; got 922337203685477": lambda: (
+            MPOShape.separable(16, 2**63)
+        ),
+        "out_features must lie between 1 and 1099511627776; got 9223372036854775808": lambda: (
+            MPOShape.light(16, 2**63)
+        ),
+        "name must be 'separable', .*; got 'paper_x'": lambda: workload_shape("paper_x", 6, 6),
+        # decompositions
+        r"weight must be \[I, F\]": lambda: decompose(ONES(3, 3, 3), LIGHT),
+        "weight must be finite": [
+            lambda: decompose(torch.full((12, 12), torch.nan), LIGHT),
+            lambda: decompose(torch.full((12, 12), torch.inf), LIGHT),
+        ],
+        "gauge must be one of .*did you mean 'symmetric'": lambda: decompose(
+            ONES(12, 12), LIGHT, "symetric"
+        ),
+        r"weight must have values to decompose; .* on meta": lambda: decompose(
+            ONES(6, 6, device="meta"), SHAPE
+        ),
+        "weight must be a dense tensor; .* torch.sparse_coo": lambda: decompose(
+            torch.eye(6).to_sparse(), SHAPE
+        ),
+        "weight must hold its values": lambda: decompose(lost(ONES(6, 6)), SHAPE),
+        r"gauge 'identity' needs bonds equal .* core 0 of .* has 8, not 12": lambda: decompose(
             ONES(96, 192), MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=8), "identity"
         ),
-        VALUES,
-        r"gauge 'identity' needs bonds equal .* core 0 of .* has 8, not 12",
-    ),
-    (
-        lambda: decompose(ONES(6, 6) * 3e38, SHAPE, "orthogonal"),
-        VALUES,
-        "too large: with the gauge 'orthogonal' its",
-    ),
-    # cores and blocks
-    (lambda: fold(None), TYPES, "cores must be a non-empty sequence"),
-    (
-        lambda: fold([CORES[0], CORES[1][1:]]),
-        VALUES,
-        r"cores\[0\] and cores\[1\] must share a bond",
-    ),
-    (
-        lambda: fold(CORES, central=3),
-        VALUES,
-        "central must lie between 0 and the last of 2 cores = 1; got 3",
-    ),
-    (lambda: fold(CORES, "x"), TYPES, "central must be an integer; got str 'x'"),
-    (
-        lambda: fold(random_cores(LIGHT, 2), 0),
-        VALUES,
-        r"cores\[0\] must be \[d, i, j, d'\] \(the central core is",
-    ),
-    (lambda: fold([ONES(2, 2), *CORES], 1), VALUES, r"cores\[0\] must be"),
-    (
-        lambda: fold(
+        "too large: with the gauge 'orthogonal' its": lambda: decompose(
+            ONES(6, 6) * 3e38, SHAPE, "orthogonal"
+        ),
+        # cores and blocks
+        r"cores\[0\] and cores\[1\] must share a bond": lambda: fold([CORES[0], CORES[1][1:]]),
+        "central must lie between 0 and the last of 2 cores = 1; got 3": lambda: fold(
+            CORES, central=3
+        ),
+        r"cores\[0\] must be \[d, i, j, d'\] \(the central core is": lambda: fold(
+            random_cores(LIGHT, 2), 0
+        ),
+        r"cores\[0\] must be": lambda: fold([ONES(2, 2), *CORES], 1),
+        "auxiliary cores must agree in their number of experts": lambda: fold(
             [core[:k] if k == 1 else core for k, core in enumerate(random_cores(LIGHT, 2), 1)]
         ),
-        VALUES,
-        "auxiliary cores must agree in their number of experts",
-    ),
-    (
-        lambda: fold(random_cores(LIGHT, 2), num_experts=3),
-        VALUES,
-        "must equal the cores' expert axis, 2; got 3",
-    ),
-    (lambda: fold(CORES, 1, num_experts=0), VALUES, "num_experts must be at least 1; got 0"),
-    (lambda: fold(CORES, 1, num_experts="2"), TYPES, "num_experts must be an integer; got str '2'"),
-    (lambda: fold([ONES(2, 2, 3, 6), CORES[1]], 1), VALUES, "outer bonds .* must be 1; got 2"),
-    (lambda: fold([CORES[0], CORES[1].to("meta")], 1), VALUES, "cores must be on one device"),
-    (lambda: reconstruct(None), TYPES, "cores must be a non-empty sequence"),
-    (lambda: reconstruct(CORES, 3), TYPES, "shape must be an MPOShape or None; got int 3"),
-    (lambda: named(ONE, in_features="6"), TYPES, "in_features must be an integer"),
-    (lambda: named(ONE, out_features=6.0), TYPES, "out_features must be an integer"),
-    (lambda: blocks(left=(1, 2, 3, 5)), VALUES, r"left .* must agree in a; got .*1, 2, 3, 5"),
-    (lambda: blocks(right=(1, 5, 3, 2)), VALUES, r"right .* must agree in b; got .*1, 5, 3, 2"),
-    (
-        lambda: blocks(right=(2, 4, 3, 2)),
-        VALUES,
-        "left and right must hold the same number of experts",
-    ),
-    (lambda: blocks(in_features=0), VALUES, r"in_features must lie between 1 and .* = 6; got 0"),
-    (
-        lambda: blocks(out_features=13),
-        VALUES,
-        r"out_features must lie between 1 and .* = 6; got 13",
-    ),
-    *(
-        (
-            lambda name=name, axis=axis, size=size: blocks(
-                **{name: (*size[:axis], 0, *size[axis + 1 :])}
-            ),
-            VALUES,
-            f"{name} must have no axis of size 0",
-        )
-        for name, size in (
-            ("left", (1, 2, 3, 4)),
-            ("central", (4, 3, 2, 5)),
-            ("right", (1, 5, 2, 2)),
-        )
-        for axis in range(4)
-    ),
-    (lambda: expert_weights((1, 2)), TYPES, r"blocks must be MPOBlocks .*; got tuple"),
-    (
-        lambda: expert_weights(replace(ONE, left=lost(ONE.left))),
-        VALUES,
-        "left must hold its values",
-    ),
-    # plans
-    (lambda: plan(num_experts=0), VALUES, "num_experts must be at least 1; got 0"),
-    (lambda: plan(num_experts=2.0), TYPES, "num_experts must be an integer; got float 2.0"),
-    (lambda: plan(num_tokens=-1), VALUES, "num_tokens must be at least 0"),
-    (lambda: plan(top_k=0), VALUES, "top_k must be at least 1"),
-    (lambda: plan(shape="paper"), TYPES, "shape must be an MPOShape; got str"),
-    (
-        lambda: plan(dtype=torch.int32),
-        TYPES,
-        "dtype must be a floating torch.dtype; got torch.int32",
-    ),
-    (lambda: plan(dtype="float32"), TYPES, "got .float32."),
-    (lambda: contracted("separable"), VALUES, "strategy 'separable' needs blocks with jL = iR = 1"),
-    (lambda: contracted("fast"), VALUES, r"strategy must be one of .*got 'fast'"),
-    (lambda: contracted("chain", "sideways"), VALUES, r"phase must be one of .*got 'sideways'"),
-    # products
-    (lambda: linear(x=ONES(5, 12).bfloat16()), TYPES, "left must have the dtype of x, bfloat16"),
-    (lambda: linear(x=3), TYPES, r"x must be a tensor \[T, I\]; got int 3"),
-    (lambda: linear(blocks="no"), TYPES, "blocks must be MPOBlocks"),
-    (lambda: linear(bias=ONES(12).double()), TYPES, "bias must have the dtype of x"),
-    (
-        lambda: linear(slot_of_token=ONES(5, 1).long()),
-        VALUES,
-        "slot_of_token must be None without row_index; got",
-    ),
-    (lambda: linear(activation="relo"), VALUES, "activation must be one of .*did you mean 'relu'"),
-    (lambda: linear(strategy="fast"), VALUES, "strategy must be one of"),
-    (
-        lambda: linear(strategy="separable"),
-        VALUES,
-        "strategy 'separable' needs blocks with jL = iR = 1",
-    ),
-    (
-        lambda: linear(backend="abacus"),
-        VALUES,
-        r"backend must be one of \['auto', .*'eager'.*got 'abacus'",
-    ),
-    (lambda: activation_reference("tanh", X), VALUES, "no reference for activation 'tanh'"),
-    (lambda: mpo_linear(torch.tensor(1.0), ONE), VALUES, r"x must be a tensor \[\.\.\., I\]; got"),
-    (lambda: mpo_linear([1.0], ONE), VALUES, r"x must be a tensor \[\.\.\., I\]; got"),
-    (lambda: mpo_linear(X, TWO), VALUES, "one expert for mpo_linear; got 2"),
-    (lambda: mpo_embedding(PAIRS, 3), TYPES, "blocks must be MPOBlocks .*; got int"),
-    (lambda: mpo_embedding(PAIRS, TWO), VALUES, "one expert .*; got 2"),
-    (lambda: mpo_embedding(X, ONE), TYPES, "ids must be an int32 or int64 tensor"),
-    (lambda: mpo_embedding(PAIRS - 1, ONE), IndexError, r"ids must lie in 0\.\.5; got -1"),
-    (
-        lambda: mpo_embedding(PAIRS.expand(3, 200) + 6, ONE),
-        IndexError,
-        r"ids must lie in 0\.\.5; got 6",
-    ),
-    # routing
-    (lambda: route(GATES, 2), TYPES, "top_k_index must be int32 or int64"),
-    (lambda: route(PAIRS, 2, token_mask=ONES(2).bool()), VALUES, "token_mask must be bool"),
-    (lambda: route(BIG, 2), VALUES, r"T \* K <= 2147483647; got int64 \[65536, 32768\]"),
-    (lambda: route(PAIRS, 0), VALUES, "num_experts must be at least 1; got 0"),
-    (lambda: route(PAIRS, None), TYPES, "num_experts must be an integer; got NoneType None"),
-    (lambda: route(PAIRS, 3.0), TYPES, r"num_experts must be an integer; got float 3\.0"),
-    (lambda: route(PAIRS, True), TYPES, "num_experts must be an integer; got bool True"),
-    (
-        lambda: route(PAIRS, 2**63),
-        VALUES,
-        "num_experts must lie between 1 and 1048576; got 9223372036854775808",
-    ),
-    (lambda: route(PAIRS, 2, capacity=0), VALUES, "capacity must be at least 1; got 0"),
-    (lambda: route(PAIRS, 1, capacity=1.5), TYPES, r"capacity must be an integer; got float 1\.5"),
-    (lambda: route(PAIRS, 1, backend=[]), VALUES, r"backend must be one of .*; got \[\]"),
-    (lambda: use_backend(None).__enter__(), TYPES, "name must be that of a backend; got None"),
-    (
-        lambda: select(Request("mpo_x", "cpu", torch.float32)),
-        BackendError,
-        "mpo_x .*eager: it has no kernel for mpo_x",
-    ),
-    (lambda: Routing(None, None, None), TYPES, "expert_offsets must be a tensor"),
-    (
-        lambda: replace(ROUTING, expert_offsets=OFFSETS[:1]),
-        VALUES,
-        r"expert_offsets must be .* with E >= 1",
-    ),
-    (lambda: replace(ROUTING, token_of_slot=torch.arange(4)), VALUES, r"must have N = T \* K"),
-    (lambda: dispatch(X, None), TYPES, "routing must be a Routing"),
-    (lambda: dispatch(ONES(4, 2), SEVERAL), VALUES, r"x must be \[T, I\] with T = 9"),
-    (
-        lambda: combine(ONES(4, 2), SEVERAL, ONES(9, 2)),
-        VALUES,
-        r"y_sorted must be \[N, F\] with N = 18",
-    ),
-    (
-        lambda: combine(ONES(18, 2), SEVERAL, ONES(9, 1)),
-        VALUES,
-        r"top_k_weights must be \[T, K\] = \[9, 2\]",
-    ),
-    # networks
-    (
-        lambda: mpo_ffn(X, None, GATES, ONE, ONE),
-        TYPES,
-        "routing must be a Routing .*; got NoneType",
-    ),
-    (lambda: mpo_ffn(*NETWORK, dropout=-1), VALUES, "dropout must lie .*; got -1"),
-    (lambda: mpo_ffn(*NETWORK, dropout=1.5), VALUES, r"dropout must lie .*; got 1\.5"),
-    (lambda: mpo_ffn(*NETWORK, dropout="x"), TYPES, "dropout must be a number; got str 'x'"),
-    (
-        lambda: mpo_ffn(*NETWORK, gate_proj=named(GATE, in_features=11)),
-        VALUES,
-        r"x must be \[T, I\] with I = 11",
-    ),
-    (
-        lambda: mpo_ffn(*NETWORK, gate_proj=named(GATE, out_features=9)),
-        VALUES,
-        "have 10 out_features like up; got 9",
-    ),
-    (
-        lambda: mpo_ffn(*NETWORK, gate_proj=GATE, activation="tanh"),
-        VALUES,
-        "activation must be one of",
-    ),
-    (
-        lambda: mpo_ffn(*NETWORK, gate_proj=GATE.left),
-        TYPES,
-        r"up and gate_proj must be MPOBlocks .*; got",
-    ),
-    *(
-        (lambda gates=gates, run=run: run(gates), (TYPES, VALUES), message)
-        for gates, message in (
-            (ONES(3, 2), r"top_k_weights must be \[T, K\] = \[3, 1\]"),
-            (PAIRS, "top_k_weights must have a floating dtype"),
-            (ONES(3), r"top_k_weights must be \[T, K\]; got"),
-            ([1.0] * 3, "top_k_weights must be a tensor"),
-        )
-        for run in (
-            lambda g: placed_mpo_linear(*PLACED, g, None),
-            lambda g: combine(X, PLACED[-1], g),
-        )
-    ),
-    (
-        lambda: placed_mpo_linear(ONES(2, 12), *PLACED[1:], GATES, None),
-        VALUES,
-        r"x must be \[N, I\] with N = 3",
-    ),
-    # autocast leaves float64 alone, so it must not be mixed with other dtypes
-    (
-        lambda: cast_linear(X, ONE, ONES(6).double()),
-        TYPES,
-        "of x, float32; autocast leaves float64; got float64",
-    ),
-    (
-        lambda: cast_linear(X.double(), ONE),
-        TYPES,
-        "left must have the dtype of x, float64; autocast leaves float64",
-    ),
-    (
-        lambda: cast_linear(X, replace(ONE, left=ONE.left.long())),
-        TYPES,
-        "left must have the dtype of x",
-    ),
-]
-OF_BOTH = [
-    ({"top_k_index": torch.full((7, 2), 5)}, r"top_k_index must lie in -1\.\.4; got 5"),
-    ({"top_k_index": torch.full((7, 2), -2)}, r"top_k_index must lie in -1\.\.4; got -2"),
-    ({"activation": "gelo"}, "activation must be one of .*did you mean 'gelu'"),
-]
-WRONG: dict[type[Any], list[tuple[dict[str, Any], str]]] = {
-    HiddenProblem: [
-        *OF_BOTH,
-        ({"u": ONES(7, 12)}, "right must have the dtype of u"),
-        ({"right": ONES(4, 4)}, r"right must be a tensor \[E, b, b\]"),
-        ({"right": ONES(5, 1, 5, 5)}, "b a divisor of F = 12"),
-        (
-            {"right": ONES(5, 4, 3)},
-            r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 4, 3",
+        "must equal the cores' expert axis, 2; got 3": lambda: fold(
+            random_cores(LIGHT, 2), num_experts=3
         ),
-        (
-            {"right": ONES(5, 3, 4)},
-            r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 3, 4",
+        "num_experts must be at least 1; got 0": [
+            lambda: fold(CORES, 1, num_experts=0),
+            lambda: plan(num_experts=0),
+            lambda: route(PAIRS, 0),
+        ],
+        "outer bonds .* must be 1; got 2": lambda: fold([ONES(2, 2, 3, 6), CORES[1]], 1),
+        "cores must be on one device": lambda: fold([CORES[0], CORES[1].to("meta")], 1),
+        r"left .* must agree in a; got .*1, 2, 3, 5": lambda: blocks(left=(1, 2, 3, 5)),
+        r"right .* must agree in b; got .*1, 5, 3, 2": lambda: blocks(right=(1, 5, 3, 2)),
+        "left and right must hold the same number of experts": lambda: blocks(right=(2, 4, 3, 2)),
+        r"in_features must lie between 1 and .* = 6; got 0": lambda: blocks(in_features=0),
+        r"out_features must lie between 1 and .* = 6; got 13": lambda: blocks(out_features=13),
+        "left must hold its values": lambda: expert_weights(replace(ONE, left=lost(ONE.left))),
+        # plans
+        "num_tokens must be at least 0": lambda: plan(num_tokens=-1),
+        "top_k must be at least 1": lambda: plan(top_k=0),
+        "strategy 'separable' needs blocks with jL = iR = 1": [
+            lambda: contracted("separable"),
+            lambda: linear(strategy="separable"),
+        ],
+        r"strategy must be one of .*got 'fast'": lambda: contracted("fast"),
+        r"phase must be one of .*got 'sideways'": lambda: contracted("chain", "sideways"),
+        # products
+        "slot_of_token must be None without row_index; got": lambda: linear(
+            slot_of_token=ONES(5, 1).long()
         ),
-        (
-            {"left": ONES(0, 4, 4)},
-            r"left must be \[E, G', b, b\] with E, G', b >= 1; got .*0, 4, 4",
+        "activation must be one of .*did you mean 'relu'": lambda: linear(activation="relo"),
+        "strategy must be one of": lambda: linear(strategy="fast"),
+        r"backend must be one of \['auto', .*'eager'.*got 'abacus'": lambda: linear(
+            backend="abacus"
         ),
-        ({"left": ONES(5, 3, 4, 4).double()}, r"left must be \[5, 1, 4, 4\] like right"),
-        (
-            {"u_gate": ONES(7, 12)},
-            "right_gate must be given .*; got u_gate a tensor and right_gate None",
+        "no reference for activation 'tanh'": lambda: activation_reference("tanh", X),
+        r"x must be a tensor \[\.\.\., I\]; got": [
+            lambda: mpo_linear(torch.tensor(1.0), ONE),
+            lambda: mpo_linear([1.0], ONE),
+        ],
+        "one expert for mpo_linear; got 2": lambda: mpo_linear(X, TWO),
+        "one expert .*; got 2": lambda: mpo_embedding(PAIRS, TWO),
+        # routing
+        "token_mask must be bool": lambda: route(PAIRS, 2, token_mask=ONES(2).bool()),
+        r"T \* K <= 2147483647; got int64 \[65536, 32768\]": lambda: route(BIG, 2),
+        "num_experts must lie between 1 and 1048576; got 9223372036854775808": lambda: route(
+            PAIRS, 2**63
         ),
-        (
-            {"u_gate": ONES(7, 8), "right_gate": ONES(5, 1, 4, 4)},
-            r"u_gate must be \[7, 12\] like u",
+        "capacity must be at least 1; got 0": lambda: route(PAIRS, 2, capacity=0),
+        r"backend must be one of .*; got \[\]": lambda: route(PAIRS, 1, backend=[]),
+        r"expert_offsets must be .* with E >= 1": lambda: replace(
+            ROUTING, expert_offsets=OFFSETS[:1]
         ),
-        ({"bias": ONES(6, 12)}, r"bias must be \[E, F\] = \[5, 12\]"),
-        (
-            {"u_gate": ONES(7, 12), "right_gate": ONES(5, 3, 4, 4)},
-            r"right_gate must be \[5, 1, 4, 4\] like right",
+        r"must have N = T \* K": lambda: replace(ROUTING, token_of_slot=torch.arange(4)),
+        r"x must be \[T, I\] with T = 9": lambda: dispatch(ONES(4, 2), SEVERAL),
+        r"y_sorted must be \[N, F\] with N = 18": lambda: combine(ONES(4, 2), SEVERAL, ONES(9, 2)),
+        r"top_k_weights must be \[T, K\] = \[9, 2\]": lambda: combine(
+            ONES(18, 2), SEVERAL, ONES(9, 1)
         ),
-    ],
-    NeuronProblem: [
-        *OF_BOTH,
-        ({"x": ONES(7, 12)}, "up must have the dtype of x"),
-        ({"up": ONES(4, 4)}, r"up must be \[E, m, I\]"),
-        *(
-            ({"up": ONES(sizes)}, "E, m, I >= 1 and I = 12")
-            for sizes in ((0, 6, 12), (5, 6, 11), (5, 6, 13))
+        # networks
+        "dropout must lie .*; got -1": lambda: mpo_ffn(*NETWORK, dropout=-1),
+        r"dropout must lie .*; got 1\.5": lambda: mpo_ffn(*NETWORK, dropout=1.5),
+        r"x must be \[T, I\] with I = 11": lambda: mpo_ffn(
+            *NETWORK, gate_proj=named(GATE, in_features=11)
         ),
-        ({"bias": ONES(5, 7)}, r"bias must be \[E, m\] = \[5, 6\]"),
-        ({"down": ONES(4, 4)}, r"down must be \[E, m, O\]"),
-    ],
+        "have 10 out_features like up; got 9": lambda: mpo_ffn(
+            *NETWORK, gate_proj=named(GATE, out_features=9)
+        ),
+        "activation must be one of": lambda: mpo_ffn(*NETWORK, gate_proj=GATE, activation="tanh"),
+        r"x must be \[N, I\] with N = 3": lambda: placed_mpo_linear(
+            ONES(2, 12), *PLACED[1:], GATES, None
+        ),
+    },
+    TypeError: {
+        "top_k_weights must have a floating dtype": both(PAIRS),
+        "top_k_weights must be a tensor": both([1.0] * 3),
+        # shapes
+        r"in_factors\[0\] must be an integer; got float 2.5": lambda: shape(in_factors=(2.5, 2)),
+        "in_factors must be a sequence of integers; got 3": lambda: shape(in_factors=3),
+        "max_bond must be None, an integer": lambda: shape(max_bond="big"),
+        r"max_bond\[0\] must be an integer; got float 1\.5": lambda: shape(max_bond=[1.5]),
+        "central must be an integer; got str 'x'": [
+            lambda: shape(central="x"),
+            lambda: fold(CORES, "x"),
+        ],
+        "in_features must be an integer; got str 'x'": lambda: shape(in_features="x"),
+        "an MPOShape is described by a mapping; got str 'x'": lambda: MPOShape.from_dict("x"),
+        "must be an integer; got str 'x'": lambda: MPOShape.paper("x", 3),
+        # decompositions
+        "weight must have a floating dtype": lambda: decompose(ONES(12, 12).long(), LIGHT),
+        "shape must be an MPOShape": lambda: decompose(ONES(12, 12), (12, 12)),
+        # cores and blocks
+        "cores must be a non-empty sequence": [lambda: fold(None), lambda: reconstruct(None)],
+        "num_experts must be an integer; got str '2'": lambda: fold(CORES, 1, num_experts="2"),
+        "shape must be an MPOShape or None; got int 3": lambda: reconstruct(CORES, 3),
+        "in_features must be an integer": lambda: named(ONE, in_features="6"),
+        "out_features must be an integer": lambda: named(ONE, out_features=6.0),
+        r"blocks must be MPOBlocks .*; got tuple": lambda: expert_weights((1, 2)),
+        # plans
+        "num_experts must be an integer; got float 2.0": lambda: plan(num_experts=2.0),
+        "shape must be an MPOShape; got str": lambda: plan(shape="paper"),
+        "dtype must be a floating torch.dtype; got torch.int32": lambda: plan(dtype=torch.int32),
+        "got .float32.": lambda: plan(dtype="float32"),
+        # products
+        "left must have the dtype of x, bfloat16": lambda: linear(x=ONES(5, 12).bfloat16()),
+        r"x must be a tensor \[T, I\]; got int 3": lambda: linear(x=3),
+        "blocks must be MPOBlocks": lambda: linear(blocks="no"),
+        "bias must have the dtype of x": lambda: linear(bias=ONES(12).double()),
+        "blocks must be MPOBlocks .*; got int": lambda: mpo_embedding(PAIRS, 3),
+        "ids must be an int32 or int64 tensor": lambda: mpo_embedding(X, ONE),
+        # routing
+        "top_k_index must be int32 or int64": lambda: route(GATES, 2),
+        "num_experts must be an integer; got NoneType None": lambda: route(PAIRS, None),
+        r"num_experts must be an integer; got float 3\.0": lambda: route(PAIRS, 3.0),
+        "num_experts must be an integer; got bool True": lambda: route(PAIRS, True),
+        r"capacity must be an integer; got float 1\.5": lambda: route(PAIRS, 1, capacity=1.5),
+        "name must be that of a backend; got None": lambda: use_backend(None).__enter__(),
+        "expert_offsets must be a tensor": lambda: Routing(None, None, None),
+        "routing must be a Routing": lambda: dispatch(X, None),
+        # networks
+        "routing must be a Routing .*; got NoneType": lambda: mpo_ffn(X, None, GATES, ONE, ONE),
+        "dropout must be a number; got str 'x'": lambda: mpo_ffn(*NETWORK, dropout="x"),
+        r"up and gate_proj must be MPOBlocks .*; got": lambda: mpo_ffn(
+            *NETWORK, gate_proj=GATE.left
+        ),
+        # autocast leaves float64 alone, so it must not be mixed with other dtypes
+        "of x, float32; autocast leaves float64; got float64": lambda: cast_linear(
+            X, ONE, ONES(6).double()
+        ),
+        "left must have the dtype of x, float64; autocast leaves float64": lambda: cast_linear(
+            X.double(), ONE
+        ),
+        "left must have the dtype of x": lambda: cast_linear(X, replace(ONE, left=ONE.left.long())),
+    },
+    IndexError: {
+        # products
+        r"ids must lie in 0\.\.5; got -1": lambda: mpo_embedding(PAIRS - 1, ONE),
+        r"ids must lie in 0\.\.5; got 6": lambda: mpo_embedding(PAIRS.expand(3, 200) + 6, ONE),
+    },
+    BackendError: {
+        # routing
+        "mpo_x .*eager: it has no kernel for mpo_x": lambda: select(
+            Request("mpo_x", "cpu", torch.float32)
+        ),
+    },
 }
-CASES += [
-    (lambda kind=kind, change=change: experts(kind, **change), (TYPES, VALUES), message)  # type: ignore[misc]
-    for kind, every in WRONG.items()
-    for change, message in every
-]
+WRONG = {
+    HiddenProblem: {
+        "right must have the dtype of u": {"u": ONES(7, 12)},
+        r"right must be a tensor \[E, b, b\]": {"right": ONES(4, 4)},
+        "b a divisor of F = 12": {"right": ONES(5, 1, 5, 5)},
+        r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 4, 3": {
+            "right": ONES(5, 4, 3)
+        },
+        r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 3, 4": {
+            "right": ONES(5, 3, 4)
+        },
+        r"left must be \[E, G', b, b\] with E, G', b >= 1; got .*0, 4, 4": {"left": ONES(0, 4, 4)},
+        r"left must be \[5, 1, 4, 4\] like right": {"left": ONES(5, 3, 4, 4).double()},
+        "right_gate must be given .*; got u_gate a tensor and right_gate None": {
+            "u_gate": ONES(7, 12)
+        },
+        r"u_gate must be \[7, 12\] like u": {"u_gate": ONES(7, 8), "right_gate": ONES(5, 1, 4, 4)},
+        r"bias must be \[E, F\] = \[5, 12\]": {"bias": ONES(6, 12)},
+        r"right_gate must be \[5, 1, 4, 4\] like right": {
+            "u_gate": ONES(7, 12),
+            "right_gate": ONES(5, 3, 4, 4),
+        },
+    },
+    NeuronProblem: {
+        "up must have the dtype of x": {"x": ONES(7, 12)},
+        r"up must be \[E, m, I\]": {"up": ONES(4, 4)},
+        "E, m, I >= 1 and I = 12; got .*0, 6, 12": {"up": ONES(0, 6, 12)},
+        "E, m, I >= 1 and I = 12; got .*5, 6, 11": {"up": ONES(5, 6, 11)},
+        "E, m, I >= 1 and I = 12; got .*5, 6, 13": {"up": ONES(5, 6, 13)},
+        r"bias must be \[E, m\] = \[5, 6\]": {"bias": ONES(5, 7)},
+        r"down must be \[E, m, O\]": {"down": ONES(4, 4)},
+    },
+}
 
 
-def contracted(strategy: str, phase: str = "forward") -> object:
+def contracted(strategy, phase="forward"):
     dims = BlockDims.of_shape(workload_shape("paper_16", 768, 3072))
     return Contraction(strategy, dims, 1, 1, torch.float32, phase)
 
 
 @pytest.mark.parametrize(
-    ("call", "kind", "message"), CASES, ids=[message for _, _, message in CASES]
+    "kind, message", [(kind, message) for kind, calls in CASES.items() for message in calls]
 )
-def test_refused(call, kind, message):
-    with pytest.raises(kind, match=message):
-        call()
+def test_refused(kind, message):
+    calls = CASES[kind][message]
+    for call in calls if isinstance(calls, list) else [calls]:
+        refuses(kind, message, call)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_experts(kind):
+    changes = WRONG[kind] | {
+        r"top_k_index must lie in -1\.\.4; got 5": {"top_k_index": torch.full((7, 2), 5)},
+        r"top_k_index must lie in -1\.\.4; got -2": {"top_k_index": torch.full((7, 2), -2)},
+        "activation must be one of .*did you mean 'gelu'": {"activation": "gelo"},
+    }
+    problem = kind()
+    fitting = {**problem.inputs, "top_k_index": problem.index, "activation": "gelu"}
+    for message, change in changes.items():
+        refuses((TypeError, ValueError), message, problem.OP, **fitting | change)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tensors_on_two_devices(autocast):
     blocks, where, rows, elsewhere = TWO, OFFSETS, torch.arange(3), route(PAIRS.to("meta"), 2)
-    calls: dict[str, Callable[[], object]] = {
+    calls = {
         "expert_offsets": lambda: grouped_mpo_linear(X, blocks, where.to("meta")),
         "row_index": lambda: grouped_mpo_linear(X, blocks, where, row_index=rows.to("meta")),
         "slot_of_token": lambda: grouped_mpo_linear(

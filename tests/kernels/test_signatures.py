@@ -1,10 +1,10 @@
 """Raw ops refuse in words what does not fit: no kernel of any backend sees it; how ops are
 registered."""
 
-from collections.abc import Callable
+from __future__ import annotations  # a signature is read from the annotations' texts
+
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -22,12 +22,12 @@ from .backend_cases import need_of, on_every_backend
 from .problems import EXPERTS, TOKENS, TOP_K, calls, run
 
 
-def emptied(tensor: Tensor) -> Tensor:
+def emptied(tensor):
     tensor.untyped_storage().resize_(0)
     return tensor
 
 
-EXCHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+EXCHANGES = {
     "complex": lambda t: t.to(torch.complex64),
     "other kind": lambda t: t.long() if t.is_floating_point() else t.float(),
     "an axis more": lambda t: t[None],
@@ -81,7 +81,7 @@ def test_a_missing_tensor(op):
         )
 
 
-def chosen(last: int) -> Tensor:
+def chosen(last):
     """``[T, K]``, all 0 but for the last."""
     return torch.tensor([0] * (TOKENS * TOP_K - 1) + [last]).view(TOKENS, TOP_K)
 
@@ -92,7 +92,7 @@ PLACED = {
     "gates": torch.ones(10),
     "save": False,
 }
-WRONG: list[tuple[str, dict[str, Any], str]] = [
+WRONG = [
     (
         "route",
         {"num_experts": 2**31},
@@ -245,14 +245,14 @@ class ScaledCall:
     of_nothing: Tensor | None = None
 
 
-def scaled(name: str) -> Any:
+def scaled(name):
     """An op ``mpoe::<name>``: x times a factor, with the gradient of x."""
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup(ctx, inputs, output):
         assert len(inputs) == 3, "defaults that the dispatcher drops are there again"
         ctx.factor = inputs[1]
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx, grad):
         return grad * ctx.factor if ctx.needs_input_grad[0] else None, None, None
 
     return define_op(
@@ -289,13 +289,11 @@ class Subclass(Tensor):
 
 def test_a_plain_call_skips_the_dispatcher():
     op = scaled("scaled_plainly")
-    dispatched: list[str] = []
+    dispatched = []
     real = torch.ops.mpoe.scaled_plainly.default
 
     class Seen(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is real:
                 dispatched.append("mode")
             return func(*args, **(kwargs or {}))
@@ -326,12 +324,10 @@ def test_a_plain_call_skips_the_dispatcher():
 
 def test_a_plain_call_is_seen_by_function_modes():
     op = scaled("scaled_in_a_function_mode")
-    seen: list[str] = []
+    seen = []
 
     class Seen(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
+        def __torch_function__(self, func, types, args=(), kwargs=None):
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 

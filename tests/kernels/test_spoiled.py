@@ -2,10 +2,9 @@
 a gate of zero."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -43,11 +42,11 @@ VALUES = {"nan": float("nan"), "inf": float("inf"), "large": 3e4}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choices(experts: int, tokens: int) -> Tensor:
+def choices(experts, tokens):
     return CHOICES[experts].repeat(tokens // FEW, 1)
 
 
-def tokens_of(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+def tokens_of(tokens, width, dtype):
     return torch.randn(tokens, width).to(dtype)
 
 
@@ -68,7 +67,7 @@ class Case:
     of_experts: dict[str, Tensor] = field(default_factory=dict)
     exact: bool = True
 
-    def run(self, grad: Tensor | None = None) -> dict[str, Tensor]:
+    def run(self, grad=None):
         """``y``, also without gradients, and the gradients."""
         leaves = {
             name: t.clone().requires_grad_()
@@ -82,7 +81,7 @@ class Case:
             again = self.call(*leaves.values())
         return {"y": y.detach(), "again": again, **dict(zip(leaves, grads, strict=True))}
 
-    def places(self, turn: int, grad: Tensor) -> Iterator[tuple[str, Tensor, set[int], set[int]]]:
+    def places(self, turn, grad):
         """What is spoiled in this turn, in words and as a row, and the tokens and experts that it
         may change."""
         chosen = [set(row) for row in self.index.tolist()]
@@ -94,7 +93,7 @@ class Case:
             tokens = {token for token, experts in enumerate(chosen) if expert in experts}
             yield f"{name} of expert {expert}", stack[expert], tokens, {expert}
 
-    def check(self, value: float, turn: int) -> None:
+    def check(self, value, turn):
         """Everything of other tokens and experts is as it is without."""
         clean = self.run()
         grad = torch.ones_like(clean["y"])
@@ -110,9 +109,7 @@ class Case:
                 assert same(found[name][others], before[others]), (what, name)
 
 
-def of_experts(
-    kind: type[Any], experts: int, gated: bool, tokens: int, dtype: torch.dtype, **own: Any
-) -> Case:
+def of_experts(kind, experts, gated, tokens, dtype, **own):
     made = kind(tokens, experts, gated=gated, with_bias=True, dtype=dtype, **own)
     given = {name: value for name, value in made.inputs.items() if value is not None}
     rows = {name: value for name, value in given.items() if name in ("u", "x", "gates", "u_gate")}
@@ -121,7 +118,7 @@ def of_experts(
         choices(experts, tokens),
     )
 
-    def call(*values: Tensor) -> Tensor:
+    def call(*values):
         return made.OP(
             **dict(zip((*rows, *weights), values, strict=True)),
             top_k_index=index,
@@ -131,15 +128,15 @@ def of_experts(
     return Case(call, rows, index, weights)
 
 
-def hidden(experts: int, gated: bool, per_group: bool, tokens: int, dtype: torch.dtype) -> Case:
+def hidden(experts, gated, per_group, tokens, dtype):
     return of_experts(HiddenProblem, experts, gated, tokens, dtype, per_group=per_group)
 
 
-def neurons(experts: int, gated: bool, tokens: int, dtype: torch.dtype) -> Case:
+def neurons(experts, gated, tokens, dtype):
     return of_experts(NeuronProblem, experts, gated, tokens, dtype)
 
 
-def latent(gated: bool, tokens: int, dtype: torch.dtype) -> Case:
+def latent(gated, tokens, dtype):
     """Neurons between shared maps, whose gradients every token reaches."""
     index = choices(3, tokens)
     layer = NeuronExperts(12, 3, 5, 4, "gelu", gated, bias=True).to(dtype)
@@ -149,7 +146,7 @@ def latent(gated: bool, tokens: int, dtype: torch.dtype) -> Case:
         if name not in layer.shared
     }
 
-    def call(x: Tensor, gates: Tensor, *values: Tensor) -> Tensor:
+    def call(x, gates, *values):
         return torch.func.functional_call(
             layer, dict(zip(own, values, strict=True)), (x, gates, index)
         )
@@ -159,18 +156,18 @@ def latent(gated: bool, tokens: int, dtype: torch.dtype) -> Case:
     )
 
 
-def given(blocks: MPOBlocks, left: Tensor, right: Tensor) -> MPOBlocks:
+def given(blocks, left, right):
     """The shared core, whose gradient every token reaches, is no argument of a case."""
     return MPOBlocks(left, blocks.central, right, blocks.in_features, blocks.out_features)
 
 
-def linear(name: str, strategy: str, tokens: int, dtype: torch.dtype) -> Case:
+def linear(name, strategy, tokens, dtype):
     """Rows gathered from tokens."""
     shape, index = SMALL_SHAPES[name], choices(3, tokens)
     routing = route(index.clamp_min(0), 3, token_mask=index[:, 0] >= 0)
     blocks = random_blocks(shape, 3, dtype)
 
-    def call(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def call(x, left, right):
         where = {"row_index": routing.token_of_slot, "slot_of_token": routing.slot_of_token}
         own = given(blocks, left, right)
         y = grouped_mpo_linear(
@@ -183,13 +180,13 @@ def linear(name: str, strategy: str, tokens: int, dtype: torch.dtype) -> Case:
     return Case(call, {"x": x}, index, {"left": blocks.left, "right": blocks.right})
 
 
-def ffn(gated: bool, tokens: int, dtype: torch.dtype) -> Case:
+def ffn(gated, tokens, dtype):
     shape, index = SMALL_SHAPES["separable"], choices(3, tokens)
     routing = route(index.clamp_min(0), 3, token_mask=index[:, 0] >= 0)
     up, gate = random_blocks(shape, 3, dtype), random_blocks(shape, 3, dtype) if gated else None
     down = random_blocks(shape.mirrored(), 3, dtype)
 
-    def call(x: Tensor, gates: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def call(x, gates, left, right):
         return mpo_ffn(
             x, routing, gates, given(up, left, right), down, gate_proj=gate, activation="gelu"
         )
@@ -198,24 +195,24 @@ def ffn(gated: bool, tokens: int, dtype: torch.dtype) -> Case:
     return Case(call, rows, index, {"left": up.left, "right": up.right})
 
 
-def slots(capacity: int | None, tokens: int, dtype: torch.dtype) -> Case:
+def slots(capacity, tokens, dtype):
     """There and back; choices beyond the capacity have no slot."""
     index = choices(3, tokens)
     routing = route(index.clamp_min(0), 3, capacity, token_mask=index[:, 0] >= 0)
 
-    def call(x: Tensor, gates: Tensor) -> Tensor:
+    def call(x, gates):
         return combine(dispatch(x, routing), routing, gates)
 
     return Case(call, {"x": tokens_of(tokens, 12, dtype), "gates": torch.rand(tokens, 2)}, index)
 
 
-def gating(top_k: int, scoring: str, tokens: int, dtype: torch.dtype) -> Case:
+def gating(top_k, scoring, tokens, dtype):
     router = TopKRouter(12, 4, RouterConfig(top_k=top_k, scoring_func=scoring), dtype=dtype)
     x = tokens_of(tokens, 12, dtype)
     return Case(lambda x: router(x).top_k_weights, {"x": x}, router(x).top_k_index, exact=False)
 
 
-def embedding(part: str, tokens: int, dtype: torch.dtype) -> Case:
+def embedding(part, tokens, dtype):
     """Of one of the cores, the slice of an id's digit is its expert; how many they are decides how
     it is computed."""
     shape = SMALL_SHAPES["padded"]
@@ -226,14 +223,14 @@ def embedding(part: str, tokens: int, dtype: torch.dtype) -> Case:
     axis = {"left": 1, "central": 1, "right": 2}[part]
     cores = {name: getattr(blocks, name) for name in digits}
 
-    def call(slices: Tensor) -> Tensor:
+    def call(slices):
         own = {**cores, part: slices.movedim(0, axis)}
         return mpo_embedding(ids, MPOBlocks(*own.values(), shape.in_features, shape.out_features))
 
     return Case(call, {}, digits[part][:, None], {part: cores[part].movedim(axis, 0).contiguous()})
 
 
-def mixture(shape: str, gated: bool, top_k: int, tokens: int, dtype: torch.dtype) -> Case:
+def mixture(shape, gated, top_k, tokens, dtype):
     """A layer: a token that is not finite chooses any expert, so that other tokens' products round
     differently."""
     config = MPOEConfig(num_experts=3, shape=shape, router=RouterConfig(top_k=top_k))
@@ -243,10 +240,8 @@ def mixture(shape: str, gated: bool, top_k: int, tokens: int, dtype: torch.dtype
     )
 
 
-def problems() -> dict[str, Callable[[int, torch.dtype], Case]]:
-    def over(
-        make: Callable[..., Case], *choices: tuple[object, ...]
-    ) -> dict[str, Callable[[int, torch.dtype], Case]]:
+def problems():
+    def over(make, *choices):
         picked = itertools.product(*choices)
         return {" ".join((make.__name__, *map(str, each))): partial(make, *each) for each in picked}
 
@@ -286,7 +281,7 @@ CASES = [
 
 
 @on_every_backend
-@pytest.mark.parametrize(("problem", "dtype", "value", "turn"), CASES)
+@pytest.mark.parametrize("problem, dtype, value, turn", CASES)
 def test_others_do_not_change(backend, problem, dtype, value, turn):
     require(backend)
     try:

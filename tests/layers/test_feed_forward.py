@@ -73,7 +73,7 @@ def layers(draw) -> tuple[MPOEFeedForward, torch.Tensor, torch.Tensor | None]:
     return layer, x, mask
 
 
-def by_hand(layer: MPOEFeedForward, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def by_hand(layer, x, mask):
     """The result token by token and expert by expert in float64, with the router's own decision."""
     experts = layer.experts
     decision = layer.router(x)
@@ -140,7 +140,7 @@ def test_gradients_are_those_of_the_loop(drawn):
 
 @pytest.mark.parametrize("own_bias", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "columns", "dtype"),
+    "rows, columns, dtype",
     [(10, 8, torch.float32), (8, 10, torch.float32), (8, 12, torch.float32), (8, 8, torch.float64)],
 )
 def test_grouped_dense_linear(own_bias, rows, columns, dtype):

@@ -4,9 +4,7 @@ say, or refuses."""
 import copy
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
 
 import pytest
 import torch
@@ -24,23 +22,23 @@ from .test_native_calls import I, made
 Layer = nn.Module
 
 
-def fused_step(layer: Layer) -> None:
+def fused_step(layer):
     for parameter in layer.parameters():
         parameter.grad = torch.randn_like(parameter)
     torch.optim.AdamW(layer.parameters(), lr=0.05, fused=True).step()
 
 
-def data_of(change: Callable[[Tensor], Tensor]) -> Callable[[Layer], None]:
+def data_of(change):
     """Other memory and values in the same parameters."""
 
-    def event(layer: Layer) -> None:
+    def event(layer):
         for parameter in layer.parameters():
             parameter.data = change(parameter.data)
 
     return event
 
 
-def move_storage(layer: Layer) -> None:
+def move_storage(layer):
     """Other memory under the same tensors, as a sharded layer's parameters get it before a pass."""
     for parameter in layer.parameters():
         storage, values = parameter.untyped_storage(), parameter.detach().clone()
@@ -50,37 +48,37 @@ def move_storage(layer: Layer) -> None:
         parameter.data.copy_(values)
 
 
-def empty_storage(layer: Layer) -> None:
+def empty_storage(layer):
     """As a sharded layer's between its passes."""
     for parameter in layer.experts.parameters():
         parameter.untyped_storage().resize_(0)
 
 
-def train(layer: Layer) -> None:
+def train(layer):
     layer.train()(torch.randn(5, I)).sum().backward()
     layer.eval().zero_grad()
 
 
-def others_threads(layer: Layer) -> None:
+def others_threads(layer):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def replace(layer: Layer) -> None:
+def replace(layer):
     layer.router.weight = nn.Parameter(torch.randn(I, len(layer.router.weight)).t())
     for _, parent in list(layer.experts.named_modules()):
         for name, parameter in list(parent.named_parameters(recurse=False)):
             setattr(parent, name, nn.Parameter(torch.randn_like(parameter)))
 
 
-def copy_while_kept(layer: Layer) -> Layer:
+def copy_while_kept(layer):
     """A copy made where a cache holds the layer's weights."""
     with torch.no_grad(), ExpertCache(1 << 30, [layer.experts]).in_use():
         layer(torch.randn(4, I))
         return copy.deepcopy(layer)
 
 
-EVENTS: dict[str, Callable[[Layer], object]] = {
+EVENTS = {
     "a deep copy": copy.deepcopy,
     "a deep copy in a cache": copy_while_kept,
     "pickled": lambda layer: pickle.loads(pickle.dumps(layer)),
@@ -115,18 +113,18 @@ class Heard(TorchFunctionMode):
 
 
 @torch.no_grad()
-def plainly(layer: Layer, x: Tensor) -> Tensor:
+def plainly(layer, x):
     return layer(x)
 
 
 @torch.no_grad()
-def kept(layer: Layer, x: Tensor) -> Tensor:
+def kept(layer, x):
     with ExpertCache(1 << 30, [layer.experts]).in_use():
         layer(x)
         return layer(x)
 
 
-def by_vjp(layer: Layer, x: Tensor) -> Tensor:
+def by_vjp(layer, x):
     y, pull = func.vjp(
         lambda rows: func.functional_call(layer, dict(layer.named_parameters()), rows), x
     )
@@ -134,8 +132,8 @@ def by_vjp(layer: Layer, x: Tensor) -> Tensor:
     return y
 
 
-def by_grad(layer: Layer, x: Tensor) -> Tensor:
-    def of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+def by_grad(layer, x):
+    def of_rows(rows):
         y = layer(rows)
         return y.sum(), y
 
@@ -143,7 +141,7 @@ def by_grad(layer: Layer, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def in_modes(layer: Layer, x: Tensor) -> Tensor:
+def in_modes(layer, x):
     with Seen(), Heard():
         return layer(x)
 
@@ -153,7 +151,7 @@ def in_inference(layer: Layer, x: Tensor) -> Tensor:
     return layer(x).clone()
 
 
-def in_a_fork(layer: Layer, x: Tensor) -> Tensor:
+def in_a_fork(layer, x):
     """In a child, which inherits memory, caches and locks."""
     y = torch.full((len(x) + 1, I), torch.nan).share_memory_()[1:]
     with torch_threads(1):  # a pool of threads cannot be forked
@@ -167,7 +165,7 @@ def in_a_fork(layer: Layer, x: Tensor) -> Tensor:
     return plainly(layer, x) if child.exitcode else y  # which refuses here too
 
 
-def by_threads(layer: Layer, x: Tensor) -> Tensor:
+def by_threads(layer, x):
     """They share the layer, each with its own order of the rows, again and again."""
     found = in_threads(4, lambda n: [plainly(layer, x.roll(n, 0)).roll(-n, 0) for _ in range(3)])
     for own in found:
@@ -175,7 +173,7 @@ def by_threads(layer: Layer, x: Tensor) -> Tensor:
     return found[0][0]
 
 
-WAYS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
+WAYS = {
     "plainly": plainly,
     "in a cache": kept,
     "with gradients": lambda layer, x: layer(x).detach(),
@@ -189,7 +187,7 @@ WAYS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
 }
 
 
-def by_eager(layer: Layer) -> Callable[[Tensor], Tensor]:
+def by_eager(layer):
     """A new layer of the same numbers, computed by PyTorch's own products."""
     fresh = copy.deepcopy(layer)
     fresh.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()})
@@ -200,7 +198,7 @@ def by_eager(layer: Layer) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def _settings() -> Iterator[None]:
+def _settings():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -231,7 +229,7 @@ def test_a_layer_is_its_parameters(kind, event, every_way):
     for place, take in enumerate(ways.values()):
         if not every_way and (place + turn) % 5:
             continue
-        layer: Any = made(kind, gated=place % 2 == 0, bias=place % 3 == 0)
+        layer = made(kind, gated=place % 2 == 0, bias=place % 3 == 0)
         for tokens in (4, 1, 4):
             plainly(layer, torch.randn(tokens, I))
         other = EVENTS[event](layer)

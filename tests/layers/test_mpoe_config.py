@@ -75,7 +75,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "error", "values", "words"),
+    "kind, error, values, words",
     [(*raised, *row) for raised, rows in REFUSED.items() for row in rows],
 )
 def test_refusals_name_the_field(kind, error, values, words):
@@ -83,7 +83,7 @@ def test_refusals_name_the_field(kind, error, values, words):
 
 
 @pytest.mark.parametrize(
-    ("kind", "odd", "known"),
+    "kind, odd, known",
     [(MPOEConfig, "num_expert", "num_experts"), (RouterConfig, "topk", "top_k")],
 )
 def test_unknown_fields_offer_close_matches(kind, odd, known):
@@ -182,7 +182,7 @@ def test_what_other_shapes_have_alone_selects_separable(case):
 
 
 @pytest.mark.parametrize(
-    ("values", "shape", "top_k"),
+    "values, shape, top_k",
     [
         ({}, "separable", 1),
         ({"num_experts": 4, "router": {"jitter": 0.1}}, "separable", 1),
@@ -279,7 +279,7 @@ def test_random_policy_keeps_seconds_in_proportion_to_their_share():
     assert router(x).kept.all()  # evaluation is repeatable: all are kept
 
 
-@pytest.mark.parametrize(("training", "factor"), [(True, 1.25), (False, 2.0)])
+@pytest.mark.parametrize("training, factor", [(True, 1.25), (False, 2.0)])
 def test_capacities_of_the_original(training, factor):
     router = TopKRouter(6, EXPERTS, RouterConfig.gshard()).train(training)
     assert router.capacity(TOKENS) == math.ceil(factor * TOKENS / EXPERTS)

@@ -1,14 +1,11 @@
 """Layers without gradients: native calls in place of the ops of router and experts, with the same
 results."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from mpoe.config import MPOEConfig, RouterConfig
@@ -29,26 +26,26 @@ every_kind = pytest.mark.parametrize("kind", ["separable", "hidden", "neurons"])
 class Dense(nn.Module):
     """A dense network, for experts beside or between its projections."""
 
-    def __init__(self, gated: bool, dtype: torch.dtype) -> None:
+    def __init__(self, gated, dtype):
         super().__init__()
         self.up, self.down = nn.Linear(I, F, dtype=dtype), nn.Linear(F, I, dtype=dtype)
         self.gate = nn.Linear(I, F, dtype=dtype) if gated else None
         self.dropout = nn.Dropout(0.0)
         self.scale = 2.0  # something that only its own forward knows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = self.up(x).relu() if self.gate is None else self.gate(x).relu() * self.up(x)
         return self.scale * self.down(self.dropout(h))
 
 
 def made(
-    kind: str = "separable",
-    gated: bool = False,
-    bias: bool = False,
+    kind="separable",
+    gated=False,
+    bias=False,
     dtype=F32,
     options=None,
     **router,
-) -> Any:
+):
     """5 experts that contribute, in eval mode; ``options``: of the `MPOEConfig`."""
     torch.manual_seed(0)
     own = {
@@ -61,7 +58,7 @@ def made(
     )
     activation = "silu" if gated else "gelu"
     if kind not in own:
-        layer: Any = MPOEFeedForward(
+        layer = MPOEFeedForward(
             I, F, config, activation=activation, gated=gated, bias=bias, dtype=dtype
         )
     else:
@@ -79,7 +76,7 @@ def made(
     return layer.eval()
 
 
-def by_ops(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def by_ops(layer, x, mask=None):
     """What the ops compute: a hook is a reason to take them."""
     handle = layer.experts.register_forward_hook(lambda *_: None)
     try:
@@ -89,12 +86,12 @@ def by_ops(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def calls(monkeypatch):
     """The native functions that computed something."""
-    seen: list[str] = []
+    seen = []
 
-    def watched(module: str, name: str, own: Any) -> None:
-        def call(*arguments: Any) -> Any:
+    def watched(module, name, own):
+        def call(*arguments):
             found = own(*arguments)
             seen.extend([name] * (found is not None))
             return found
@@ -256,7 +253,7 @@ def test_who_else_has_a_part_in_a_call_gets_the_ops(calls, kind):
 def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch):
     layer, x, chosen = made(), torch.randn(3, I), mixture.chosen_for
 
-    def eager_for_down(op: str, call: Any, *rest: Any) -> Any:
+    def eager_for_down(op, call, *rest):
         if call.out_features == I:
             call.backend = "eager"
         return chosen(op, call, *rest)
@@ -294,13 +291,13 @@ def test_the_result_takes_the_place_of_what_nobody_needs(gated, tokens):
 # ------------------------------------------------------------- what does not fit
 
 
-def spoiled(**blocks: Tensor) -> Any:
+def spoiled(**blocks):
     layer = made("hidden")
     layer.experts.auxiliary.update({name: nn.Parameter(block) for name, block in blocks.items()})
     return layer
 
 
-def with_part(kind: str, name: str, value: Any) -> Any:
+def with_part(kind, name, value):
     layer = made(kind, bias=True)
     parent, _, last = name.rpartition(".")
     setattr(layer.get_submodule(parent), last, value)
@@ -308,7 +305,7 @@ def with_part(kind: str, name: str, value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("layer", "error", "message"),
+    "layer, error, message",
     [
         (
             lambda: spoiled(left=torch.zeros(E, 5, 8, 8, dtype=BF16)),
@@ -352,9 +349,9 @@ def test_what_does_not_fit_is_refused_as_by_the_ops(calls, layer, error, message
     assert calls == []
 
 
-def routed_neurons(**changed: Any) -> Tensor | None:
+def routed_neurons(**changed):
     x, up = torch.ones(3, 12), torch.ones(5, 7, 12)
-    given: dict[str, Any] = {
+    given = {
         "x": x,
         "router_weight": torch.ones(5, 12),
         "top_k": 2,

@@ -1,11 +1,9 @@
 """Experts of their own neurons: the formula, padding, dropout, dtypes; `MPOCores`, `MPOLinear`,
 `MPOEmbedding`."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
@@ -31,21 +29,21 @@ M = 3
 class Ending(nn.Module):
     """The end of a network that adds its input, as BERT's."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.dense, self.norm, self.dropout = nn.Linear(F, I), nn.LayerNorm(I), nn.Dropout(0.0)
 
-    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
+    def forward(self, hidden, x):
         return self.norm(self.dropout(self.dense(hidden)) + x)
 
 
-def layer(gated: bool = False, latent: int | None = None, **router: Any) -> NeuronFeedForward:
+def layer(gated=False, latent=None, **router):
     """Around a dense network, with experts that contribute."""
     options = {"neurons": M, "latent": latent, "backend": "eager"}
     return made("neurons", gated, bias=True, options=options, **router)
 
 
-def added(module: NeuronFeedForward, x: Tensor) -> Tensor:
+def added(module, x):
     """What the experts add to each of ``x [T, I]``, by the definition."""
     own, decision = module.experts, module.router(x)
     act = ACTIVATIONS[own.activation]
@@ -239,7 +237,7 @@ def rms(tensor):
 
 
 @pytest.mark.parametrize(
-    ("shape", "gauge"),
+    "shape, gauge",
     [(shape, gauge) for shape in SHAPES[:3] for gauge in ("symmetric", "orthogonal")]
     + [(SHAPES[2], "identity")],
     ids=str,
@@ -325,7 +323,7 @@ def test_a_chain_without_auxiliary_cores_still_has_all_experts():
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    "values, named",
     [
         ((12, 6), {}),
         ((12, 6, False), {}),

@@ -336,7 +336,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "weight_dtype", "copies"),
+    "dtype, weight_dtype, copies",
     [
         (torch.bfloat16, torch.bfloat16, False),
         (torch.float16, torch.float16, False),

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ def converted():
 
 
 @pytest.fixture(scope="session")
-def domains(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def domains(tmp_path_factory):
     """A base, two experts trained on texts of disjoint vocabularies, their files, and losses with
     the right one."""
     folder, base = tmp_path_factory.mktemp("experts"), language_model()
@@ -48,10 +47,10 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 class Hub:
     """Stands in for the hub's API: keeps files, and what it was asked, instead of sending them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.files: dict[str, bytes] = {}
-        self.asked: list[tuple[Any, ...]] = []
-        self.card: str | None = None
+    def __init__(self, monkeypatch):
+        self.files = {}
+        self.asked = []
+        self.card = None
         monkeypatch.setattr(
             HfApi, "create_repo", lambda api, name, **options: self.create(api.token, name, options)
         )
@@ -62,13 +61,11 @@ class Hub:
             ModelCard, "load", lambda name, **_: own(name) if Path(name).exists() else self.load()
         )
 
-    def create(self, token: Any, name: str, options: dict[str, Any]) -> SimpleNamespace:
+    def create(self, token, name, options):
         self.asked.append((token, name, options))
         return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
 
-    def commit(
-        self, repo_id: str, operations: list[Any], commit_message: str, **_: Any
-    ) -> SimpleNamespace:
+    def commit(self, repo_id, operations, commit_message, **_):
         self.asked.append((repo_id, commit_message))
         for each in operations:
             content = each.path_or_fileobj
@@ -77,17 +74,17 @@ class Hub:
             )
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
-    def upload(self, folder_path: str, **_: Any) -> None:
+    def upload(self, folder_path, **_):
         self.files |= {
             path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()
         }
 
-    def load(self) -> ModelCard:
+    def load(self):
         if self.card is None:
             raise EntryNotFoundError("no card")
         return ModelCard(self.card)
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+def hub(monkeypatch):
     return Hub(monkeypatch)

@@ -27,7 +27,7 @@ TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_en
 
 
 @pytest.fixture
-def model_and_tokenizer(monkeypatch: pytest.MonkeyPatch):
+def model_and_tokenizer(monkeypatch):
     monkeypatch.setattr(background, "SAMPLES", 4)
     monkeypatch.setattr(background, "TEXT_LENGTH", 16)
     monkeypatch.setattr(background, "CHAT_LENGTH", 12)

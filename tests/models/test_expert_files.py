@@ -124,7 +124,7 @@ STRUCTURES = [
 ]
 
 
-@pytest.mark.parametrize(("model_type", "name", "changes"), STRUCTURES)
+@pytest.mark.parametrize("model_type, name, changes", STRUCTURES)
 def test_merged_computes_the_same(model_type, name, changes, tmp_path):
     base = tiny_model(model_type, name, **changes).double()
     model = stirred(start_expert(base, 24))
@@ -148,7 +148,7 @@ def test_merged_computes_the_same(model_type, name, changes, tmp_path):
 def test_statistics_of_full_rank_are_exact_and_without_padding():
     model = start_expert(dense_model("llama"), 8)
     inputs = batch("llama")
-    seen: dict[str, torch.Tensor] = {}
+    seen = {}
     name, layer = next(iter(neuron_modules(model).items()))
     hook = layer.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
     statistics = collect_statistics(model.train(), [inputs], rank=24)

@@ -3,10 +3,7 @@ and wrong."""
 
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -26,14 +23,14 @@ from .tiny_models import M
 
 
 @pytest.fixture(scope="module")
-def whole(domains: SimpleNamespace) -> SimpleNamespace:
+def whole(domains):
     """What a good file holds: its facts as text, and its tensors."""
     with safe_open(domains.files[0], framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return SimpleNamespace(text=opened.metadata()["expert"], tensors=tensors)
 
 
-def signed(file: Path, text: str, tensors: dict[str, torch.Tensor]) -> Path:
+def signed(file, text, tensors):
     """A file with a valid checksum."""
     save_file(tensors, file, metadata={"expert": text, "sha256": _checksum(text, tensors)})
     return file
@@ -109,7 +106,7 @@ def test_facts_are_of_one_schema(whole, tmp_path):
     assert not (tmp_path / "b.expert").exists()
 
 
-TENSORS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+TENSORS = {
     "complex": (
         ".up",
         lambda value: value.to(torch.complex64),
@@ -205,7 +202,7 @@ def test_tensors_are_of_the_kinds_that_are_written(domains, whole, tmp_path):
 
 
 @pytest.fixture
-def mixture(domains: SimpleNamespace, tmp_path: Path) -> Path:
+def mixture(domains, tmp_path):
     """The folder of a composed mixture."""
     model = compose_experts(domains.base, domains.files, background=domains.background)
     model.save_pretrained(tmp_path / "mix")
@@ -308,7 +305,7 @@ def test_links_that_lead_out_are_not_followed(mixture, name):
 
 
 def test_links_of_the_hubs_cache_are_followed(mixture):
-    snapshot = mixture.parent / "models--me--mix" / "snapshots" / "abc"
+    snapshot = mixture.parent / "models--me--mix/snapshots" / "abc"
     (snapshot / "experts").mkdir(parents=True)
     blobs = snapshot.parents[1] / "blobs"
     blobs.mkdir()
@@ -335,7 +332,7 @@ def test_a_background_of_other_layers(mixture):
 
 def test_nothing_behind_a_link_is_sent(domains, tmp_path):
     (tmp_path / "shared").mkdir()
-    (tmp_path / "shared" / "law.expert").symlink_to(domains.files[0])
+    (tmp_path / "shared/law.expert").symlink_to(domains.files[0])
     refuses(
         ValueError, "must not be a link that leads out", push_expert, tmp_path / "shared", "me/e"
     )

@@ -4,9 +4,7 @@ refusals."""
 import copy
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -44,7 +42,7 @@ from .tiny_models import (
 
 
 @pytest.fixture
-def composed(domains: SimpleNamespace) -> SimpleNamespace:
+def composed(domains):
     mixture = compose_experts(domains.base, domains.files, background=domains.background)
     classes = [
         *(load_expert(file).statistics for file in domains.files),
@@ -205,7 +203,7 @@ NETWORK = ["gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def adapter(tmp_path_factory):
     """An adapter of rank 4, trained on texts of domain 2: its folder and the model that it was
     merged into."""
     peft = pytest.importorskip("peft")
@@ -217,7 +215,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, base=base, merged=model.merge_and_unload().eval())
 
 
-def texts(count: int = 5) -> list[dict[str, torch.Tensor]]:
+def texts(count=5):
     return [each for seed in range(count) for each in domain(2, seed=40 + seed)]
 
 
@@ -262,7 +260,7 @@ def test_neurons_for_an_adapter_of_attention(tmp_path):
 
 def test_held_out_texts_are_not_fitted(adapter, monkeypatch):
     given = texts(5)[:5]  # the first is held out
-    read: list[torch.Tensor] = []
+    read = []
     own = adapter.merged.forward
     monkeypatch.setattr(
         adapter.merged, "forward", lambda **named: read.append(named["input_ids"]) or own(**named)
@@ -322,7 +320,7 @@ def test_fits_that_are_refused(adapter):
     )
 
 
-def saved(base: Any, folder: Path, **config: Any) -> Path:
+def saved(base, folder, **config):
     peft = pytest.importorskip("peft")
     peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**{"r": 2, **config})).save_pretrained(
         folder
@@ -386,7 +384,7 @@ def test_other_bases_are_refused(domains):
 
 
 def test_compositions_that_are_refused(domains, tmp_path):
-    def compose(experts: Any, **options: Any) -> Any:
+    def compose(experts, **options):
         return compose_experts(
             domains.base, experts, **{"background": domains.background, **options}
         )
@@ -441,7 +439,7 @@ def test_saves_that_are_refused(tmp_path):
     for odd in (base, mixture, latent, convert_to_mpoe(base)):
         refuses(TypeError, "model must have one expert", save_expert, odd, file)
     refuses(TypeError, "path must be the path of a file", save_expert, model, 3)
-    for path in (tmp_path, tmp_path / "absent" / "an.expert"):
+    for path in (tmp_path, tmp_path / "absent/an.expert"):
         refuses(
             ValueError, "path must be of a file in a folder that is there", save_expert, model, path
         )

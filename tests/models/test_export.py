@@ -72,7 +72,7 @@ def difference(one, other):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "to", "changes", "options"),
+    "model_type, to, changes, options",
     [
         ("llama", MIXTRAL, {}, {}),
         ("llama", MIXTRAL, {"head_dim": 12}, {"router": TOP[1]}),
@@ -239,7 +239,7 @@ assert type(model).__name__ == sys.argv[4]
 
 
 @pytest.mark.parametrize(
-    ("model_type", "to", "options"),
+    "model_type, to, options",
     [
         ("llama", GRANITE, {"shape": "neurons", "latent": 6}),
         pytest.param("qwen2", QWEN, {"shape": "neurons"}, marks=pytest.mark.slow),
@@ -274,7 +274,7 @@ def test_the_command_writes_what_opens_without_mpoe(
 
 
 @pytest.mark.parametrize(
-    ("to", "words"), [(GRANITE, "its experts have no biases"), (MIXTRAL, "as those of granite")]
+    "to, words", [(GRANITE, "its experts have no biases"), (MIXTRAL, "as those of granite")]
 )
 def test_a_refusal_writes_nothing(to, words, tmp_path, capsys):
     neurons(expert_bias=True).save_pretrained(tmp_path / "in")
@@ -311,7 +311,7 @@ WHOLE = {"shape": "separable"}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "to", "changes", "options", "words"),
+    "model_type, to, changes, options, words",
     [
         ("llama", "gpt2_moe", {}, WHOLE, "as_ must be one of 'mixtral', 'qwen3_moe', 'granite"),
         ("llama", QWEN3, {}, WHOLE, "qwen3_moe is the mixture of a qwen3; this is a llama"),
@@ -398,7 +398,7 @@ def test_projections_that_are_no_plain_linear_layers():
     )
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
     model = mixture().to(dtype)
     merge_experts(model, as_=MIXTRAL).save_pretrained(tmp_path)
@@ -425,7 +425,7 @@ def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    "changes, words",
     [
         ({}, None),
         (

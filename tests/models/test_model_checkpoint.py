@@ -5,13 +5,11 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from mpoe import MPOEConfig, convert_to_mpoe, import_original, load_mpoe, save_mpoe_only
@@ -59,7 +57,7 @@ def test_a_network_in_two_modules_is_loaded_whole(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("family", "key"), pairwise(["t5", "gpt2", "bert"], KEYS))
+@pytest.mark.parametrize("family, key", pairwise(["t5", "gpt2", "bert"], KEYS))
 def test_a_dropped_key_never_leaves_garbage(family, key, converted, tmp_path):
     model = converted(family)
     model.save_pretrained(tmp_path)
@@ -134,7 +132,7 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
         dense_model("gpt2"),
     )
     model.save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
+    path = tmp_path / "model/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_embd": "wide"}))
     refuses(
         ValueError,
@@ -164,7 +162,7 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("family", "more"),
+    "family, more",
     [("t5", ["embedding"]), ("gpt2", []), ("bert", []), ("bert_mlm", ["embedding"])],
 )
 def test_mpoe_only_save(family, more, converted, tmp_path):
@@ -252,11 +250,11 @@ def test_saves_of_parameters_alone_refuse_what_is_no_folder(converted, tmp_path)
 # ------------------------------------------------------------------ earlier versions
 
 
-SAVED = Path(__file__).parents[1] / "fixtures" / "saved"
+SAVED = Path(__file__).parents[1] / "fixtures/saved"
 MODELS = sorted(path.name for path in SAVED.iterdir() if path.is_dir())
 
 
-def inputs_and_logits(name: str) -> tuple[dict[str, Tensor], Tensor]:
+def inputs_and_logits(name):
     family, _, shape = name.partition("_")
     tensors = load_file(SAVED / f"{family}.safetensors")
     return {key: value for key, value in tensors.items() if not key.startswith("logits")}, tensors[
@@ -286,7 +284,7 @@ def test_a_mixture_of_transformers_converted_by_an_earlier_version_is_refused(
     tmp_path,
 ):
     shutil.copytree(SAVED / "gpt2_hidden", tmp_path / "saved")
-    file = tmp_path / "saved" / "config.json"
+    file = tmp_path / "saved/config.json"
     file.write_text(
         file.read_text().replace('"existing_experts": "keep"', '"existing_experts": "mpo"')
     )
@@ -298,7 +296,7 @@ def test_a_mixture_of_transformers_converted_by_an_earlier_version_is_refused(
     )
 
 
-def _known(today: Any, earlier: Any) -> Any:
+def _known(today, earlier):
     """The fields of ``today`` that there were earlier, also of the router."""
     if not isinstance(earlier, dict):
         return today
@@ -385,9 +383,7 @@ def original_checkpoint(model, moe_type, components=("mlp",)):
     return state, matrices
 
 
-@pytest.mark.parametrize(
-    ("moe_type", "components"), pairwise(["switch", "moe", "none"], COMPONENTS)
-)
+@pytest.mark.parametrize("moe_type, components", pairwise(["switch", "moe", "none"], COMPONENTS))
 @torch.no_grad()
 def test_import_reproduces_the_matrices(moe_type, components, tmp_path):
     base = dense_model("t5")
@@ -434,7 +430,7 @@ PREFIX = "encoder.block.0.layer.1.sffn"
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "change, words",
     [
         (lambda s: s.pop(f"{PREFIX}.experts.0.wi_mpo.tensor_set.1"), "must hold every core of"),
         (

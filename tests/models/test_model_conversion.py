@@ -121,7 +121,7 @@ def cases():
             yield pytest.param(*structure, fields, id=f"{family}-{kind}", marks=marks)
 
 
-@pytest.mark.parametrize(("model_type", "name", "changes", "fields"), list(cases()))
+@pytest.mark.parametrize("model_type, name, changes, fields", list(cases()))
 @torch.no_grad()
 def test_converts_exactly_and_reloads(model_type, name, changes, fields, tmp_path):
     model = tiny_model(model_type, name, **changes)
@@ -189,7 +189,7 @@ MERGED = (
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
+    "family, kind",
     [
         pytest.param(family, kind, marks=[pytest.mark.exhaustive] if (place + number) % 5 else [])
         for place, family in enumerate(FAMILIES)
@@ -264,7 +264,7 @@ def test_ties_dtype_and_attention_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    "family, dtype",
     pairwise(["t5", "gpt2", "bert"], [torch.bfloat16, torch.float16, torch.float64]),
 )
 @torch.no_grad()

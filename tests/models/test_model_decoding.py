@@ -7,12 +7,10 @@ Below it, `ExpertCache` with layers alone: same results as without, only while i
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 from mpoe_bench.cases import relative_error
-from torch import Tensor
 
 from mpoe import MPOEConfig, RouterConfig, load_mpoe
 from mpoe.layers import MPOEFeedForward, MPOExperts, current_routing, routing_context
@@ -28,14 +26,14 @@ LIGHT = {"shape": "light", "light_p": 4, "num_experts": 2}
 
 
 @pytest.fixture(autouse=True)
-def _deeper(monkeypatch: pytest.MonkeyPatch) -> None:
+def _deeper(monkeypatch):
     """Enough layers for the size of the dense ones to leave room for a layer of two experts."""
     for family, layers in (("gpt2", "n_layer"), ("llama", "num_hidden_layers")):
         monkeypatch.setitem(FAMILIES[family][2], layers, 4)
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
+def always(monkeypatch):
     """Full weights wherever they are allowed, and early: models this small never benefit from
     them."""
     monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 2)
@@ -43,11 +41,11 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[ExpertCache]:
+def made(monkeypatch):
     """The caches that `generate` creates."""
-    found: list[ExpertCache] = []
+    found = []
 
-    def make(bound: int, layers: list[MPOExperts]) -> ExpertCache:
+    def make(bound, layers):
         found.append(ExpertCache(bound, layers))
         return found[-1]
 
@@ -55,7 +53,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[ExpertCache]:
     return found
 
 
-def call(family: str, **options) -> dict:
+def call(family, **options):
     mask = MASK if family.startswith("t5") else MASK.flip(1)
     ids = batch(family, labels=False)["input_ids"]
     return {
@@ -67,15 +65,15 @@ def call(family: str, **options) -> dict:
     }
 
 
-def experts(model) -> list[MPOExperts]:
+def experts(model):
     return [module for module in model.modules() if isinstance(module, MPOExperts)]
 
 
-def built(cache: ExpertCache) -> int:
+def built(cache):
     return sum(kept.built for kept in cache.layers.values() if kept is not None)
 
 
-def plain_tokens(model, **options) -> torch.Tensor:
+def plain_tokens(model, **options):
     """The tokens generated without a cache."""
     model.cache_experts(0)
     tokens = model.generate(**options)
@@ -85,7 +83,7 @@ def plain_tokens(model, **options) -> torch.Tensor:
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize(
-    ("family", "options", "mode"),
+    "family, options, mode",
     pairwise(
         ["t5", "t5_gated", "gpt2", "llama"],
         [{}, {"num_beams": 2}],
@@ -171,7 +169,7 @@ def test_gone_where_generate_fails(converted, made):
 
 
 @pytest.mark.parametrize(
-    ("config", "holds_blocks", "pays"),
+    "config, holds_blocks, pays",
     [
         (LIGHT, True, True),
         (LIGHT, True, False),
@@ -228,14 +226,12 @@ EXPERTS = 5
 
 
 @pytest.fixture
-def at_once(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(always, monkeypatch):
     """Full weights in the first call."""
     monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 0)
 
 
-def feed_forward(
-    shape: str = "paper", gated: bool = False, top_k: int = 1, **options
-) -> MPOEFeedForward:
+def feed_forward(shape="paper", gated=False, top_k=1, **options):
     config = MPOEConfig(num_experts=EXPERTS, shape=shape, router=RouterConfig(top_k=top_k))
     ffn = MPOEFeedForward(
         24, 48, config, activation="gelu_new", gated=gated, bias=True, **options
@@ -247,7 +243,7 @@ def feed_forward(
 
 
 @contextlib.contextmanager
-def kept(*layers: MPOEFeedForward, max_bytes: int = PLENTY) -> Iterator[ExpertCache]:
+def kept(*layers, max_bytes=PLENTY):
     with (
         torch.no_grad(),
         ExpertCache(max_bytes, [layer.experts for layer in layers]).in_use() as cache,
@@ -255,11 +251,11 @@ def kept(*layers: MPOEFeedForward, max_bytes: int = PLENTY) -> Iterator[ExpertCa
         yield cache
 
 
-def plain(ffn: MPOEFeedForward, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def plain(ffn, x, mask=None):
     """The output in a thread that has no cache."""
 
     @torch.no_grad()
-    def run(_: int) -> Tensor:
+    def run(_):
         return ffn(x, mask)
 
     return in_threads(1, run)[0]
@@ -313,9 +309,9 @@ def test_layers_share_the_bound_and_the_first_one_stays():
 @pytest.mark.usefixtures("at_once")
 def test_it_ends_where_the_block_fails_and_gives_way_to_another():
     ffn, x = feed_forward(), torch.randn(9, 24)
-    inner: list[ExpertCache] = []
+    inner = []
 
-    def fails() -> None:
+    def fails():
         with kept(ffn) as cache:
             inner.append(cache)
             ffn(x)
@@ -335,7 +331,7 @@ def test_it_ends_where_the_block_fails_and_gives_way_to_another():
 def test_training_another_dtype_and_compiled_graphs_use_the_cores():
     ffn, x = feed_forward(dropout=0.5).train(), torch.randn(9, 24)
 
-    def run(grad: bool) -> list[Tensor]:
+    def run(grad):
         torch.manual_seed(3)
         with torch.set_grad_enabled(grad):
             y = ffn(x)

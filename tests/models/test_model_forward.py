@@ -18,7 +18,7 @@ from .tiny_models import FAMILIES, MASK, batch, dense_model, result, stirred, te
 
 
 @pytest.mark.parametrize(
-    ("family", "shape"), pairwise(list(FAMILIES), ["separable", "hidden", "neurons"])
+    "family, shape", pairwise(list(FAMILIES), ["separable", "hidden", "neurons"])
 )
 @torch.no_grad()
 def test_padding_is_neither_routed_nor_counted(family, shape, converted):
@@ -101,7 +101,7 @@ def test_auxiliary_loss_is_averaged_over_micro_batches(converted):
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), pairwise(["t5", "t5_gated", "gpt2"], [{}, {"num_beams": 2}])
+    "family, options", pairwise(["t5", "t5_gated", "gpt2"], [{}, {"num_beams": 2}])
 )
 def test_generation_with_and_without_cache_equals_dense(family, options, converted):
     dense, model = dense_model(family), converted(family)
@@ -134,7 +134,7 @@ def test_generation_does_not_route_padding_in_the_encoder(converted):
 
 
 @pytest.mark.parametrize(
-    ("family", "reentrant"),
+    "family, reentrant",
     [("t5", False), ("gpt2", False), ("bert_classifier", False), ("gpt2", True)],
 )
 def test_checkpointing_gives_the_same_gradients(family, reentrant, converted):
@@ -187,7 +187,7 @@ def inductor(tmp_path, monkeypatch, lacks):
 @pytest.mark.slow
 @pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize(
-    ("family", "backend"),
+    "family, backend",
     [
         *(
             ("gpt2", "aot_eager"),
@@ -223,7 +223,7 @@ def test_training_steps_compile_fullgraph(family, backend, converted):
 
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("inductor")
-@pytest.mark.parametrize(("family", "shape"), [("t5", "separable"), ("gpt2", "paper")])
+@pytest.mark.parametrize("family, shape", [("t5", "separable"), ("gpt2", "paper")])
 def test_decoding_steps_compile(family, shape, converted):
     """With a cache of fixed size, one graph serves every step after the first."""
     model = converted(family, shape=shape)

@@ -3,7 +3,7 @@ form."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import MPOLinear, TiedHead
@@ -33,7 +33,7 @@ from .tiny_models import dense_model as dense
 TABLES = {"target_modules": ["ffn", "embedding"], "shape": "separable"}
 
 
-def layers_of(model: nn.Module) -> list:
+def layers_of(model):
     return list(kept_modules(model).values())
 
 
@@ -44,7 +44,7 @@ def test_masked_steps_leave_what_is_shared_alone(kind, family):
     matrices = 2 if family in ("t5", "gpt2", "bert_mlm", "phi3") else 3
     assert len(shared) == len(layers_of(model)) * (matrices + 2 * (kind == "latent"))
 
-    def gradients(probability: float) -> dict[str, Tensor | None]:
+    def gradients(probability):
         model.zero_grad()
         with GradientMask(model, probability).step(0):
             model(**batch(family)).logits.square().sum().backward()
@@ -60,9 +60,7 @@ def test_masked_steps_leave_what_is_shared_alone(kind, family):
             assert torch.allclose(masked[name], free[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize(
-    ("kind", "family"), pairwise(list(KEPT), ["t5_gated", "bert_mlm", "llama"])
-)
+@pytest.mark.parametrize("kind, family", pairwise(list(KEPT), ["t5_gated", "bert_mlm", "llama"]))
 def test_one_graph_and_export(kind, family):
     layer = layers_of(stirred(convert_to_mpoe(dense(family), config(kind))))[0]
     x = torch.randn(2, 5, 24)
@@ -99,11 +97,11 @@ def test_lora_on_the_projections_through_plain_peft(kind, family):
     refuses(ValueError, "is frozen or quantised", GradientMask, adapted, 0.5)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("hidden", 8), ("hidden", 4), ("neurons", 8)])
+@pytest.mark.parametrize("kind, bits", [("hidden", 8), ("hidden", 4), ("neurons", 8)])
 def test_projections_quantised_by_torchao(kind, bits):
     """Quantising `nn.Linear` needs no special support; experts and router still train."""
     quantization = pytest.importorskip("torchao.quantization")
-    how: object = quantization.Int8WeightOnlyConfig()
+    how = quantization.Int8WeightOnlyConfig()
     if bits == 4:
         granularity = quantization.granularity.PerGroup(8)
         how = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
@@ -166,7 +164,7 @@ def test_rates(kind):
     fine-tuned."""
     model = convert_to_mpoe(dense("gpt2"), config(kind))
 
-    def groups(**options) -> dict[str, dict]:
+    def groups(**options):
         arguments = MPOETrainingArguments(
             output_dir="unused", learning_rate=1.0, report_to=[], **options
         )
@@ -324,7 +322,7 @@ def test_shapes_by_pattern(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "words"),
+    "pattern, words",
     [
         ({r"h\.7\.mlp": "paper"}, "which is none of the"),
         ({"mlp": MPOShape.paper(24, 96)}, "a mapping with 'up' and 'down'"),

@@ -46,7 +46,7 @@ def test_remote_code_opens_a_model_in_a_program_that_does_not_import_mpoe(
     )
     assert opened.splitlines()[-1] == "MPOELlamaForCausalLM"
     (tmp_path / "separable").rename(tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"] == {
+    assert json.loads((tmp_path / "model/config.json").read_text())["auto_map"] == {
         "AutoConfig": "modeling_mpoe.MPOELlamaConfig",
         "AutoModel": "modeling_mpoe.MPOELlamaModel",
         "AutoModelForCausalLM": "modeling_mpoe.MPOELlamaForCausalLM",
@@ -76,8 +76,8 @@ def test_a_model_opened_by_remote_code_is_saved_as_ever(converted, tmp_path):
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
         p.name for p in (tmp_path / "one").iterdir()
     )
-    assert (tmp_path / "two" / "modeling_mpoe.py").read_text() == (
-        tmp_path / "one" / "modeling_mpoe.py"
+    assert (tmp_path / "two/modeling_mpoe.py").read_text() == (
+        tmp_path / "one/modeling_mpoe.py"
     ).read_text()
 
 
@@ -236,7 +236,7 @@ def test_sites_with_fused_projections_and_parts_left_empty():
 
 
 @pytest.mark.parametrize(
-    ("sites", "kind", "words"),
+    "sites, kind, words",
     [
         (
             "mlp",

@@ -24,7 +24,7 @@ except ImportError:
 
 
 @pytest.fixture(autouse=True)
-def _needs_peft(lacks) -> None:
+def _needs_peft(lacks):
     if peft is None:
         lacks("PEFT is not installed")
 
@@ -33,7 +33,7 @@ ATTENTION = {"t5_gated": ["q", "v"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_
 GATED = ("t5_gated", "llama")
 
 
-def core_config(family: str, **values: object):
+def core_config(family, **values):
     experts = ["up", "down", *(["gate_proj"] if family in GATED else [])]
     return lora_on_cores(
         peft.LoraConfig(r=3, target_modules=[*ATTENTION[family], *experts], **values)
@@ -41,11 +41,11 @@ def core_config(family: str, **values: object):
 
 
 @torch.no_grad()
-def logits(model, inputs) -> torch.Tensor:
+def logits(model, inputs):
     return model(**inputs).logits
 
 
-@pytest.mark.parametrize(("family", "shape"), pairwise(list(ATTENTION), ["separable", "paper"]))
+@pytest.mark.parametrize("family, shape", pairwise(list(ATTENTION), ["separable", "paper"]))
 def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
     base, inputs = converted(family, shape=shape), batch(family)
     before = logits(base, inputs)
@@ -69,7 +69,7 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
         torch.testing.assert_close(logits(adapted, inputs), before)
 
     adapted.save_pretrained(tmp_path / "adapter")
-    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    assert not (tmp_path / "adapter/model.safetensors").exists()
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded, inputs), after)
 
@@ -81,7 +81,7 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
     assert torch.equal(logits(load_mpoe(tmp_path / "merged"), inputs), logits(merged, inputs))
 
 
-@pytest.mark.parametrize(("rooted", "scale"), [(False, 6 / 3), (True, 6 / 3**0.5)])
+@pytest.mark.parametrize("rooted, scale", [(False, 6 / 3), (True, 6 / 3**0.5)])
 def test_an_adapted_expert_is_its_cores_plus_the_product(rooted, scale, converted):
     base = converted("gpt2", shape="paper")
     report = base.parameter_report()
@@ -158,7 +158,7 @@ def test_dense_experts_are_parameters_that_peft_knows(converted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    "values, message",
     [
         ({"use_dora": True}, "no use_dora"),
         ({"lora_dropout": 0.1}, "no lora_dropout"),

@@ -3,7 +3,6 @@ card."""
 
 import json
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -106,7 +105,7 @@ def test_as_many_dense_experts_have_the_same_routers(converted):
     assert report["switch_total"] == dense.num_parameters() + 2 * matrices + report["router"]
 
 
-def mixture(base: str = "some-group/small-t5", **options: Any) -> Any:
+def mixture(base="some-group/small-t5", **options):
     dense = dense_model("t5")
     dense.config._name_or_path = base
     return convert_to_mpoe(dense, MPOEConfig(**{"num_experts": 3, "shape": "paper", **options}))

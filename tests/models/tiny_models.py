@@ -224,7 +224,7 @@ KEPT = {
 every_kind = pytest.mark.parametrize("kind", KEPT)
 # With a gate and without by turns, so that by default every kind meets both.
 KEPT_FAMILIES = ("t5", "t5_gated", "gpt2", "llama", "bert_mlm", "phi3")
-every_model = pytest.mark.parametrize(("family", "kind"), pairwise(KEPT_FAMILIES, list(KEPT)))
+every_model = pytest.mark.parametrize("family, kind", pairwise(KEPT_FAMILIES, list(KEPT)))
 
 
 def config(kind, top_k=2, router=None, **fields):

@@ -75,7 +75,7 @@ class Loop(NamedTuple):
             self.kind == "few_columns" or self.file in ("gemm_avx2", "gemm_avx512")
         )
 
-    def most_loads(self) -> int | None:
+    def most_loads(self):
         """Operands of the loop, each loaded once in every step; None: not known from the function's
         name."""
         numbers = [int(n) for n in re.findall(r"(?<=[ ,])\d+(?=[,>])", self.kernel)]
@@ -87,11 +87,11 @@ class Loop(NamedTuple):
         return steps * sum(numbers)  # rows and vectors, or rows and columns
 
 
-def output(*command: str) -> str:
+def output(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def kernels(library: Path) -> dict[int, tuple[str, str]]:
+def kernels(library):
     """Address of every function with a micro-kernel's loop -> its source file and its demangled
     name."""
     found, source = {}, ""
@@ -107,9 +107,9 @@ def kernels(library: Path) -> dict[int, tuple[str, str]]:
     return found
 
 
-def functions(library: Path) -> dict[int, list[Instruction]]:
-    bodies: dict[int, list[Instruction]] = {}
-    body: list[Instruction] = []
+def functions(library):
+    bodies = {}
+    body = []
     for line in output("objdump", "-d", "--no-show-raw-insn", str(library)).splitlines():
         if match := re.match(r"([0-9a-f]+) <", line):
             body = bodies.setdefault(int(match[1], 16), [])
@@ -118,7 +118,7 @@ def functions(library: Path) -> dict[int, list[Instruction]]:
     return bodies
 
 
-def hot_loops(body: list[Instruction]) -> list[list[Instruction]]:
+def hot_loops(body):
     """The innermost loops that contain a multiply-add; what calls or returns is a jump back from
     code aside."""
     place = {instruction.address: i for i, instruction in enumerate(body)}
@@ -137,7 +137,7 @@ def hot_loops(body: list[Instruction]) -> list[list[Instruction]]:
     ]
 
 
-def find_loops(library: Path) -> list[Loop]:
+def find_loops(library):
     bodies, loops = functions(library), []
     for address, (file, name) in sorted(kernels(library).items(), key=lambda item: item[1]):
         kernel = re.sub(r"\(anonymous namespace\)::|mpoe::|void |>\((?!anon).*", "", name) + ">"
@@ -148,7 +148,7 @@ def find_loops(library: Path) -> list[Loop]:
     return loops
 
 
-def complaints(loop: Loop) -> list[str]:
+def complaints(loop):
     wrong = []
     control = loads = 0
     for _, name, operands in loop.instructions:
@@ -174,7 +174,7 @@ def complaints(loop: Loop) -> list[str]:
     return wrong
 
 
-def faults(loops: list[Loop]) -> list[str]:
+def faults(loops):
     """What is wrong with each, and kernels of which there are not as many as there must be."""
     found, seen = [], Counter[tuple[str, str, bool]]()
     for loop in loops:
@@ -216,7 +216,7 @@ def test_loops_of_the_built_library():
     assert faults(find_loops(NATIVE_LIBRARY.path)) == []
 
 
-def body(text: str) -> list[Instruction]:
+def body(text):
     lines = (line.partition(" ") for line in text.splitlines())
     return [
         Instruction(address, name, operands) for address, (name, _, operands) in enumerate(lines)
@@ -224,7 +224,7 @@ def body(text: str) -> list[Instruction]:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    "old, new, said",
     [
         ("", "", None),
         ("%zmm0,%zmm2,%zmm3", "-0x40(%rsp),%zmm2,%zmm3", "touches the stack"),

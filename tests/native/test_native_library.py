@@ -1,14 +1,11 @@
 """The library itself: its refusals are clear, its conversions exact; ties and NaN in the router."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import permutations
-from typing import Any
 
 import pytest
 import torch
 from mpoe_bench.cases import random_blocks
-from torch import Tensor
 
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, route
 from mpoe_kernels.contract import BlockDims
@@ -28,7 +25,7 @@ from tests.expert_problems import HiddenProblem
 SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
 
 
-def forward_call(**changes: Any) -> ForwardCall:
+def forward_call(**changes):
     blocks, routing = (
         random_blocks(SHAPE, 2, torch.float32),
         route(torch.tensor([[0], [1], [1]]), 2),
@@ -51,7 +48,7 @@ def forward_call(**changes: Any) -> ForwardCall:
     return replace(call, **changes)
 
 
-def backward_call() -> BackwardCall:
+def backward_call():
     shared = ForwardCall.__dataclass_fields__.keys() & BackwardCall.__dataclass_fields__.keys()
     given = {name: getattr(forward_call(), name) for name in shared}
     slots, bond = 3, given["right"].shape[1]
@@ -61,13 +58,13 @@ def backward_call() -> BackwardCall:
     )
 
 
-def plain(error: pytest.ExceptionInfo[ValueError]) -> None:
+def plain(error):
     assert type(error.value) is ValueError
     assert "csrc" not in str(error.value)
     assert ".cpp" not in str(error.value)
 
 
-def offsets(*values: int) -> Tensor:
+def offsets(*values):
     return torch.tensor(values)
 
 
@@ -87,7 +84,7 @@ ROWS, ONES, CHOSEN = torch.randn(3, 4), torch.ones(3, 1), torch.zeros(3, 1).long
 GIVEN = (ROUTING.expert_offsets, ROUTING.token_of_slot, ROUTING.slot_of_token)
 CORE, WEIGHTS = torch.ones(2, 1, 2, 2), torch.ones(2, 5, 4)
 # A kernel and a call that it takes; below, what of the call is exchanged, and what the kernel says.
-KERNELS: dict[str, tuple[Callable[[Any], Any], Any]] = {
+KERNELS = {
     "forward": (linear_forward, forward_call()),
     "backward": (linear_backward, backward_call()),
     "route": (routing.route, RouteCall(CHOSEN, 2, None, None, "native")),
@@ -100,7 +97,7 @@ KERNELS: dict[str, tuple[Callable[[Any], Any], Any]] = {
         NeuronCall(ROWS, ONES, CHOSEN, WEIGHTS, WEIGHTS, None, None, "relu", "native"),
     ),
 }
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
+REFUSED = [
     ("forward", {"x": META}, r"x must be on the CPU; got float32 \[3, 12\] on meta"),
     (
         "forward",
@@ -161,7 +158,7 @@ def test_blocks_without_elements(sizes):
 
 
 @pytest.fixture
-def fresh_arguments() -> Iterator[None]:
+def fresh_arguments():
     """Arguments that no other call made, and that no later call gets."""
     kernels._sizes.cache_clear()
     yield
@@ -170,7 +167,7 @@ def fresh_arguments() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_arguments")
 @pytest.mark.parametrize(
-    ("operands", "message"),
+    "operands, message",
     [
         (("", "L", "C", "R"), "an operand of the chain must be 0, 1 or 2; got 3"),
         (({"L", "C"}, "R"), "the chain must meet left, central and right once each"),
@@ -178,7 +175,7 @@ def fresh_arguments() -> Iterator[None]:
 )
 def test_a_chain_in_no_order(operands, message, monkeypatch):
     class Numbers:
-        def index(self, operand: str) -> int:
+        def index(self, operand):
             return next(number for number, names in enumerate(operands) if operand in names)
 
     monkeypatch.setattr(kernels, "OPERANDS", Numbers())
@@ -233,7 +230,7 @@ MEMORY = [None] * 4
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "message"),
+    "function, arguments, message",
     [
         (
             "linear_forward",
@@ -349,7 +346,7 @@ def test_offsets_may_be_int64_and_rows_int32():
     assert torch.equal(linear_forward(other)[0], linear_forward(call)[0])
 
 
-def decided(logits: Tensor, top_k: int, raw: bool = False) -> tuple[Tensor, Tensor]:
+def decided(logits, top_k, raw=False):
     """Experts and gates of tokens whose logits these are."""
     found = native_gating(torch.eye(len(logits)), logits.T.contiguous(), top_k, raw)
     assert torch.equal(found.logits.nan_to_num(7), logits.nan_to_num(7))
@@ -392,7 +389,7 @@ def test_the_nan_guard_of_the_router(expert):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k"), [(0, 3, 2), (1, 1, 1), (7, 5, 5), (600, 128, 8), (33, 1024, 16)]
+    "tokens, experts, top_k", [(0, 3, 2), (1, 1, 1), (7, 5, 5), (600, 128, 8), (33, 1024, 16)]
 )
 def test_the_best_experts_are_those_of_topk(tokens, experts, top_k):
     scores = torch.randn(tokens, experts, requires_grad=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from mpoe_kernels import native_library as load
-from mpoe_kernels.compiled import CompiledLibrary, load_library
+from mpoe_kernels.compiled import load_library
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 
 
-def loaded(path: Path, content: bytes) -> CompiledLibrary:
+def loaded(path, content):
     """Each in a file of its own: a library that is in use must not change."""
     path.write_bytes(content)
     return load_library(path, load._opened, load.REASON_FILE, load.INFO_KEYS)
@@ -113,7 +113,7 @@ def test_one_pool_of_threads_and_one_openmp():
 
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tools" / "native_guard.sh"
+SCRIPT = ROOT / "tools/native_guard.sh"
 CHILD = """
 import ctypes
 libc, pointer = ctypes.CDLL(None), ctypes.c_void_p()
@@ -128,7 +128,7 @@ libc.free(start)
 
 
 @pytest.fixture(scope="session")
-def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def guard(tmp_path_factory):
     if sys.platform != "linux" or shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("needs Linux and a C++ compiler")
     library = tmp_path_factory.mktemp("guard") / "guard_pages.so"
@@ -141,7 +141,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("size", "alignment", "access", "after", "status"),
+    "size, alignment, access, after, status",
     [
         (64, 64, "byte(start + 63).value = 1", "", 0),
         (64, 64, "byte(start + 64).value", "", -signal.SIGSEGV),

@@ -17,7 +17,7 @@ def test_a_buffer_too_many(flags, tmp_path):
     """None: a release build, which does not look."""
     checked = ["-O3"] if flags is None else [*flags, "-DMPOE_CHECKS"]
     program = tmp_path / "scratch"
-    source = ROOT / "tests" / "native" / "cpp" / "scratch_main.cpp"
+    source = ROOT / "tests/native" / "cpp/scratch_main.cpp"
     command = [str(COMPILER), "-std=c++20", *checked, "-I", str(ROOT / "csrc"), str(source)]
     subprocess.run([*command, "-o", str(program)], check=True)
     # A preloaded library would come before the sanitizers' own.
@@ -32,6 +32,6 @@ def test_a_buffer_too_many(flags, tmp_path):
 
 def test_builds_that_look():
     debug = (ROOT / "CMakeLists.txt").read_text()
-    sanitized = (ROOT / "tests" / "native" / "cpp" / "CMakeLists.txt").read_text()
+    sanitized = (ROOT / "tests/native" / "cpp/CMakeLists.txt").read_text()
     assert "$<$<CONFIG:Debug>:MPOE_CHECKS>" in debug
     assert "target_compile_definitions(kernels PRIVATE MPOE_CHECKS)" in sanitized

@@ -108,7 +108,7 @@ def diverged(folder: Path) -> dict[str, Any]:
         bad = trainer.args.process_index == 1 and trainer.state.global_step == 1
         return original(*arguments, **options) + (float("inf") if bad else 0.0)
 
-    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    trainer.compute_loss = compute_loss
     try:
         trainer.train()
     except DivergenceError as error:

@@ -3,7 +3,6 @@ name."""
 
 import dataclasses
 from operator import attrgetter
-from typing import Any
 
 import pytest
 import torch
@@ -114,7 +113,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    ("error", "options", "message"),
+    "error, options, message",
     [(error, *row) for error, rows in REFUSED.items() for row in rows],
 )
 def test_refusals(tmp_path, error, options, message):
@@ -127,7 +126,7 @@ GROUPS = [RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments]
 HERE = ("--output_dir", "unused", "--use_cpu")
 # Flags of the original's README and code, and what the options, or the configuration that is built
 # of them, then hold.
-ORIGINAL: list[tuple[type, str, dict[str, Any] | None]] = [
+ORIGINAL = [
     (DataOptions, "--data_dir there", {"data_dir": "there"}),
     (DataOptions, "--tasks one,other third", {"tasks": ["one", "other", "third"]}),
     (DataOptions, "--temperature 2", {"temperature": 2.0}),
@@ -178,9 +177,7 @@ ORIGINAL: list[tuple[type, str, dict[str, Any] | None]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "flags", "held"), ORIGINAL, ids=[flags for _, flags, _ in ORIGINAL]
-)
+@pytest.mark.parametrize("kind, flags, held", ORIGINAL, ids=[flags for _, flags, _ in ORIGINAL])
 def test_arguments_of_the_original(kind, flags, held):
     """As the commands read them; what the fields do is tested where they are used."""
     assert {word[2:] for word in flags.split() if word.startswith("--")} <= set(
@@ -203,7 +200,7 @@ def test_arguments_of_the_original(kind, flags, held):
     )
 
 
-def read(kind: type, *flags: object) -> Any:
+def read(kind, *flags):
     return parse([kind], [str(flag) for flag in flags])[0][0]
 
 
@@ -224,7 +221,7 @@ def test_load_layer(tmp_path):
     assert torch.equal(model.get_parameter(router), saved[router])
 
 
-def converted() -> Any:
+def converted():
     torch.manual_seed(0)
     flags = ("--num_experts", 2, "--shape", "paper", "--mpo_layers", "mlp,attention")
     return convert_to_mpoe(dense_model("t5"), read(ExpertOptions, *flags).build())

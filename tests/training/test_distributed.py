@@ -5,9 +5,6 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,16 +26,16 @@ FIRST = "trainer"
 BFLOAT16 = 5e-3
 
 
-def tolerance(name: str) -> float:
+def tolerance(name):
     return BFLOAT16 if "bfloat16" in name or "autocast" in name else 1e-5
 
 
-def continue_from(checkpoint: Path, folder: Path) -> None:
+def continue_from(checkpoint, folder):
     folder.mkdir(parents=True)
     shutil.copytree(checkpoint, folder / checkpoint.name)
 
 
-def check_alike(name: str, one: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+def check_alike(name, one, ranks):
     """Losses within 1e-5, masks and what they spare bit for bit, weights of both ranks
     identical."""
     relative = tolerance(name)
@@ -55,7 +52,7 @@ def check_alike(name: str, one: dict[str, Any], ranks: list[dict[str, Any]]) -> 
         torch.testing.assert_close(value, one["weights"][parameter], rtol=1e-3, atol=10 * relative)
 
 
-def do_both(names: Iterable[str], folder: Path) -> list[dict[str, Any]]:
+def do_both(names, folder):
     """The runs in this process and in two, compared; returns one process's results and those of
     both ranks."""
     one = {name: run(name, folder / "one", 1) for name in names}
@@ -76,7 +73,7 @@ def do_both(names: Iterable[str], folder: Path) -> list[dict[str, Any]]:
     return [one, *ranks]
 
 
-def check_saved(folder: Path, sharded: torch.Tensor, alone: torch.Tensor, relative: float) -> None:
+def check_saved(folder, sharded, alone, relative):
     """What FSDP2 gathered loads as ever, and computes the same."""
     loaded = load_mpoe(folder)
     family = "gpt2" if "GPT2" in type(loaded).__name__ else "t5"
@@ -154,7 +151,7 @@ def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path):
     assert killed.returncode not in (0, None)
     assert re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", killed.stdout), killed.stdout
     assert "Signal 9 (SIGKILL)" in killed.stdout
-    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-3"
     resumed = torchrun("tiny", tmp_path / "run", "t5", 8, "never", "resume")
     assert resumed.returncode == 0, resumed.stdout
     expected, found = (torch.load(tmp_path / name / "final.pt") for name in ("straight", "run"))
@@ -171,7 +168,7 @@ def test_two_ranks_compute_what_one_does(tmp_path):
 # ------------------------------------------------------------------ sharded loops
 
 
-def seal(checkpoint: Path) -> None:
+def seal(checkpoint):
     """Make a changed checkpoint look as if it had been written so."""
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     for name in manifest["files"]:
@@ -181,7 +178,7 @@ def seal(checkpoint: Path) -> None:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
+def alone(tmp_path):
     """A process group of this process."""
     dist.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1

@@ -3,10 +3,8 @@ one."""
 
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -24,14 +22,14 @@ from tests.assertions import differing, refuses
 from .tiny import Rows, make_trainer, mpoe_model, weights
 
 
-def all_finite(model: torch.nn.Module) -> bool:
+def all_finite(model):
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 class At(TrainerCallback):
     """Does something to the model after the optimizer step with this number."""
 
-    def __init__(self, step: int, action: Callable[[torch.nn.Module], None]) -> None:
+    def __init__(self, step, action):
         self.step, self.action = step, action
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -39,7 +37,7 @@ class At(TrainerCallback):
             self.action(model)
 
 
-def spoil(model: torch.nn.Module) -> None:
+def spoil(model):
     next(iter(model.parameters())).data[0, 0] = math.inf
 
 
@@ -69,7 +67,7 @@ def test_gradients_that_are_not_finite_do_not_reach_the_weights(tmp_path):
     parameter = next(p for p in trainer.model.parameters() if p.ndim > 1)
     calls = []
 
-    def poison(gradient: torch.Tensor) -> torch.Tensor:
+    def poison(gradient):
         calls.append(1)
         return gradient * math.nan if len(calls) == 3 else gradient
 
@@ -82,7 +80,7 @@ def test_gradients_that_are_not_finite_do_not_reach_the_weights(tmp_path):
     assert all_finite(trainer.model)
 
 
-@pytest.mark.parametrize(("step", "saving"), [(2, True), (6, False)])
+@pytest.mark.parametrize("step, saving", [(2, True), (6, False)])
 def test_weights_are_looked_at_before_a_checkpoint_and_at_the_end(tmp_path, step, saving):
     options = {"save_strategy": "steps", "save_steps": 1} if saving else {}
     trainer = make_trainer(tmp_path, callbacks=[At(step, spoil)], **options)
@@ -120,7 +118,7 @@ def test_allowed(tmp_path):
     )
 
 
-def scaled(tmp_path: Path, scale: float, **options: Any) -> Any:
+def scaled(tmp_path, scale, **options):
     """A trainer with a loss scaler, as float16 has on a GPU."""
     trainer = make_trainer(tmp_path, **options)
     accelerator = trainer.accelerator
@@ -174,7 +172,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.mark.parametrize(
-    ("asked", "rate"),
+    "asked, rate",
     [
         (("t5", 128, "finetune", "separable"), 1.5e-3),
         (("mpoe_t5", 64, "finetune", "separable"), 1.5e-3),  # never above what was tried
@@ -284,7 +282,7 @@ def test_it_goes_on_while_the_best_is_at_an_end():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "items", "message"), [(2, 5, "one process; got 2"), (1, 1, "two training items")]
+    "ranks, items, message", [(2, 5, "one process; got 2"), (1, 1, "two training items")]
 )
 def test_refusals(ranks, items, message):
     trainer = SimpleNamespace(args=SimpleNamespace(world_size=ranks), model=None)

@@ -84,7 +84,7 @@ def test_error_in_a_masked_step_releases_the_model():
     mask = GradientMask(model, 1.0)
     cores = model.layers[0].experts.up
 
-    def fail() -> None:
+    def fail():
         with mask.step(0):
             assert cores.central_masked
             assert mask.active
@@ -145,7 +145,7 @@ def test_masked_steps_change_everything_but_the_centrals(tmp_path, checkpointing
 
 
 def test_mask_is_off_during_evaluation(tmp_path):
-    seen: list[bool] = []
+    seen = []
 
     class Look(TrainerCallback):
         def on_prediction_step(self, args, state, control, model=None, **kwargs):
@@ -193,7 +193,7 @@ def test_callback_alone_in_the_ordinary_trainer(tmp_path):
 
 def test_optimizer_uses_per_core_rates_under_the_scheduler(tmp_path):
     trainer = make_trainer(tmp_path, "t5", max_steps=4, mpo_lr=2e-3, warmup_steps=0)
-    seen: list[dict[int, float]] = []
+    seen = []
 
     class Look(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):

@@ -1,7 +1,6 @@
 """The guard of the output folder, the checkpoints' completeness and the metrics file."""
 
 import errno
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,11 +29,11 @@ CONFIG = {
 }
 
 
-def make_checkpoint(run_dir: Path, step: int) -> Path:
+def make_checkpoint(run_dir, step):
     staged = checkpoints.staging_root(run_dir) / f"checkpoint-{step}"
     (staged / "sub").mkdir(parents=True)
     save_file({"a": torch.ones(step)}, staged / "model.safetensors")
-    (staged / "sub" / "state.bin").write_bytes(b"state")
+    (staged / "sub/state.bin").write_bytes(b"state")
     (staged / "optimizer.pt").touch()
     final = checkpoints.publish(staged, run_dir)
     staged.parent.rmdir()
@@ -42,7 +41,7 @@ def make_checkpoint(run_dir: Path, step: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("sign", "said"),
+    "sign, said",
     [
         *(
             (name, "another run; continue it with --resume")
@@ -93,7 +92,7 @@ def test_foreign_files_are_no_run_and_survive_overwrite(tmp_path):
     make_checkpoint(tmp_path, 3)
     (tmp_path / "model.safetensors").touch()
     write_metrics(tmp_path, {"step": 1})
-    (tmp_path / ".incomplete-checkpoints" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / ".incomplete-checkpoints/checkpoint-4").mkdir(parents=True)
     (tmp_path / ".deleting-checkpoint-1").mkdir()
     assert prepare_output_dir(tmp_path, overwrite=True, run_config={"seed": 2}) is None
     assert {path.name for path in tmp_path.iterdir()} == {*mine, RUN_FILE}
@@ -108,10 +107,10 @@ def test_resume_finds_the_last_complete_checkpoint(tmp_path):
     make_checkpoint(tmp_path, 10)
     cut_short = make_checkpoint(tmp_path, 11)
     (cut_short / "model.safetensors").write_bytes(b"w")
-    (make_checkpoint(tmp_path, 12) / "sub" / "state.bin").unlink()
-    (make_checkpoint(tmp_path, 15) / "sub" / "state.bin").write_bytes(b"state and more")
+    (make_checkpoint(tmp_path, 12) / "sub/state.bin").unlink()
+    (make_checkpoint(tmp_path, 15) / "sub/state.bin").write_bytes(b"state and more")
     (tmp_path / "checkpoint-13").mkdir()
-    (tmp_path / ".incomplete-checkpoints" / "checkpoint-14").mkdir(parents=True)
+    (tmp_path / ".incomplete-checkpoints/checkpoint-14").mkdir(parents=True)
     found = prepare_output_dir(tmp_path, resume=True, run_config={**CONFIG, "output_dir": "moved"})
     assert checkpoint_to_resume(True, tmp_path, None) == str(found)
     assert checkpoint_to_resume(None, tmp_path, None) is None
@@ -178,7 +177,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """Its files, the manifest and the folder before the new name, which the run's folder then gets
     to keep."""
-    told: list[tuple[str, bool]] = []
+    told = []
     final = tmp_path / "checkpoint-5"
     monkeypatch.setattr(checkpoints, "sync", lambda path: told.append((path.name, final.exists())))
     make_checkpoint(tmp_path, 5)
@@ -233,7 +232,7 @@ def test_a_folder_of_somebody_else(tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", ["nowhere", "link"])  # "link" leads to itself
 def test_links_that_lead_to_no_folder(tmp_path, target):
     (tmp_path / "link").symlink_to(tmp_path / target)
-    for folder in (tmp_path / "link", tmp_path / "link" / "run"):
+    for folder in (tmp_path / "link", tmp_path / "link/run"):
         refuses(
             NotADirectoryError,
             r"output_dir must be a folder; .*link is a symbolic link that",

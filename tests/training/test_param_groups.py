@@ -1,8 +1,6 @@
 """Rates, decay and freezing of the optimizer's parameter groups; training models with neurons."""
 
 import warnings
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,19 +23,19 @@ from .tiny import Rows, Toy, dense_model, make_trainer, mpoe_model
 from .tiny import arguments as run_arguments
 
 
-def arguments(tmp_path: Path, **kwargs: Any) -> MPOETrainingArguments:
+def arguments(tmp_path, **kwargs):
     return MPOETrainingArguments(
         output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, **kwargs
     )
 
 
-def rates(groups: list[dict[str, Any]]) -> dict[int, tuple[float, float, str]]:
+def rates(groups):
     found = {id(p): (g["lr"], g["weight_decay"], g["kind"]) for g in groups for p in g["params"]}
     assert len(found) == sum(len(g["params"]) for g in groups), "a parameter is in two groups"
     return found
 
 
-def pretrained_toy(gauge: str = "symmetric") -> Toy:
+def pretrained_toy(gauge="symmetric"):
     """Cores decomposed from weights, so that their ratios differ from each other."""
     model = Toy()
     for _, cores in mpo_modules(model):
@@ -49,7 +47,7 @@ def pretrained_toy(gauge: str = "symmetric") -> Toy:
 
 @pytest.mark.parametrize("gauge", ["symmetric", "orthogonal"])
 @pytest.mark.parametrize(
-    ("options", "base", "central", "auxiliary"),
+    "options, base, central, auxiliary",
     [
         ({}, 1e-3, 0.35, 0.5),
         ({"regime": "scratch"}, 1e-3, 1.0, 0.1),
@@ -176,7 +174,7 @@ BALANCED = RouterConfig(
 )
 
 
-@pytest.mark.parametrize(("family", "latent"), pairwise(["t5", "gpt2", "bert"], [None, 8]))
+@pytest.mark.parametrize("family, latent", pairwise(["t5", "gpt2", "bert"], [None, 8]))
 def test_the_loss_falls(family, latent, tmp_path):
     """With the dense network and P, Q frozen in every step, so that only the experts and the router
     learn in it."""
@@ -209,7 +207,7 @@ def test_the_loss_falls(family, latent, tmp_path):
 def test_the_trainer_moves_the_correction_bias_against_the_load(tmp_path):
     model = mpoe_model("gpt2", **{**NEURONS, "router": BALANCED})
     trainer = make_trainer(tmp_path, "gpt2", model, max_steps=3, gradient_accumulation_steps=2)
-    loads: list[torch.Tensor] = []
+    loads = []
     compute = trainer.compute_loss
 
     def watched(*arguments, **options):
@@ -261,7 +259,7 @@ def test_the_dense_networks_moments_survive_conversion(latent, tmp_path):
         for p, state in first.optimizer.state.items()
     }
     converted = convert_to_mpoe(dense, MPOEConfig(**NEURONS, latent=latent), inplace=True)
-    options: dict[str, Any] = {"max_steps": 2, "previous_optimizer": first.optimizer}
+    options = {"max_steps": 2, "previous_optimizer": first.optimizer}
     trainer = make_trainer(tmp_path / "mixture", "gpt2", converted, **options)
     state = trainer.create_optimizer().state
     new = [name for name, p in converted.named_parameters() if id(p) not in before]

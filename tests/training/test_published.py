@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -42,21 +40,21 @@ NEW = {"config.json": "{}", "model-00001-of-00001.safetensors": "new", "experts/
 class Saved:
     """Stands in for a model."""
 
-    def __init__(self, files: dict[str, str]) -> None:
+    def __init__(self, files):
         self.files = files
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder):
         for name, text in self.files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
 
 
-def save(folder: Path, files: dict[str, str], overwrite: bool = True) -> None:
+def save(folder, files, overwrite=True):
     with model_folder(check_model_output("OUT", folder, overwrite), Saved(files), None):
         pass
 
 
-def contents(folder: Path) -> dict[str, str]:
+def contents(folder):
     """Text by name, of links and empty folders what they are; without the manifest."""
     found = {}
     for path in folder.rglob("*"):
@@ -72,7 +70,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(params=["manifest", "older"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def folder(request, tmp_path):
     """With the old model, as it is saved now, or as it was before there were manifests."""
     save(tmp_path / "k", OLD)
     if request.param == "older":
@@ -92,23 +90,23 @@ def test_a_model_replaces_another(folder):
     assert contents(folder).keys() == {"config.json", "README.md", ".incomplete-of-a-killed-save"}
 
 
-def linked(folder: Path, name: str) -> None:
+def linked(folder, name):
     """Moves a file or folder out and leaves a link."""
     shutil.move(folder / name, folder.parent / "elsewhere")
     (folder / name).symlink_to(folder.parent / "elsewhere")
 
 
-def as_folder(folder: Path, name: str) -> None:
+def as_folder(folder, name):
     (folder / name).unlink()
     (folder / name).mkdir()
 
 
-FOREIGN: dict[str, Callable[[Path], object]] = {
+FOREIGN = {
     "notes.txt": lambda folder: (folder / "notes.txt").write_text("mine"),
     "run.json": lambda folder: (folder / "run.json").touch(),
     "mine.safetensors": lambda folder: (folder / "mine.safetensors").touch(),
-    "experts/mine.expert": lambda folder: (folder / "experts" / "mine.expert").write_text("mine"),
-    "experts/none.expert": lambda folder: (folder / "experts" / "none.expert").write_text("mine"),
+    "experts/mine.expert": lambda folder: (folder / "experts/mine.expert").write_text("mine"),
+    "experts/none.expert": lambda folder: (folder / "experts/none.expert").write_text("mine"),
     "experts": lambda folder: linked(folder, "experts"),
     "model.safetensors": lambda folder: as_folder(folder, "model.safetensors"),
     "README.md": lambda folder: (folder / "README.md").mkdir(),
@@ -158,14 +156,14 @@ def test_a_link_is_replaced_and_not_written_through(folder):
 CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")  # of `os`
 
 
-def left_by_kills(folder: Path, patch: pytest.MonkeyPatch) -> list[Path]:
+def left_by_kills(folder, patch):
     """Copies of a folder whose model is replaced, one before every change of files: what a process
     that dies there leaves."""
-    copies: list[Path] = []
+    copies = []
     is_copying = False
 
-    def copied(call: Callable) -> Callable:
-        def run(*values: object, **named: object) -> object:
+    def copied(call):
+        def run(*values, **named):
             nonlocal is_copying
             if not is_copying:
                 is_copying = True
@@ -183,7 +181,7 @@ def left_by_kills(folder: Path, patch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_killed_at_any_change_leaves_the_old_model_or_the_new_one(folder, monkeypatch):
-    seen: list[dict[str, str]] = []
+    seen = []
     for there in left_by_kills(folder, monkeypatch):
         hidden = {name for name in contents(there) if name.startswith(".complete-model/")}
         is_begun = bool(hidden) and contents(there).keys() - hidden != OLD.keys() | {"_run.lock"}
@@ -268,7 +266,7 @@ def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path):
         finish(folder)
         assert (victim / "a.expert").read_text() == "mine", old
     (whole / "experts").mkdir(parents=True)
-    (whole / "experts" / "a.expert").write_text("theirs")
+    (whole / "experts/a.expert").write_text("theirs")
     refuses(FileExistsError, "mpoe did not write .*experts", finish, folder)
     (whole / MANIFEST).write_text('{"files": ["experts", "experts/a.expert", "config.json"]}')
     refuses(FileExistsError, "mpoe did not write .*experts", finish, folder)
@@ -293,7 +291,7 @@ def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path):
 
 def test_info_finishes_what_a_kill_left(folder):
     (folder / ".complete-model").mkdir()
-    (folder / "config.json").rename(folder / ".complete-model" / "config.json")
+    (folder / "config.json").rename(folder / ".complete-model/config.json")
     refuses(ValueError, "must hold a valid field 'mpoe'", lambda: list(facts_of(folder)))
     assert contents(folder) == OLD
 
@@ -301,7 +299,7 @@ def test_info_finishes_what_a_kill_left(folder):
 def test_a_background_that_is_a_link_out_is_not_taken(tmp_path, capsys):
     (tmp_path / "beside").mkdir()
     (tmp_path / "private").touch()
-    (tmp_path / "beside" / "background.safetensors").symlink_to(tmp_path / "private")
+    (tmp_path / "beside/background.safetensors").symlink_to(tmp_path / "private")
     assert background_beside(None, [tmp_path / "beside"]) is None
     assert "background.safetensors must not be a link that leads out" in capsys.readouterr().out
 
@@ -334,7 +332,7 @@ def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path):
     assert json.loads((tmp_path / MANIFEST).read_text())["files"] == sorted(every)
 
 
-def end_run(folder: Path, files: dict[str, str]) -> None:
+def end_run(folder, files):
     staging_folder(folder).mkdir()
     Saved(files).save_pretrained(staging_folder(folder))
     publish_run(folder)

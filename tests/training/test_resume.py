@@ -3,10 +3,8 @@ products as that did."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -34,7 +32,7 @@ from .tiny import (
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
 )
-MIXTURES: dict[str, dict[str, Any]] = {
+MIXTURES = {
     "switch": {},
     "moe": {"moe_type": "moe", "router": {"jitter": 0.1}},
     "moe_dense": {"moe_type": "moe", "expert_type": "dense", "router": None},
@@ -55,7 +53,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "steps"),
+    "name, family, steps",
     [("switch", "t5", (1, 2, 3)), ("switch", "gpt2", (1,)), ("switch", "bert", (1,))]
     + [
         (name, family, (1,))
@@ -67,7 +65,7 @@ def test_resume_is_bit_identical(tmp_path, name, family, steps):
     second."""
     last = steps[-1] + 2
 
-    def made(folder: Path) -> Any:
+    def made(folder):
         model = mpoe_model(family, dropout=0.1, jitter=0.1, **MIXTURES[name])
         options = resume_options(family, last) | {
             "model": model,
@@ -105,7 +103,7 @@ def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch
     trainer = make_trainer(tmp_path / "run", **resume_options("t5", 6))
     original = type(trainer)._save_rng_state
 
-    def fail(self: Any, output_dir: str) -> None:
+    def fail(self, output_dir):
         if self.state.global_step == 6:
             raise OSError("disk full")
         original(self, output_dir)
@@ -113,7 +111,7 @@ def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch
     monkeypatch.setattr(type(trainer), "_save_rng_state", fail)
     refuses(OSError, "disk full", trainer.train)
     monkeypatch.undo()
-    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-3"
     resumed = make_trainer(tmp_path / "run", **resume_options("t5", 6))
     resumed.train(resume_from_checkpoint=True)
     assert not differing(straight.model, resumed.model)
@@ -139,7 +137,7 @@ def test_run_that_died_before_its_first_checkpoint_starts_again(tmp_path):
 
 def test_incomplete_checkpoint_is_refused(tmp_path):
     make_trainer(tmp_path, **resume_options("t5", 3)).train()
-    (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
+    (tmp_path / "checkpoint-3/optimizer.pt").write_bytes(b"half")
     trainer = make_trainer(tmp_path, **resume_options("t5", 3))
     refuses(
         ValueError,
@@ -185,7 +183,7 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    "other, message",
     [
         ({"num_experts": 3}, r"mpoe\.num_experts was 4, the model has 3"),
         ({"shape": "paper"}, r"mpoe\.shape was 'separable', the model has 'paper'"),
@@ -221,7 +219,7 @@ def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(tmp_path, mon
     assert not {"lm_head.weight", "encoder.embed_tokens.weight"} & set(
         weights
     )  # names of shared.weight
-    said: list[str] = []
+    said = []
     monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *_: said.append(text))
     resumed = make_trainer(tmp_path, "t5", mpoe_model("t5", seed=5), max_steps=2, **options)
     resumed.train(resume_from_checkpoint=True)
@@ -259,12 +257,12 @@ Machine = Callable[[int], None]
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def machine(tmp_path, monkeypatch):
     """A new process on a new machine, on which the n-th candidate of those that are timed is the
     fastest."""
     monkeypatch.setenv(autotune.SETTING, "1")
 
-    def move(place: int) -> None:
+    def move(place):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{place}"))
         monkeypatch.setattr(autotune, "_seconds", preferring(place))
         autotune.forget()
@@ -274,7 +272,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     autotune.forget()
 
 
-def train(folder: Path, steps: int, resume: bool = False) -> dict[str, torch.Tensor]:
+def train(folder, steps, resume=False):
     trainer = make_trainer(folder, **resume_options("t5", steps) | {"save_steps": 1})
     trainer.train(resume_from_checkpoint=resume or None)
     return weights(trainer.model)
@@ -286,10 +284,10 @@ def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(machine, tmp_path):
     assert chosen
     for step in (3, 4):
         assert checkpoints.choices_of(tmp_path / "run" / f"checkpoint-{step}") == chosen
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
     machine(LAST)
     assert not differing(train(tmp_path / "run", 4, resume=True), whole)
-    assert checkpoints.choices_of(tmp_path / "run" / "checkpoint-4") == chosen
+    assert checkpoints.choices_of(tmp_path / "run/checkpoint-4") == chosen
     machine(LAST)
     # A new run chooses for the machine it is on.
     assert differing(train(tmp_path / "new", 4), whole)
@@ -322,6 +320,6 @@ def test_ranks_whose_clocks_disagree_compute_the_same(tmp_path):
     assert first["alone"]["logits"] != second["alone"]["logits"], "the test can fail"
     for name in ("split", "weights", "chosen"):
         assert first[name] == second[name], name
-    recorded = checkpoints.choices_of(tmp_path / "run" / "checkpoint-2")
+    recorded = checkpoints.choices_of(tmp_path / "run/checkpoint-2")
     assert recorded == first["chosen"]
     assert first["chosen alone"].items() <= recorded.items()

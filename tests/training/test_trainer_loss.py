@@ -1,8 +1,6 @@
 """One optimizer step is the same however its batch is cut; what is logged and evaluated."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +16,8 @@ from .tiny import PAD, Rows, dense_model, make_trainer, mpoe_model
 class Gradients(TrainerCallback):
     """Keeps a copy of all gradients of every optimizer step."""
 
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
+    def __init__(self):
+        self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.steps.append(
@@ -28,13 +26,13 @@ class Gradients(TrainerCallback):
 
 
 def one_step(
-    tmp_path: Path,
-    family: str,
-    rows: torch.utils.data.Dataset,
-    size: int,
-    pieces: int,
-    **options: Any,
-) -> tuple[float, dict[str, torch.Tensor]]:
+    tmp_path,
+    family,
+    rows,
+    size,
+    pieces,
+    **options,
+):
     gradients = Gradients()
     model = options.pop("model", None) or mpoe_model(family)
     defaults = {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
@@ -52,9 +50,7 @@ def one_step(
     return trainer.state.log_history[0]["loss"], gradients.steps[-1]
 
 
-def assert_same_step(
-    one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, dict[str, torch.Tensor]]
-) -> None:
+def assert_same_step(one, other):
     assert one[0] == pytest.approx(other[0], rel=1e-6)
     assert one[1].keys() == other[1].keys()
     for name, gradient in one[1].items():
@@ -62,7 +58,7 @@ def assert_same_step(
         assert error <= 1e-5 * gradient.norm() + 1e-7, name
 
 
-def repeated(family: str) -> Rows:
+def repeated(family):
     """16 rows: the same four, four times; every micro-batch of four then has the same auxiliary
     loss."""
     rows = Rows(family, rows=4)
@@ -83,14 +79,14 @@ def test_16x1_equals_4x4_with_auxiliary_loss(tmp_path, family):
     assert (whole[1][router] - without[1][router]).norm() > 1e-3 * whole[1][router].norm()
 
 
-def without_auxiliary(family: str) -> Any:
+def without_auxiliary(family):
     model = mpoe_model(family)
     model.config.mpoe["router"] |= {"balance_loss_weight": 0.0, "z_loss_weight": 0.0}
     return model
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
+    "family, kind",
     [("t5", "mpoe"), ("gpt2", "mpoe"), ("bert", "mpoe"), ("t5", "dense")]
     + [pytest.param(family, "dense", marks=pytest.mark.exhaustive) for family in ("gpt2", "bert")],
 )
@@ -98,7 +94,7 @@ def test_targets_weigh_alike_whatever_their_micro_batch(tmp_path, family, kind):
     """Rows have different numbers of targets, so that a mean of micro-batch means would be
     wrong."""
 
-    def model() -> Any:
+    def model():
         torch.manual_seed(0)
         return dense_model(family) if kind == "dense" else without_auxiliary(family)
 
@@ -177,9 +173,9 @@ def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(tmp_path, fami
 
 
 def test_t5_is_evaluated_on_generated_text(tmp_path):
-    seen: list[Any] = []
+    seen = []
 
-    def metric(prediction: Any) -> dict[str, float]:
+    def metric(prediction):
         seen.append(prediction)
         return {"rows": float(len(prediction.predictions))}
 
@@ -227,7 +223,7 @@ def test_refusals(tmp_path):
     with pytest.raises(
         TypeError, match="args must be MPOETrainingArguments; got TrainingArguments"
     ):
-        MPOETrainer(model=mpoe_model("t5"), args=TrainingArguments(output_dir=str(tmp_path)))  # type: ignore[arg-type]
+        MPOETrainer(model=mpoe_model("t5"), args=TrainingArguments(output_dir=str(tmp_path)))
     refuses(
         ValueError,
         "predict_with_generate needs an encoder-decoder",

@@ -2,7 +2,6 @@
 imported."""
 
 import os
-from collections.abc import Callable
 
 import pytest
 
@@ -15,7 +14,7 @@ if in_interpreter() or (triton_reasons() and not os.environ.get("MPOE_REQUIRE_AL
 
 
 @pytest.fixture
-def with_triton(lacks: Callable[[str], None]) -> None:
+def with_triton(lacks):
     """Skip if Triton is missing (with ``MPOE_REQUIRE_ALL``: fail)."""
     if reasons := triton_reasons():
         lacks("; ".join(reasons))

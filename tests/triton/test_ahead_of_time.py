@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOOD = Binary(128, 0, 0, 65536, 0, 16, True)
 
 
-def kernels_of_the_backend() -> set[str]:
+def kernels_of_the_backend():
     """Every function in the package that Triton compiles and that is launched on its own."""
     found = set()
     for info in pkgutil.walk_packages(mpoe_kernels.__path__, "mpoe_kernels."):
@@ -211,18 +211,16 @@ def test_numbers_that_grow_with_the_tokens_are_not_specialised():
 
 
 @pytest.fixture
-def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+def forks(monkeypatch):
     """The command compiles in forks of this process, which has already imported everything."""
     monkeypatch.setattr(gpu_compile, "get_context", lambda _: get_context("fork"))
 
 
-def binary_of(job: Job) -> Binary:
+def binary_of(job):
     return compiled(job)[job.name]
 
 
-def planted(
-    size: int, warps: int, stages: int, kind: str = "*bf16", architecture: str = "sm_90"
-) -> Job:
+def planted(size, warps, stages, kind="*bf16", architecture="sm_90"):
     signature = (
         ("a", kind),
         ("b", kind),
@@ -260,7 +258,7 @@ def test_counting_the_pairs_of_thousands_of_experts_does_not_spill():
     assert [binary_of(job).problems("sm_90") for job in counted] == [[], []]
 
 
-@pytest.mark.parametrize(("architecture", "warps"), [("sm_80", 2), ("gfx942", 1)])
+@pytest.mark.parametrize("architecture, warps", [("sm_80", 2), ("gfx942", 1)])
 def test_a_kernel_that_spills_is_stopped(architecture, warps):
     (problem,) = binary_of(planted(128, warps, 1, architecture=architecture)).problems(architecture)
     assert problem.startswith("spills: ")
@@ -327,7 +325,7 @@ __global__ void __launch_bounds__(1024) gradient_kernel(float* x, int n) {
 
 @pytest.mark.skipif(not (os.environ.get("CUDACXX") or gpu_compile.find("nvcc")), reason="no nvcc")
 @pytest.mark.parametrize(
-    ("code", "problem"),
+    "code, problem",
     [(SPILLING, "nvcc failed"), ("__global__ void f() { int unused; }", "never referenced")],
 )
 def test_what_nvcc_warns_of_is_stopped(code, problem, tmp_path):
@@ -354,7 +352,7 @@ def test_the_command_compiles_a_kernel_of_ours(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "words, message",
     [(["--arch", "sm_70"], "--arch must be among"), (["hip"], "kinds must be among")],
 )
 def test_refusals(words, message, capsys):

@@ -45,7 +45,7 @@ def test_instructions_count_as_often_as_their_loops_run():
         machine_code.executed("some_kernel", CODE, (2,))
 
 
-def code_of(*lines: str) -> str:
+def code_of(*lines):
     return "".join(
         f"\n        /*{16 * at:04x}*/                   {words} ;" for at, words in enumerate(lines)
     )
@@ -69,7 +69,7 @@ def test_loads_count_where_their_results_are_first_used():
     assert machine_code.executed("some_kernel", code_of(*loop), (5,)).loads == 10
 
 
-@pytest.mark.parametrize(("ahead", "loads"), [("0x0", 6), ("0x1", 3), ("0x2", 2)])
+@pytest.mark.parametrize("ahead, loads", [("0x0", 6), ("0x1", 3), ("0x2", 2)])
 def test_asynchronous_copies_that_were_issued_turns_ahead_wait_for_a_part(ahead, loads):
     turn = [f"DEPBAR.LE SB0, {ahead}", "BAR.SYNC.DEFER_BLOCKING 0x0"]
     turn += [
@@ -171,7 +171,7 @@ def test_the_table_has_every_call():
 def test_the_page_says_the_tables_figures_and_which_miss_their_limits():
     calls, page = (
         json.loads(floors.TABLE.read_text()),
-        (ROOT / "docs" / "kernels_triton.md").read_text(),
+        (ROOT / "docs/kernels_triton.md").read_text(),
     )
     wanted = []
     for name, case in floors.CASES.items():
@@ -195,7 +195,7 @@ def test_the_page_says_the_tables_figures_and_which_miss_their_limits():
 
 
 @pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
+def planted(monkeypatch, tmp_path):
     """A table that says what a call's figures are."""
     call = "hidden d=768 E=8 k=2 forward"
     kept = {"x_dense": 1.45, "floor_us": 100.0, "launches": 8}
@@ -209,7 +209,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    "change, line",
     [
         ({"launches": 7}, "launches 8; at most 7"),
         ({"floor_us": 90.0}, "floor_us 100.0; at most 91.8"),

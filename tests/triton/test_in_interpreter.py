@@ -17,12 +17,12 @@ SLOW, EXHAUSTIVE = "pytest.mark.slow", "pytest.mark.exhaustive"
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-def marked(mark: str) -> list[Path]:
+def marked(mark):
     """Files with a test that has the mark."""
     return [path for path in sorted(FOLDER.glob("test_*.py")) if mark in path.read_text()]
 
 
-def run(paths: list[Path], *options: str) -> None:
+def run(paths, *options):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["MPOE_TEST_BACKENDS"] = "triton"  # of tests/kernels
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = (
@@ -69,5 +69,5 @@ def test_slow_ones_in_a_process_of_their_own(path):
     ],
 )
 def test_spoiled_rows(which):
-    spoiled = FOLDER.parents[1] / "kernels" / "test_spoiled.py"
+    spoiled = FOLDER.parents[1] / "kernels/test_spoiled.py"
     run([spoiled], "-p", "tests.triton.interpreted.conftest", "-W", "ignore", "-m", which)

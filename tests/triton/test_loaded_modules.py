@@ -1,9 +1,6 @@
 """What Triton would load, by a driver that has no device: a captured graph must find every module
 loaded."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import pytest
 import shipped_kernels as shipped
 import torch
@@ -21,13 +18,13 @@ WAYS = 3  # in the longest table of tiles that are timed
 class NoDevice:
     """As much of a driver as a launch asks before it looks up its kernel."""
 
-    def get_current_device(self) -> int:
+    def get_current_device(self):
         return 0
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device):
         return 0
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
 
@@ -42,24 +39,24 @@ class Loads:
         captured: whether a graph is being captured.
     """
 
-    def __init__(self) -> None:
-        self.seen: set[tuple[Any, ...]] = set()
-        self.new: list[str] = []
+    def __init__(self):
+        self.seen = set()
+        self.new = []
         self.fastest, self.timed, self.captured = 0, 0, False
 
-    def look_up(self, function: Any, key: Any, *_: Any) -> None:
+    def look_up(self, function, key, *_):
         if (function.__name__, key) not in self.seen:
             self.seen.add((function.__name__, key))
             self.new.append(function.__name__)
 
-    def milliseconds(self, run: Callable[[], None]) -> float:
+    def milliseconds(self, run):
         run()
         self.timed += 1
         return abs(self.timed % WAYS - self.fastest)
 
 
 @pytest.fixture
-def loads() -> Iterator[Loads]:
+def loads():
     found, launch = Loads(), start._launch
     with shipped.as_on_gpu("sm_90", only_ours=True), pytest.MonkeyPatch.context() as patches:
         patches.setattr(driver, "_active", NoDevice())
@@ -80,7 +77,7 @@ def loads() -> Iterator[Loads]:
 SHAPE = shipped.shapes()["paper 64"][0]
 SEPARABLE = shipped.shapes()["separable"][0]
 # What runs for some tokens, by name.
-OPS: dict[str, Callable[[int], None]] = {
+OPS = {
     "neurons": lambda tokens: shipped.run_neurons(768, tokens, torch.bfloat16, True, 64, 8, 64),
     "many neurons": lambda tokens: shipped.run_neurons(
         768, tokens, torch.bfloat16, False, 8, 2, 512
@@ -135,7 +132,7 @@ def test_a_launch_of_another_kind_would_be_seen(loads, monkeypatch):
 def test_no_tile_fits(loads, monkeypatch):
     """One that does not is passed over; where none does, the last refusal is raised."""
 
-    def refuse(run: Callable[[], None]) -> float:
+    def refuse(run):
         raise BackendError("out of resources")
 
     monkeypatch.setattr(start, "_milliseconds", refuse)

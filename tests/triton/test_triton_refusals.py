@@ -1,7 +1,6 @@
 """Wrong use of the Triton backend through the public ops gives its reasons, not a stack trace from
 inside Triton."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 OPS = [op for op in ARGUMENTS if not op.startswith("mpo_embedding")]  # which PyTorch computes
 
 
-def run_on_triton(op: str, dtype: torch.dtype = torch.float32) -> None:
+def run_on_triton(op, dtype=torch.float32):
     """The raw op, with tensors of the CPU."""
     given = {**calls("eager", op), "backend": "triton"}
     run(
@@ -48,7 +47,7 @@ def test_cpu_tensors_and_float64_are_named_together(op):
 
 
 @pytest.fixture
-def forgetful(monkeypatch: pytest.MonkeyPatch):
+def forgetful(monkeypatch):
     """Clears cached answers about the machine, before and after the test."""
     for question in (architecture.triton_installed, architecture.triton_reasons):
         question.cache_clear()
@@ -71,7 +70,7 @@ def test_without_triton(forgetful):
 
 
 @pytest.mark.parametrize(
-    ("name", "reasons"), [("gfx942:sramecc+:xnack-", 0), ("gfx90a:sramecc+", 1), ("gfx1100", 1)]
+    "name, reasons", [("gfx942:sramecc+:xnack-", 0), ("gfx90a:sramecc+", 1), ("gfx1100", 1)]
 )
 def test_of_amds_cards_others_than_the_mi300_are_refused_by_name(name, reasons, monkeypatch):
     """Their matrix instructions differ, and no kernel was compiled for them."""
@@ -132,8 +131,8 @@ def test_what_triton_finds_out_too_late_is_said_in_our_words():
     class TooLarge:
         __name__ = "grouped_rows_kernel"
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(**arguments: object) -> None:
+        def __getitem__(self, grid):
+            def launch(**arguments):
                 raise OutOfResources(262144, 101376, "shared memory")
 
             return launch

@@ -17,7 +17,7 @@ def _keep_types_of_numbers() -> None:
     plain = interpreter._get_np_dtype
     kept: dict[str, Any] = {}
 
-    def get(type):  # type: ignore[no-untyped-def]
+    def get(type):
         if type.name not in kept:
             kept[type.name] = plain(type)
         return kept[type.name]
@@ -29,7 +29,7 @@ def _keep_block_types() -> None:
     plain = tl.block_type.__init__
     kept: dict[tuple[Any, ...], tuple[tuple[int, ...], int, str]] = {}
 
-    def __init__(self, element_ty, shape):  # type: ignore[no-untyped-def]
+    def __init__(self, element_ty, shape):
         key = (element_ty.name, *shape)
         found = kept.get(key)
         if found is None:
@@ -46,7 +46,7 @@ def _keep_shapes_of_tensors() -> None:
     plain = tl.tensor.__init__
     kept: dict[str, tuple[Any, Any]] = {}
 
-    def __init__(self, handle, type):  # type: ignore[no-untyped-def]
+    def __init__(self, handle, type):
         found = kept.get(type.name)
         if found is None:
             plain(self, handle, type)
@@ -70,7 +70,7 @@ def _keep_names_of_builtins() -> None:
         for package in packages
     }
 
-    def patch(package, builder, *scope):  # type: ignore[no-untyped-def]
+    def patch(package, builder, *scope):
         if id(package) not in names:
             return plain(package, builder, *scope)
         for name in names[id(package)]:

@@ -80,17 +80,17 @@ def repair() -> None:
     interpreter._patch_lang = _patched_once(interpreter._patch_lang)
     dot, cast, convert = _Builder.create_dot, _Builder.cast_impl, _Builder.create_fp_to_fp
 
-    def widened(handle):  # type: ignore[no-untyped-def]
+    def widened(handle):
         return (
             _Handle(to_float(handle.data), tl.float32)
             if handle.dtype.scalar == tl.bfloat16
             else handle
         )
 
-    def create_dot(self, a, b, *rest):  # type: ignore[no-untyped-def]
+    def create_dot(self, a, b, *rest):
         return dot(self, widened(a), widened(b), *rest)
 
-    def cast_impl(self, source, target):  # type: ignore[no-untyped-def]
+    def cast_impl(self, source, target):
         pair = (source.dtype.scalar, target.scalar)
         if pair == (tl.float32, tl.bfloat16):
             return _Handle(to_bits(source.data), tl.bfloat16)
@@ -98,7 +98,7 @@ def repair() -> None:
             return _Handle(to_float(source.data), tl.float32)
         return cast(self, source, target)
 
-    def create_fp_to_fp(self, source, target, mode):  # type: ignore[no-untyped-def]
+    def create_fp_to_fp(self, source, target, mode):
         if {source.dtype.scalar, target.scalar} == {tl.float32, tl.bfloat16}:
             return cast_impl(self, source, target)
         return convert(self, source, target, mode)

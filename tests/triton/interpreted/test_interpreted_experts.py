@@ -2,7 +2,6 @@
 launches."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ class TestScenarios(ExpertScenarios):
     slow_cases = ("many experts", "top-4", "wide blocks", "parts of a tile", "one neuron")
 
 
-def mostly_slow(kind: type[Any], *default: str) -> pytest.MarkDecorator:
+def mostly_slow(kind, *default):
     cases = [
         pytest.param(name, marks=[pytest.mark.slow] * (name not in default)) for name in CASES[kind]
     ]
@@ -66,7 +65,7 @@ def test_a_thousand_experts():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
-    ("kind", "own"),
+    "kind, own",
     [(HiddenProblem, {"groups": 1, "block": 16}), (NeuronProblem, {"neurons": 130})],
 )
 def test_half_precision(kind, own, dtype):
@@ -74,7 +73,7 @@ def test_half_precision(kind, own, dtype):
 
 
 @pytest.mark.parametrize(
-    ("of", "dtype"),
+    "of, dtype",
     pairwise(
         [(kind, kernel) for kind in KERNELS for kernel in KERNELS[kind].TILES],
         [torch.float32, torch.bfloat16],
@@ -103,7 +102,7 @@ def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(of, dtype, monkey
         assert dirty["o"][7].isnan().all()
 
 
-def tokens_of(call: Any, tokens: slice) -> Any:
+def tokens_of(call, tokens):
     """The same call for some of the tokens."""
     rows = {
         name: getattr(call, name)
@@ -123,7 +122,7 @@ ALONE = {
 }
 
 
-def product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
+def product_in_order(a, b, dtype=None):
     """The interpreter's product as matrix units sum it: by the inner index in order, whatever the
     number of rows.
 
@@ -136,7 +135,7 @@ def product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndar
     return total
 
 
-@pytest.mark.parametrize(("name", "dtype"), pairwise(list(ALONE), [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize("name, dtype", pairwise(list(ALONE), [torch.float32, torch.bfloat16]))
 def test_a_token_has_the_same_bits_alone_and_in_any_batch(name, dtype, monkeypatch):
     """Of 300 tokens: sorted in one launch or two, on every tile; of 40: few slots of an expert, not
     kept on chip; alone: not sorted, narrow tiles."""
@@ -156,17 +155,15 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch(name, dtype, monkeypat
 @of_each_kind
 def test_rows_of_pairs_that_do_not_fit_go_in_pieces(kind, monkeypatch):
     """Of as many columns as fit; the bits stay."""
-    sizes: dict[str, int] = (
-        {"groups": 4, "block": 5} if kind is HiddenProblem else {"width": 80, "out": 70}
-    )
+    sizes = {"groups": 4, "block": 5} if kind is HiddenProblem else {"width": 80, "out": 70}
     problem = kind(tokens=40, experts=3, gated=True, with_bias=True, dtype=torch.float32, **sizes)
     monkeypatch.setattr(hidden, "_share", lambda *_: 1)
     whole = problem.computed("triton")
-    added: list[tuple[int, ...]] = []
+    added = []
     kernel = routing.kernels.sum_choices_kernel
     monkeypatch.setattr(routing, "MOST_ROWS", 1)
 
-    def note(*arguments: Any, **options: Any) -> None:
+    def note(*arguments, **options):
         if arguments[0] is kernel:
             added.append(options["rows"].shape)
         plain(*arguments, **options)
@@ -202,7 +199,7 @@ def test_opcheck(complete):
 # ------------------------------------------------------------------ launches
 
 
-def started(problem: Any, *need: bool) -> list[Any]:
+def started(problem, *need):
     """What a call launches on a GPU: the forward, or the needed gradients."""
     kernels = KERNELS[type(problem)]
     with recorded("sm_90") as found:
@@ -212,14 +209,14 @@ def started(problem: Any, *need: bool) -> list[Any]:
     return found
 
 
-def names(problem: Any, *need: bool) -> list[str]:
+def names(problem, *need):
     return [one.name for one in started(problem, *need)]
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("per_group", [False, True])
 def test_launches_of_the_hidden_side(per_group, gated):
-    sizes: dict[str, Any] = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
+    sizes = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
     problem = HiddenProblem(
         **sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32
     )
@@ -237,7 +234,7 @@ def test_launches_of_the_hidden_side(per_group, gated):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_launches_of_neurons(gated):
-    sizes: dict[str, Any] = {"experts": 4, "top_k": 2, "gated": gated, "dtype": torch.float32}
+    sizes = {"experts": 4, "top_k": 2, "gated": gated, "dtype": torch.float32}
     problem = NeuronProblem(tokens=50, with_bias=True, **sizes)
     assert names(problem) == ["sort_kernel", "neurons_fused_kernel", "sum_choices_kernel"]
     rows = ["sort_kernel", "neurons_hidden_kernel", "neurons_rows_kernel", "sum_choices_kernel"]
@@ -249,7 +246,7 @@ def test_launches_of_neurons(gated):
     assert names(problem, *[False] * 6) == []
 
 
-@pytest.mark.parametrize(("most", "warps"), [(4, 4), (3, 8)])
+@pytest.mark.parametrize("most, warps", [(4, 4), (3, 8)])
 def test_warps_beside_many_experts(most, warps, monkeypatch):
     """`tools/gpu_compile.py` sees what fewer would spill."""
     monkeypatch.setattr(neurons, "MOST_IN_FOUR_WARPS", most)
@@ -303,7 +300,7 @@ def test_one_choice_needs_no_sum(kind):
     assert "sum_choices_kernel" not in names(kind(tokens=90, top_k=1, dtype=torch.float32))
 
 
-@pytest.mark.parametrize(("tokens", "least"), [(64, 0.45), (4096, 0.9)])
+@pytest.mark.parametrize("tokens, least", [(64, 0.45), (4096, 0.9)])
 def test_most_rows_of_tiles_are_in_use(tokens, least):
     """64 experts, eight per token, chosen at random: more rows in a tile than slots of an expert
     would be idle."""
@@ -319,7 +316,7 @@ def test_most_rows_of_tiles_are_in_use(tokens, least):
 
 def test_few_tokens_share_an_idle_device():
     """Programs for parts of the columns, each of which computes the hidden activations."""
-    sizes: dict[str, Any] = {
+    sizes = {
         "top_k": 2,
         "experts": 8,
         "width": 256,

@@ -1,11 +1,8 @@
 """Every strategy of the grouped product, forward and backward, against the float64 reference."""
 
-from typing import Any
-
 import pytest
 import torch
 from mpoe_bench.cases import random_blocks
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, grouped_mpo_linear
@@ -23,7 +20,7 @@ from tests.linear_problem import KernelProblem, check_ffn, planned_strategies
 from tests.linear_scenarios import LinearScenarios
 
 
-def strategies_of(shape: MPOShape) -> list[str]:
+def strategies_of(shape):
     """What the planner may choose, and the fused kernels."""
     return planned_strategies(shape) + ([] if shape.is_separable else [ON_CHIP])
 
@@ -57,7 +54,7 @@ def test_masked_backward_computes_less():
     for strategy in strategies_of(case.shape):
         saved = case.forward(strategy)
 
-        def work(need: list[bool], strategy=strategy, saved=saved) -> int:
+        def work(need, strategy=strategy, saved=saved):
             with recorded("sm_90") as launches, Products() as products:
                 case.backward(strategy, saved, need)
             return len(launches) + products.count
@@ -68,7 +65,7 @@ def test_masked_backward_computes_less():
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy", "activation"),
+    "name, strategy, activation",
     [
         pytest.param("light", "rebuild", "gelu", marks=pytest.mark.exhaustive),
         ("light", "chain", "relu"),
@@ -106,7 +103,7 @@ def test_many_small_tiles_and_partial_sums(name, strategy, activation, monkeypat
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
 def test_one_reading_of_rows_gives_both_gradients(activation, dtype):
     """Experts without slots, slots without an expert."""
-    given: dict[str, Any] = {"tokens": 11, "experts": 5, "kind": "some_idle", "capacity": 6}
+    given = {"tokens": 11, "experts": 5, "kind": "some_idle", "capacity": 6}
     case = Case(SMALL_SHAPES["separable"], dtype, **given, with_bias=False, activation=activation)
     assert 0 < case.filled < 22
     assert not case.routing.expert_load.all()
@@ -180,7 +177,7 @@ def test_arguments_that_lie_apart(name, strategy):
     }
     blocks, x = random_blocks(shape, 2, torch.float32), torch.randn(5, shape.in_features)
 
-    def run(**changed: Tensor) -> Tensor:
+    def run(**changed):
         options = {"backend": "triton", "strategy": strategy, "activation": "gelu"}
         return grouped_mpo_linear(x, blocks, **{**arguments, **changed}, **options)
 
@@ -220,14 +217,12 @@ def test_many_small_fused_tiles_and_partial_sums(monkeypatch):
 # ------------------------------------------------------------------ what cannot be computed
 
 
-def with_shared_memory(
-    size: int, monkeypatch: pytest.MonkeyPatch, name: str = "interpreter"
-) -> None:
+def with_shared_memory(size, monkeypatch, name="interpreter"):
     monkeypatch.setattr(architecture, "target_of", lambda _: Target(name, size, 1))
 
 
 def test_a_dtype_or_a_device_without_a_kernel(monkeypatch):
-    def run(dtype: torch.dtype) -> None:
+    def run(dtype):
         blocks, offsets = (
             random_blocks(SMALL_SHAPES["light"], 2, dtype),
             torch.tensor([0, 1, 3]).int(),

@@ -9,7 +9,7 @@ import torch
 from mpoe_kernels import route
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.routing import triton_gates
-from mpoe_kernels.routing.gating import MOST_GATED, Gating, gates_of, gating_on_gpu
+from mpoe_kernels.routing.gating import MOST_GATED, gates_of, gating_on_gpu
 from mpoe_kernels.routing.op import CombineBackwardCall
 from tests.assertions import poisoned_memory
 from tests.cases import pairwise
@@ -27,8 +27,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("few", "most_parts"), [(256, 512), (0, 512), (0, 2)])
-@pytest.mark.parametrize(("tokens", "experts", "top_k", "capacity", "masked"), CASES)
+@pytest.mark.parametrize("few, most_parts", [(256, 512), (0, 512), (0, 2)])
+@pytest.mark.parametrize("tokens, experts, top_k, capacity, masked", CASES)
 def test_route_equals_loops(
     tokens,
     experts,
@@ -48,9 +48,7 @@ def test_route_equals_loops(
     check_route(index, experts, capacity, mask, backend="triton")
 
 
-def decided(
-    x: torch.Tensor, weight: torch.Tensor, top_k: int, raw: bool = True, scale: float = 1.0
-) -> Gating:
+def decided(x, weight, top_k, raw=True, scale=1.0):
     with poisoned_memory():
         found = gating_on_gpu(x, weight, top_k, raw, scale, "triton")
     assert found is not None
@@ -67,7 +65,7 @@ DTYPES = [
 GATES = [(0, 4, 2), (1, 1, 1), (37, 5, 3), (3, 1000, 16), (5, 8, 1)]  # tokens, experts, top_k
 
 
-@pytest.mark.parametrize(("dtypes", "sizes", "raw"), pairwise(DTYPES, GATES, [False, True]))
+@pytest.mark.parametrize("dtypes, sizes, raw", pairwise(DTYPES, GATES, [False, True]))
 def test_gates_and_gradients(
     dtypes,
     sizes,
@@ -108,7 +106,7 @@ def test_gates_and_gradients(
 def test_gradients_of_gates_have_gradients():
     x, weight = torch.randn(3, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
 
-    def first_derivative(gate) -> torch.Tensor:
+    def first_derivative(gate):
         (found,) = torch.autograd.grad(gate().square().sum(), x, create_graph=True)
         return torch.autograd.grad(found.square().sum(), weight)[0]
 
@@ -144,9 +142,7 @@ def test_gate_of_ties_infinities_and_nan():
 def test_what_is_not_gated_in_two_launches():
     x, weight = torch.zeros(1, 6), torch.zeros(4, 6)
 
-    def gated(
-        x: torch.Tensor, weight: torch.Tensor, backend: str | None = "triton"
-    ) -> Gating | None:
+    def gated(x, weight, backend="triton"):
         return gating_on_gpu(x, weight, 1, True, 1.0, backend)
 
     assert gated(x, weight) is not None
@@ -156,8 +152,8 @@ def test_what_is_not_gated_in_two_launches():
     assert gated(x, weight, None) is None
 
 
-@pytest.mark.parametrize(("most", "parts"), [(1000, 512), (0, 512), (0, 2)])
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (40, 5, 3), (100, 70, 2)])
+@pytest.mark.parametrize("most, parts", [(1000, 512), (0, 512), (0, 2)])
+@pytest.mark.parametrize("tokens, experts, top_k", [(1, 1, 1), (40, 5, 3), (100, 70, 2)])
 def test_slots_sorted_by_expert(tokens, experts, top_k, most, parts, monkeypatch):
     """In one launch or two; -1 and numbers past the last expert are none, which come last."""
     monkeypatch.setattr(routing, "MOST_AT_ONCE", most)

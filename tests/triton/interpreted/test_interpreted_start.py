@@ -1,8 +1,6 @@
 """Which of a kernel's tiles a launch takes: the fastest for such a problem, or without timing the
 first."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -15,12 +13,12 @@ TILES = (start.Tile(16, 16, 16, 4), start.Tile(32, 16, 16, 4))
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def timed(monkeypatch):
     """Where the interpreter may time, every run takes less time than the one before; the numbers of
     runs."""
-    runs: list[int] = []
+    runs = []
 
-    def milliseconds(run: Callable[[], None]) -> float:
+    def milliseconds(run):
         run()
         runs.append(len(runs))
         return 1.0 / len(runs)
@@ -35,7 +33,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return runs
 
 
-def forward(tokens: int = 40, **sizes: int) -> torch.Tensor:
+def forward(tokens=40, **sizes):
     problem = HiddenProblem(tokens=tokens, experts=1, groups=1, dtype=torch.float32, **sizes)
     return hidden.forward(problem.call())
 
@@ -61,7 +59,7 @@ def test_widths_experts_and_powers_of_two_of_tokens_choose_for_themselves(timed)
 
 def test_a_captured_graph_takes_what_was_timed_before(timed, monkeypatch):
     forward()
-    rows: list[int] = []
+    rows = []
     launch = start._launch
     monkeypatch.setattr(
         start, "_launch", lambda k, g, a: rows.append(a.get("BM", 0)) or launch(k, g, a)
@@ -77,7 +75,7 @@ def test_a_captured_graph_takes_what_was_timed_before(timed, monkeypatch):
 def test_a_tile_that_does_not_fit_is_passed_over(timed, monkeypatch):
     launch = start._launch
 
-    def refuse(kernel, grid, arguments) -> None:
+    def refuse(kernel, grid, arguments):
         if arguments.get("BM") in refused:
             raise start.OutOfResources(262144, 101376, "shared memory")
         launch(kernel, grid, arguments)

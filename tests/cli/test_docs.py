@@ -37,29 +37,16 @@ def run_commands(cli, text):
     for line in "".join(blocks(text, "bash")).splitlines():
         if not line.strip() or INSTALL in line or line.startswith(LAUNCH):
             continue
-        program, command, *arguments = shlex.split(line, comments=True)
+        program, command, *arguments = map(shlex.quote, shlex.split(line, comments=True))
         assert program == "mpoe", line
         names = {"path/to/t5"} | ({"t5-base"} if command == "convert" else set())
         arguments = [str(stand_in_path("t5")) if a in names else a for a in arguments]
         arguments = [str(stand_in_path("gpt2")) if a == "path/to/model" else a for a in arguments]
         if command == "train":
-            if "--max_steps" not in arguments:
-                arguments += ["--max_steps", "1"]
-            arguments[arguments.index("--max_steps") + 1] = "1"
-            arguments += [
-                "--per_device_train_batch_size=4",
-                "--max_target_length=4",
-                "--save_strategy=no",
-                "--use_cpu",
-            ]
-        if command == "bench":
-            arguments += [
-                "--scale",
-                "tiny",
-                "--overwrite",
-                "--minutes",
-                ".001",
-            ]  # tests/bench measures
+            arguments.append("--max_steps=1 --per_device_train_batch_size=4 --max_target_length=4")
+            arguments.append("--save_strategy=no --use_cpu")
+        if command == "bench":  # tests/bench measures
+            arguments.append("--scale tiny --overwrite --minutes .001")
         cli(command, *arguments)
         ran.add(command)
     return ran

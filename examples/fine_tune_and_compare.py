@@ -6,8 +6,6 @@
 # to say which of twelve families of modules a sentence of Python's documentation is about. Runs
 # offline in less than a minute; with so few steps it shows how to make a comparison, not which
 # model wins. The notebook of the same name shows the output.
-#
-# usage: python examples/fine_tune_and_compare.py [STEPS] [FOLDER]
 
 # %%
 import random
@@ -22,6 +20,7 @@ from mpoe.data import evaluate_task, get_task, load_stand_in
 from mpoe.data.encode import encode_text_to_text
 from mpoe.data.task import with_subsets
 
+# usage: python examples/fine_tune_and_compare.py [STEPS] [FOLDER]
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
 folder = sys.argv[2] if len(sys.argv) > 2 else "runs/compare"
 dense, tokenizer = load_stand_in("t5")

@@ -7,8 +7,6 @@
 # and five commands. Here the base is a tiny Llama with random weights, so that it runs offline in
 # about a minute: give your own model's folder instead. The notebook of the same name shows the
 # output; the script runs as a whole, or cell by cell in an editor that supports such cells.
-#
-# usage: python examples/several_domains.py [FOLDER [BASE]]    FOLDER: default several_domains
 
 # %%
 import sys
@@ -24,6 +22,7 @@ from mpoe.cli.main import run
 from mpoe.data import load_stand_in
 from mpoe.data.domains import DOMAINS, domain_text
 
+# usage: python examples/several_domains.py [FOLDER [BASE]]
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "several_domains")
 base = Path(sys.argv[2] if len(sys.argv) > 2 else folder / "base")
 for name in DOMAINS:

@@ -29,7 +29,9 @@ from typing import Any, NamedTuple
 import shipped_kernels as shipped
 import torch
 import triton
-from machine_code import MATRIX, Binary, disassembled, find
+from machine_code import Binary, disassembled, find, of_amd
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -95,12 +97,9 @@ class Job(NamedTuple):
     def configuration(self) -> str:
         """Block sizes, warps and pipeline stages, e.g. ``BM 64, BN 128, BK 64, num_stages 3,
         num_warps 4``."""
+        shown = (*BLOCK_SIZES, "num_stages", "num_warps")
         words = [*self.constants, *self.options]
-        return ", ".join(
-            f"{name} {value}"
-            for name, value in words
-            if name in BLOCK_SIZES or name.startswith("num_")
-        )
+        return ", ".join(f"{name} {value}" for name, value in words if name in shown)
 
 
 def job_of(launch: Launch, architecture: str) -> Job:
@@ -116,41 +115,35 @@ def job_of(launch: Launch, architecture: str) -> Job:
     aligned = []
     for parameter in function.params:
         name = parameter.name
-        value = given.pop(parameter.name)
-        kind, multiple = ("constexpr", False) if parameter.is_constexpr else _type_of(name, value)
-        if parameter.do_not_specialize and isinstance(value, int):
-            kind = "i32" if abs(value) < 2**31 else "i64"
-            multiple = False
+        value = given.pop(name)
+        kind, multiple = _type_of(parameter, value)
         signature.append((name, kind))
         if kind == "constexpr":
             constants.append((name, value))
         if multiple:
             aligned.append(name)
     where = f"{function.fn.__module__}:{function.fn.__name__}"
-    return Job(
-        where,
-        architecture,
-        tuple(signature),
-        tuple(constants),
-        tuple(aligned),
-        tuple(sorted(given.items())),
-    )
+    options = sorted(given.items())
+    parts = map(tuple, (signature, constants, aligned, options))
+    return Job(where, architecture, *parts)
 
 
-def _type_of(name: str, value: Any) -> tuple[str, bool]:
-    """Triton's type of a run-time argument, and whether it is known to be a multiple of 16."""
+def _type_of(parameter: Any, value: Any) -> tuple[str, bool]:
+    """Triton's type of an argument, and whether it is known to be a multiple of 16."""
+    if parameter.is_constexpr or value is None:
+        return "constexpr", False
     if isinstance(value, torch.Tensor):
         offset = int(value.storage_offset()) * value.element_size()
         return f"*{_TYPES[value.dtype]}", offset % 16 == 0
-    if value is None:
-        return "constexpr", False
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value == 1:
-            return "constexpr", False
-        return "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
     if isinstance(value, float):
         return "fp32", False
-    raise TypeError(f"{name} must be a tensor, an integer or a float; got {type(value).__name__}")
+    if not isinstance(value, int) or isinstance(value, bool):
+        kind = type(value).__name__
+        raise TypeError(f"{parameter.name} must be a tensor, an integer or a float; got {kind}")
+    specialised = not parameter.do_not_specialize
+    if value == 1 and specialised:
+        return "constexpr", False
+    return "i32" if abs(value) < 2**31 else "i64", value % 16 == 0 and specialised
 
 
 @cache
@@ -181,20 +174,15 @@ def _by_triton(job: Job) -> Binary:
     if waits := _BETWEEN_PROGRAMS.findall(built.asm.get("ptx") or built.asm["amdgcn"]):
         raise RuntimeError(f"programs may wait for one another: {', '.join(sorted(set(waits)))}")
     wants = any("16>" in line or "tf32" in line for line in _DOT.findall(built.asm["ttir"]))
-    tensor_memory = getattr(built.metadata, "tmem_size", None) or 0
     if "cubin" in built.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(built.asm["cubin"])
-            (binary,) = disassembled(Path(file.name)).values()
-        return binary._replace(
-            shared=built.metadata.shared, tensor_memory=tensor_memory, wants_matrix=wants
-        )
-    code = built.asm["amdgcn"]
-    # Scalar registers spill into vector registers, not into memory.
-    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    used, spilled, local = (int(re.findall(rf"\.{field}:\s+(\d+)", code)[0]) for field in names)
-    matrix = len(MATRIX["hip"].findall(code))
-    return Binary(used, spilled, local, built.metadata.shared, tensor_memory, matrix, wants)
+        (binary,) = disassembled(built.asm["cubin"]).values()
+    else:
+        binary = of_amd(built.asm["amdgcn"])
+    return binary._replace(
+        shared=built.metadata.shared,
+        tensor_memory=getattr(built.metadata, "tmem_size", None) or 0,
+        wants_matrix=wants,
+    )
 
 
 def _by_nvcc(job: Job) -> dict[str, Binary]:
@@ -204,29 +192,18 @@ def _by_nvcc(job: Job) -> dict[str, Binary]:
     architecture = job.architecture.replace("sm_90", "sm_90a")
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "built.cubin"
-        command = [
-            nvcc,
-            *NVCC_FLAGS,
-            "-cubin",
-            f"-arch={architecture}",
-            str(ROOT / job.kernel),
-            "-o",
-            str(built),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [nvcc, *NVCC_FLAGS, "-cubin", f"-arch={architecture}", ROOT / job.kernel]
+        done = subprocess.run([*command, "-o", built], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc failed\n{done.stdout}{done.stderr}")
-        return disassembled(built)
+        return disassembled(built.read_bytes())
 
 
 def sources(architectures: Iterable[str]) -> list[Job]:
     """All files of csrc/cuda."""
     names = [path.relative_to(ROOT).as_posix() for path in sorted(CSRC.glob("cuda/*/*.cu"))]
-    jobs = []
-    for architecture in architectures:
-        if TARGETS[architecture].backend == "cuda":
-            jobs += [Job(name, architecture) for name in names]
-    return jobs
+    nvidia = [name for name in architectures if TARGETS[name].backend == "cuda"]
+    return [Job(name, architecture) for architecture, name in product(nvidia, names)]
 
 
 def _difficulty(job: Job) -> tuple[int, int, int]:
@@ -234,12 +211,8 @@ def _difficulty(job: Job) -> tuple[int, int, int]:
     likeliest to spill."""
     extras = sum((value is True) - (value is None) for _, value in job.constants)
     tile = math.prod(value for name, value in job.constants if name in BLOCK_SIZES)
-    numbers = {
-        number
-        for _, value in job.constants
-        for number in (value if isinstance(value, tuple) else (value,))
-    }
-    return tile, extras, len(numbers)
+    numbers = tree_leaves([value for _, value in job.constants])
+    return tile, extras, len(set(numbers))
 
 
 def shipped_jobs(
@@ -252,29 +225,33 @@ def shipped_jobs(
     problem that launches it.
 
     Of sizes other than T5-base's, the most difficult one of all configurations together; with
-    ``quick``, of all dtypes and configurations.
+    ``quick``, of T5-base's sizes in bfloat16 and all configurations together.
     """
-    groups: dict[tuple[Any, ...], dict[Job, str]] = {}
+    if quick:
+        dtypes = ("bfloat16",)
+        sizes = (shipped.T5_BASE,)
+    hardest: dict[tuple[Any, ...], Job] = {}
+    uses: dict[Job, str] = {}
     for size, dtype in product(sizes, dtypes):
         for problem in shipped.problems(shipped.DTYPES[dtype], quick, size):
             where = f"{problem.name}, {dtype}, d={size.model}"
             for architecture in architectures:
                 for launch in problem.launches(architecture):
                     job = job_of(launch, architecture)
-                    of = job.configuration if size == shipped.T5_BASE else size
-                    group = (job.name, architecture, *(() if quick else (dtype, of)))
-                    groups.setdefault(group, {}).setdefault(job, where)
-    hardest = [max(group, key=_difficulty) for group in groups.values()]
-    return {job: group[job] for job, group in zip(hardest, groups.values(), strict=True)}
+                    group: tuple[Any, ...] = (job.name, architecture)
+                    if not quick:
+                        group += (dtype, job.configuration if size.every_tile else size)
+                    uses.setdefault(job, where)
+                    hardest[group] = max(hardest.get(group, job), job, key=_difficulty)
+    return {job: uses[job] for job in hardest.values()}
 
 
 def problems_of(job: Job) -> list[str]:
     """Why it must not be shipped; what the compiler raises is one of the reasons."""
     try:
         binaries = compiled.__wrapped__(job)  # the code of thousands is not kept
-    except (
-        Exception
-    ) as error:  # a compiler fails in many ways; the other jobs still run, all are reported
+    # A compiler fails in many ways; the other jobs still run, and all are reported.
+    except Exception as error:
         return [f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"]
     several = len(binaries) > 1
     return [
@@ -289,41 +266,29 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kinds", nargs="*", help="triton, cuda; default both")
+    kinds = ("triton", "cuda")
+    parser.add_argument("kinds", nargs="*", choices=kinds, help="default both")
     parser.add_argument(
         "--quick", action="store_true", help="one configuration of every Triton kernel"
     )
-    parser.add_argument(
-        "--arch", default=",".join(TARGETS), help="comma-separated names; default all"
-    )
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=TARGETS, help="default all")
     parser.add_argument("--only", default="", help="only kernels or files whose name contains this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     chosen = parser.parse_args(words)
-    names = chosen.arch.split(",")
-    kinds = chosen.kinds or ["triton", "cuda"]
-    for what, values, known in (("--arch", names, TARGETS), ("kinds", kinds, ("triton", "cuda"))):
-        if unknown := [value for value in values if value not in known]:
-            parser.error(f"{what} must be among {', '.join(known)}; got {', '.join(unknown)}")
     uses: dict[Job, str] = {}
-    if "triton" in kinds and chosen.quick:
-        uses |= shipped_jobs(names, ("bfloat16",), quick=True, sizes=(shipped.T5_BASE,))
-    elif "triton" in kinds:
-        uses |= shipped_jobs(names)
-    if "cuda" in kinds:
-        uses |= dict.fromkeys(sources(names), "csrc")
+    if "triton" in (chosen.kinds or kinds):
+        uses |= shipped_jobs(chosen.arch, quick=chosen.quick)
+    if "cuda" in (chosen.kinds or kinds):
+        uses |= dict.fromkeys(sources(chosen.arch), "csrc")
     jobs = [job for job in uses if chosen.only in job.name]
-    print(f"{len(jobs)} to compile, {chosen.jobs} at a time", file=sys.stderr, flush=True)
     wrong = 0
-    processes = max(1, min(chosen.jobs, len(jobs)))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
         judged = zip(jobs, pool.map(problems_of, jobs), strict=True)
-        for number, (job, problems) in enumerate(judged, 1):
+        for job, problems in tqdm(judged, total=len(jobs), unit="kernel"):
             for problem in problems:
                 where = f"{job.name} {job.configuration} on {job.architecture} ({uses[job]})"
                 print(f"{where}: {problem}", file=sys.stderr)
             wrong += len(problems)
-            if number % 100 == 0:
-                print(f"{number} compiled", file=sys.stderr, flush=True)
     print(
         f"{len({job.name for job in jobs})} kernels and files, {len(jobs)} configurations, {wrong} "
         "failures"

@@ -26,15 +26,15 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from gpu_compile import compiled, job_of
-from machine_code import Binary, executed
+from machine_code import Binary, Executed, executed
 from mpoe_bench.layers import PHASES, Case, Dense, cases
 from shipped_kernels import Library, as_on_gpu, bytes_of
 from torch import nn
@@ -73,79 +73,82 @@ def recorded(layer: nn.Module, case: Case, training: bool) -> list[Launch | Libr
     x = torch.empty(
         case.tokens, case.model, dtype=torch.bfloat16, device="meta", requires_grad=training
     )
-    with ExitStack() as patches, warnings.catch_warnings():
+    # As it is without this recording.
+    plain = {"is_plain_call": lambda _: True}
+    with (
+        warnings.catch_warnings(),
+        patch.object(router, "_on_gpu", lambda _: True),
+        patch.multiple(gating, requested_backend=lambda _: "triton", **plain),
+        patch.multiple(define, **plain),
+        as_on_gpu(ARCHITECTURE) as log,
+        torch.set_grad_enabled(training),
+    ):
         warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
-        patches.enter_context(patch.object(router, "_on_gpu", lambda _: True))
-        patches.enter_context(patch.object(gating, "requested_backend", lambda _: "triton"))
-        for module in (gating, define):  # as it is without this recording
-            patches.enter_context(patch.object(module, "is_plain_call", lambda _: True))
-        log = patches.enter_context(as_on_gpu(ARCHITECTURE))
-        with torch.set_grad_enabled(training):
-            y = layer.train(training)(x)
-            if training:
-                y.backward(torch.empty_like(y))
+        y = layer.train(training)(x)
+        if training:
+            y.backward(torch.empty_like(y))
     return log
 
 
-Arguments = dict[str, Any]
+Arguments = SimpleNamespace  # of a launch, with the call's TOKENS and the grid
 
 
 def _rows(a: Arguments) -> float:
     """Slots of an expert, of all choices where pairs are sorted."""
-    pairs = a["TOKENS"] if a.get("order") is None else a["order"].shape[0] - a["EXPERTS"] - 2
-    return pairs / a["EXPERTS"]
+    pairs = a.TOKENS if getattr(a, "order", None) is None else a.order.shape[0] - a.EXPERTS - 2
+    return pairs / a.EXPERTS
 
 
 def _parts(a: Arguments) -> int:
     """In which a program each sums over an expert's rows."""
-    return math.ceil(_rows(a) * a["P"] / a["size"]) if a.get("IN_PARTS", True) else 1
+    return math.ceil(_rows(a) * a.P / a.size) if getattr(a, "IN_PARTS", True) else 1
 
 
 def _steps(a: Arguments, parts: int) -> float:
     """Tiles of a weight that a program sums over: digits of the central core, and of the side that
     is summed."""
-    side, k, n = (0, "KL", "NL") if a["OF_RIGHT"] else (2, "KR", "NR")
-    tiles = cdiv(a["K_SIZES"][side], a[k]) * cdiv(a["N_SIZES"][side], a[n])
-    return a["K_SIZES"][1] * a["N_SIZES"][1] / parts * tiles
+    if a.OF_RIGHT:
+        tiles = cdiv(a.K_SIZES[0], a.KL) * cdiv(a.N_SIZES[0], a.NL)
+    else:
+        tiles = cdiv(a.K_SIZES[2], a.KR) * cdiv(a.N_SIZES[2], a.NR)
+    return a.K_SIZES[1] * a.N_SIZES[1] / parts * tiles
 
 
-# Kernel -> how often its loops run (see `executed`), of the launch's arguments and its grid.
-TRIPS: dict[str, Callable[[Arguments, tuple[int, ...]], Sequence[float]]] = {
-    "histogram_kernel": lambda a, _: (a["size"] / a["BLOCK"],),
-    "drop_kernel": lambda a, g: (cdiv(g[0], a["CHUNK"]), a["size"] / a["BLOCK"]),
-    "scatter_kernel": lambda a, g: (cdiv(g[0], a["CHUNK"]), a["size"] / a["BLOCK"]),
-    "sort_kernel": lambda a, _: 2 * (cdiv(a["slots"], a["BLOCK"]),),
-    "logits_kernel": lambda a, _: (cdiv(min(a["share"], a["width"]), a["BK"]),),
-    "combine_backward_kernel": lambda a, _: (cdiv(a["F"], a["BN"]),),
-    "grouped_rows_kernel": lambda a, _: (cdiv(a["K"], a["BK"]),),
-    "grouped_blocks_kernel": lambda a, _: (_rows(a) * a["P"] / _parts(a) / a["BK"],),
-    "grouped_sum_kernel": lambda a, _: divmod(_parts(a), 4),  # the compiler unrolls the loop
-    "fused_kernel": lambda a, _: (
-        cdiv(a["K_SIZES"][2], a["KR"]),
-        cdiv(a["K_SIZES"][0], a["KL"]) * a["K_SIZES"][1],
+# Kernel -> how often its loops run (see `executed`), of the launch's arguments.
+TRIPS: dict[str, Callable[[Arguments], Sequence[float]]] = {
+    "histogram_kernel": lambda a: (a.size / a.BLOCK,),
+    "drop_kernel": lambda a: (cdiv(a.grid[0], a.CHUNK), a.size / a.BLOCK),
+    "scatter_kernel": lambda a: (cdiv(a.grid[0], a.CHUNK), a.size / a.BLOCK),
+    "sort_kernel": lambda a: 2 * (cdiv(a.slots, a.BLOCK),),
+    "logits_kernel": lambda a: (cdiv(min(a.share, a.width), a.BK),),
+    "combine_backward_kernel": lambda a: (cdiv(a.F, a.BN),),
+    "grouped_rows_kernel": lambda a: (cdiv(a.K, a.BK),),
+    "grouped_blocks_kernel": lambda a: (_rows(a) * a.P / _parts(a) / a.BK,),
+    "grouped_sum_kernel": lambda a: divmod(_parts(a), 4),  # the compiler unrolls the loop
+    "fused_kernel": lambda a: (
+        cdiv(a.K_SIZES[2], a.KR),
+        cdiv(a.K_SIZES[0], a.KL) * a.K_SIZES[1],
     ),
-    "gradient_kernel": lambda a, g: (_steps(a, g[1]), a["TOKENS"] / g[2] / a["BT"]),
+    "gradient_kernel": lambda a: (_steps(a, a.grid[1]), a.TOKENS / a.grid[2] / a.BT),
     # Loops for tokens without an expert count not at all.
-    "neurons_fused_kernel": lambda a, g: (
+    "neurons_fused_kernel": lambda a: (
         0,
-        cdiv(a["width"], a["BK"]),
-        cdiv(cdiv(a["last"] - a["first"], a["BK"]), g[1]),
+        cdiv(a.width, a.BK),
+        cdiv(cdiv(a.last - a.first, a.BK), a.grid[1]),
     ),
-    "neurons_hidden_kernel": lambda a, _: [
-        cdiv(a[n], a["BK"]) for n in ("width", "out_width")[: 1 + (a["grad"] is not None)]
+    "neurons_hidden_kernel": lambda a: [
+        cdiv(n, a.BK) for n in (a.width, a.out_width)[: 1 + (a.grad is not None)]
     ],
-    "neurons_rows_kernel": lambda a, _: (
-        (1 + (a["more_rows"] is not None)) * (cdiv(a["neurons"], a["BK"]),)
-    ),
-    "neurons_few_kernel": lambda a, _: (a["TOP_K"], cdiv(a["neurons"], a["BK"])),
+    "neurons_rows_kernel": lambda a: (1 + (a.more_rows is not None)) * (cdiv(a.neurons, a.BK),),
+    "neurons_few_kernel": lambda a: (a.TOP_K, cdiv(a.neurons, a.BK)),
     # A loop over slots for each of the gradients; a program runs one of the four, or none.
-    "neurons_weights_kernel": lambda a, _: [
-        math.ceil(_rows(a) / a["BK"]) / 4
-        for name in ("dup", "ddown", "dgate_up", "dbias")
-        if a[name] is not None
+    "neurons_weights_kernel": lambda a: [
+        math.ceil(_rows(a) / a.BK) / 4
+        for gradient in (a.dup, a.ddown, a.dgate_up, a.dbias)
+        if gradient is not None
     ],
-    "hidden_rows_kernel": lambda a, _: (0, a["share"]),
-    "hidden_blocks_kernel": lambda a, _: (a["share"], math.ceil(_rows(a) / a["BM"])),
+    "hidden_rows_kernel": lambda a: (0, a.share),
+    "hidden_blocks_kernel": lambda a: (a.share, math.ceil(_rows(a) / a.BM)),
 }
 # Kernels with a program for every tile of BM rows of an expert; the grid has more, which return at
 # once.
@@ -153,39 +156,40 @@ TILED = {"neurons_fused_kernel", "neurons_hidden_kernel", "neurons_rows_kernel"}
 TILED |= {"hidden_rows_kernel", "grouped_rows_kernel", "fused_kernel"}
 
 
-def busy_programs(launch: Launch, a: Arguments) -> float:
+def busy_programs(name: str, a: Arguments) -> float:
     """Programs that do not return at once; `fused_kernel` has its tiles of columns in the first
     axis too."""
-    programs = math.prod(launch.grid)
-    if launch.name == "grouped_blocks_kernel":
-        return launch.grid[0] * a["EXPERTS"] * _parts(a)
-    if launch.name not in TILED:
+    programs = math.prod(a.grid)
+    if name == "grouped_blocks_kernel":
+        return a.grid[0] * a.EXPERTS * _parts(a)
+    if name not in TILED:
         return programs
     columns = 1.0
-    if launch.name == "fused_kernel":
-        columns = launch.grid[0] / (cdiv(a["TOKENS"], a["BM"]) + a["EXPERTS"] + 1)
-    tiles = a["EXPERTS"] * math.ceil(_rows(a) * a.get("P", 1) / a["BM"])
-    return programs / launch.grid[0] * columns * min(launch.grid[0], tiles)
+    if name == "fused_kernel":
+        columns = a.grid[0] / (cdiv(a.TOKENS, a.BM) + a.EXPERTS + 1)
+    tiles = a.EXPERTS * math.ceil(_rows(a) * getattr(a, "P", 1) / a.BM)
+    return programs / a.grid[0] * columns * min(a.grid[0], tiles)
 
 
 def at_once(binary: Binary, warps: int) -> int:
     """Programs that a multiprocessor runs together."""
     registers = max(binary.registers, 1) * 32 * warps
-    return max(
-        1, min(REGISTERS // registers, SHARED // (binary.shared + SHARED_MORE), WARPS // warps)
+    limits = (
+        REGISTERS // registers,
+        SHARED // (binary.shared + SHARED_MORE),
+        WARPS // warps,
     )
+    return max(1, min(limits))
 
 
 class Cost(NamedTuple):
-    """Of one launch: see the module; ``instructions``, ``barriers``, ``loads``: of a warp, 0 for
+    """Of one launch: see the module; ``warp``: what one of its warps executes, nothing for
     PyTorch's operations."""
 
     kernel: str
     programs: float
     warps: int
-    instructions: float
-    barriers: float
-    loads: float
+    warp: Executed
     bytes: int
     times: tuple[float, float, float, float]  # to issue, to move, to multiply and to wait
 
@@ -198,25 +202,23 @@ class Cost(NamedTuple):
 def cost_of(launch: Launch | Library, tokens: int) -> Cost:
     if isinstance(launch, Library):
         times = (0.0, launch.bytes / BANDWIDTH, launch.flops / FLOPS, 0.0)
-        return Cost(launch.name, 0, 0, 0, 0, 0, launch.bytes, times)
-    a = {**launch.arguments, "TOKENS": tokens}
-    programs = busy_programs(launch, a)
-    warps = a.get("num_warps", 4)
-    trips = TRIPS[launch.name](a, launch.grid) if launch.name in TRIPS else ()
+        return Cost(launch.name, 0, 0, Executed(0, 0, 0, 0), launch.bytes, times)
+    a = Arguments(**launch.arguments, TOKENS=tokens, grid=launch.grid)
+    programs = busy_programs(launch.name, a)
+    warps = getattr(a, "num_warps", 4)
+    trips = TRIPS[launch.name](a) if launch.name in TRIPS else ()
     binary = compiled(job_of(launch, ARCHITECTURE))[launch.name]
     warp = executed(launch.name, binary.code, trips)
     moved = bytes_of(launch.arguments.values())
-    total = programs * warps
     waves = math.ceil(programs / (UNITS * at_once(binary, warps)))
     chain = warp.instructions * max(1, warps / 4) + warp.barriers * BARRIER + warp.loads * LOAD
     times = (
-        total * warp.instructions / (4 * UNITS * CLOCK),
+        programs * warps * warp.instructions / (4 * UNITS * CLOCK),
         moved / BANDWIDTH,
-        total * warp.flops / FLOPS,
+        programs * warps * warp.flops / FLOPS,
         waves * chain / CLOCK,
     )
-    counts = [round(number, 1) for number in (warp.instructions, warp.barriers, warp.loads)]
-    return Cost(launch.name, programs, warps, *counts, moved, times)
+    return Cost(launch.name, programs, warps, warp, moved, times)
 
 
 def dense_seconds(case: Case, training: bool) -> float:
@@ -241,11 +243,8 @@ def worse(call: str, bounds: Figures, kept: Figures, limit: float | None) -> lis
     most["launches"] = kept["launches"]
     if limit is not None and kept["x_dense"] <= limit:
         most["x_dense"] = limit
-    return [
-        f"{call}: {name} {bounds[name]}; at most {value:g}"
-        for name, value in most.items()
-        if bounds[name] > value
-    ]
+    more = [name for name in most if bounds[name] > most[name]]
+    return [f"{call}: {name} {bounds[name]}; at most {most[name]:g}" for name in more]
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -261,8 +260,8 @@ def main(words: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(words)
     table: dict[str, Figures] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     lines: list[str] = []
-    for (name, case), (number, phase) in product(CASES.items(), enumerate(PHASES)):
-        call = f"{name} {phase}"
+    calls = {f"{name} {phase}": (CASES[name], phase) for name, phase in product(CASES, PHASES)}
+    for call, (case, phase) in calls.items():
         if chosen.only not in call:
             continue
         training = phase == "training"
@@ -272,7 +271,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for cost in costs:
                 print(f"  {cost}")
         bounds = figures(case, costs, training)
-        limit = case.limits[number]
+        limit = case.limits[PHASES.index(phase)]
         missed = limit and bounds["x_dense"] > limit
         print(call, bounds, f"at most {limit}: missed" if missed else "", flush=True)
         if chosen.write:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +18,8 @@ from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
 # Matrix instructions. NVIDIA: warp (HMMA), warpgroup (HGMMA), fifth generation (UTC..MMA). AMD:
 # mfma.
-MATRIX = {
-    "cuda": re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"),
-    "hip": re.compile(r"\bv_(?:mfma|smfmac)_"),
-}
+_MATRIX_OF_NVIDIA = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+_MATRIX_OF_AMD = re.compile(r"\bv_(?:mfma|smfmac)_")
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 # Kernels of csrc/cuda that multiply in types of tensor cores, by the compiler's name.
 _PRODUCT = re.compile(r"(?:gradient|rebuilt)_kernelI.*(?:__nv_bfloat16|__half)")
@@ -34,6 +33,9 @@ _PLACE = re.compile(r"\[.*?\]")  # where an instruction reads or writes
 _COPIES_WAIT = re.compile(r"\bDEPBAR\.LE SB0, 0x([0-9a-f]+)")
 _WAIT = re.compile(r"\.TRYWAIT|\.FIND_AND_SET")
 _PRODUCT_SIZES = re.compile(r"\b(?:HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(16|8))")
+
+
+Code = list[tuple[int, str]]  # address and words of every instruction
 
 
 class Binary(NamedTuple):
@@ -53,12 +55,12 @@ class Binary(NamedTuple):
     """
 
     registers: int
-    spills: int
-    stack: int
-    shared: int
-    tensor_memory: int
-    matrix_instructions: int
-    wants_matrix: bool
+    spills: int = 0
+    stack: int = 0
+    shared: int = 0
+    tensor_memory: int = 0
+    matrix_instructions: int = 0
+    wants_matrix: bool = False
     code: str = ""
 
     def problems(self, architecture: str) -> list[str]:
@@ -81,22 +83,36 @@ class Binary(NamedTuple):
         return reasons
 
 
-def disassembled(cubin: Path) -> dict[str, Binary]:
+def disassembled(cubin: bytes) -> dict[str, Binary]:
     """Its kernels by the compiler's names."""
-    command = [str(find("cuobjdump")), "-res-usage", "-sass", str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [str(find("cuobjdump")), "-res-usage", "-sass", file.name]
+        text = subprocess.check_output(command, text=True)
     usage, *codes = re.split(r"^\s+Function : (\S+)$", text, flags=re.MULTILINE)
+    code_of_kernel = dict(zip(codes[::2], codes[1::2], strict=True))
     fields = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
-    sizes = {name: [int(size) for size in counts] for name, *counts in re.findall(fields, usage)}
     binaries = {}
-    for name, code in zip(codes[::2], codes[1::2], strict=True):
-        registers, stack, shared = sizes[name]
-        matrix = len(MATRIX["cuda"].findall(code))
-        wants = bool(_PRODUCT.search(name))
+    for name, registers, stack, shared in re.findall(fields, usage):
+        code = code_of_kernel[name]
         binaries[name] = Binary(
-            registers, len(_LOCAL.findall(code)), stack, shared, 0, matrix, wants, code
+            registers=int(registers),
+            spills=len(_LOCAL.findall(code)),
+            stack=int(stack),
+            shared=int(shared),
+            matrix_instructions=len(_MATRIX_OF_NVIDIA.findall(code)),
+            wants_matrix=bool(_PRODUCT.search(name)),
+            code=code,
         )
     return binaries
+
+
+def of_amd(code: str) -> Binary:
+    """The only kernel of a file, from its assembly."""
+    # Scalar registers spill into vector registers, not into memory.
+    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    sizes = [int(re.findall(rf"\.{name}:\s+(\d+)", code)[0]) for name in names]
+    return Binary(*sizes, matrix_instructions=len(_MATRIX_OF_AMD.findall(code)))
 
 
 def find(program: str) -> str | None:
@@ -115,12 +131,11 @@ def _flops(words: str) -> float:
     return 2 * m * n * k / (4 if "HGMMA" in words else 1)  # four warps share a warpgroup's
 
 
-def code_of(text: str) -> list[tuple[int, str]]:
-    """Address and words of every instruction."""
+def code_of(text: str) -> Code:
     return [(int(address, 16), words) for address, words in _INSTRUCTION.findall(text)]
 
 
-def loops_of(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
+def loops_of(code: Code) -> list[tuple[int, int]]:
     """First and last address of every loop, the outer ones first.
 
     None are the endless one behind the end, what returns from there, and what only waits for a
@@ -136,11 +151,10 @@ def loops_of(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
         if first < address:
             last_of_loop[first] = max(address, last_of_loop.get(first, 0))
     waits = {address for address, text in code if _WAIT.search(text)}
-    loops = []
-    for first, last in last_of_loop.items():
-        if last - first > 128 or not waits & set(range(first, last, 16)):
-            loops.append((first, last))
-    return sorted(loops, key=lambda loop: (loop[0], -loop[1]))
+    for first, last in list(last_of_loop.items()):
+        if last - first <= 128 and waits & set(range(first, last, 16)):
+            del last_of_loop[first]
+    return sorted(last_of_loop.items())
 
 
 class Executed(NamedTuple):
@@ -164,33 +178,26 @@ def _registers(operand: str, count: int = 1) -> set[int]:
     return {int(first) + more for first in _REGISTER.findall(operand) for more in range(count)}
 
 
-def _times(address: int, loops: Sequence[tuple[tuple[int, int], float]]) -> float:
-    return math.prod(n for (first, last), n in loops if first <= address <= last)
-
-
-def _loads(
-    code: Sequence[tuple[int, str]], loops: Sequence[tuple[tuple[int, int], float]]
-) -> float:
+def _loads(code: Code, times: Sequence[float], loops: Sequence[tuple[int, int]]) -> float:
     """See `Executed`. Loads whose results are first used together count once."""
     total = 0.0
     pending: dict[int, float] = {}  # registers that are loaded -> how often
-    for address, words in code:
+    for (address, words), often in zip(code, times, strict=True):
         if wait := _COPIES_WAIT.search(words):
-            inside = [(loop, n) for loop, n in loops if loop[0] <= address <= loop[1]]
-            first, last = inside[-1][0] if inside else (address, address)
+            around = [loop for loop in loops if loop[0] <= address <= loop[1]]
+            first, last = around[-1] if around else (address, address)
             groups = sum(first <= other <= last and "LDGDEPBAR" in text for other, text in code)
-            total += _times(address, loops) / (1 + int(wait[1], 16) / max(1, groups))
+            total += often / (1 + int(wait[1], 16) / max(1, groups))
         load = _LOAD.search(words)
         destination, _, sources = words.partition(",")
-        read = _registers(sources if load or "," in words else words) | _registers(
-            " ".join(_PLACE.findall(words))
-        )
+        read = _registers(" ".join(_PLACE.findall(words)))
+        read |= _registers(sources if load or sources else words)
         if used := [pending[register] for register in read if register in pending]:
             total += max(used)
             pending.clear()
         if load:
             wide = _registers(destination, int(load[1] or 32) // 32)
-            pending |= dict.fromkeys(wide, _times(address, loops))
+            pending |= dict.fromkeys(wide, often)
     return total
 
 
@@ -212,11 +219,14 @@ def executed(name: str, text: str, trips: Sequence[float]) -> Executed:
             f"{name} has loops of {sizes} instructions; tools/gpu_floors.py says how often {trips} "
             "run"
         )
-    counted = list(zip(loops, counts, strict=True))
-    instructions = barriers = flops = 0.0
+    runs = list(zip(loops, counts, strict=True))
+    times = []
+    barriers = 0.0
+    flops = 0.0
     for address, words in code:
-        times = _times(address, counted)
-        instructions += times
-        barriers += times * bool(_BARRIER.search(words))
-        flops += times * _flops(words)
-    return Executed(instructions, barriers, _loads(code, counted), flops)
+        often = math.prod(n for (first, last), n in runs if first <= address <= last)
+        times.append(often)
+        flops += often * _flops(words)
+        if _BARRIER.search(words):
+            barriers += often
+    return Executed(sum(times), barriers, _loads(code, times, loops), flops)

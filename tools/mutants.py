@@ -33,7 +33,8 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import coverage
@@ -46,23 +47,17 @@ from cosmic_ray.work_item import MutationSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-SAME = (
-    "_Eq_Is",
-    "_NotEq_IsNot",
-    "_Is_Eq",
-    "_IsNot_NotEq",
-)  # operators: of short strings, numbers, classes and None
+# Operators: of short strings, numbers, classes and None.
+SAME = ("_Eq_Is", "_NotEq_IsNot", "_Is_Eq", "_IsNot_NotEq")
 ORDER_OF_TEXTS = r'[<>]=? "'  # in place of == "...": no slip of a writer
-IGNORED = (
-    "strict",
-    "stacklevel",
-    "maxsize",
-)  # arguments: of `zip`, where it holds; of warnings; of caches
-SHORTEST_LIMIT, TIMES = 60.0, 3.0  # seconds; and of what its tests take without a mutation
+# Arguments: of `zip`, where it holds; of warnings; of caches.
+IGNORED = ("strict", "stacklevel", "maxsize")
+SHORTEST_LIMIT = 60.0  # seconds, and `TIMES` what the tests take without a mutation
+TIMES = 3.0
 DURATIONS = "durations.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Area:
     """``files``: globs of what is changed; ``tests``: arguments of pytest that must see it;
     ``survivors``: how the names of known ones begin, with the reasons."""
@@ -70,10 +65,7 @@ class Area:
     name: str
     files: list[str]
     tests: list[str]
-    survivors: dict[str, str]
-
-    def knows(self, name: str) -> bool:
-        return name.startswith(tuple(self.survivors))
+    survivors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,23 +83,25 @@ class Mutant:
 def read_areas(path: Path) -> list[Area]:
     """The table of areas; an unknown or missing key is a TypeError."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
-    return [Area(name, **{"survivors": {}, **values}) for name, values in table.items()]
+    return [Area(name, **values) for name, values in table.items()]
 
 
 def mutants_of(area: Area) -> Iterator[Mutant]:
-    """What cosmic-ray's operators can change in the area's files, in an order that looks random and
-    that other files' changes keep."""
+    """What cosmic-ray's operators can change in the area's files, known survivors aside, in an
+    order that looks random and that other files' changes keep."""
     paths = sorted(path for glob in area.files for path in ROOT.glob(glob))
     with use_db(":memory:") as database:
         init(paths, database, {})
         changes = [change for item in database.work_items for change in item.mutations]
-    names = {
-        f"{c.module_path.relative_to(ROOT)} {c.operator_name} {c.occurrence}": c for c in changes
-    }
-    for name in sorted(names, key=lambda name: random.Random(name).random()):
-        mutant = mutant_at(area, names[name])
-        if mutant is not None:
+    for change in sorted(changes, key=_place_in_order):
+        mutant = mutant_at(area, change)
+        if mutant is not None and not mutant.name.startswith(tuple(area.survivors)):
             yield mutant
+
+
+def _place_in_order(change: MutationSpec) -> float:
+    file = change.module_path.relative_to(ROOT)
+    return random.Random(f"{file} {change.operator_name} {change.occurrence}").random()
 
 
 def mutant_at(area: Area, change: MutationSpec) -> Mutant | None:
@@ -172,14 +166,12 @@ def sample(areas: list[Area], count: int) -> list[Mutant]:
 
 def copy_of_tree(folder: Path) -> None:
     """What git knows, and the built kernels."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-    built = [str(path.relative_to(ROOT)) for path in ROOT.glob("mpoe_kernels/_*") if path.is_file()]
-    for name in {*filter(None, listed.split("\0")), *built}:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    for path in {*map(ROOT.joinpath, tracked), *ROOT.glob("mpoe_kernels/_*")}:
+        if path.is_file():
+            target = folder / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
 
 
 def run_tests(
@@ -210,9 +202,8 @@ def run_tests(
         sys.path[:] = [str(folder)] + others
         os.environ["PYTHONPATH"] = str(folder)
         sys.dont_write_bytecode = record is None  # what is recorded is not changed
-        with (
-            record.collect() if record is not None else nullcontext()
-        ):  # conftest files import what is recorded
+        # Around all of pytest: conftest files import what is recorded.
+        with record.collect() if record is not None else nullcontext():
             status = pytest.main([*OPTIONS, *tests], plugins=[Contexts()])
         if record is not None:
             record.save()
@@ -273,60 +264,46 @@ def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 if fewer than ``--least`` of the mutants are seen, known survivors aside."""
+    """Exit status 1 if fewer than ``--least`` of the mutants are seen."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     areas = read_areas(ROOT / "tools" / "mutants.toml")
-    parser.add_argument(
-        "--areas", nargs="*", choices=[area.name for area in areas], help="only these"
-    )
+    names = [area.name for area in areas]
+    parser.add_argument("--areas", nargs="*", choices=names, default=names, help="only these")
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument(
         "--least", type=float, default=0.95, help="share of them that must be seen; default: .95"
     )
-    kept = ROOT / "build" / "mutants.json"
     parser.add_argument(
         "--results",
         type=Path,
-        default=kept,
+        default=ROOT / "build" / "mutants.json",
         help="JSON: what became of every mutant; default: build",
     )
     options = parser.parse_args(arguments)
-    areas = [area for area in areas if not options.areas or area.name in options.areas]
-    chosen = sample(areas, options.count)
+    chosen = sample([area for area in areas if area.name in options.areas], options.count)
     results: Path = options.results
     outcomes: dict[str, str] = json.loads(results.read_text()) if results.is_file() else {}
     results.parent.mkdir(parents=True, exist_ok=True)
-    reached: dict[str, Reach] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name).resolve()
         copy_of_tree(folder)
+        reach_of = cache(lambda area: Reach(area, folder))
         for mutant in sorted(chosen, key=lambda mutant: mutant.area.name):
-            area = mutant.area
-            if mutant.name in outcomes or area.knows(mutant.name):
+            if mutant.name in outcomes:
                 continue
-            if area.name not in reached:
-                reached[area.name] = Reach(area, folder)
-            outcomes[mutant.name] = outcome(mutant, reached[area.name], folder)
+            outcomes[mutant.name] = outcome(mutant, reach_of(mutant.area), folder)
             print(f"{outcomes[mutant.name]:9} {mutant.name}", flush=True)
             results.with_suffix(".new").write_text(json.dumps(outcomes, indent=1))
             os.replace(results.with_suffix(".new"), results)
-    known = [m for m in chosen if m.area.knows(m.name)]
-    survived = [
-        m for m in chosen if outcomes.get(m.name) in ("passed", "unreached") and m not in known
-    ]
-    total = Counter(m.area.name for m in chosen)
-    missed = Counter(m.area.name for m in survived + known)
-    for name, count in total.items():
+    survived = [m for m in chosen if outcomes[m.name] in ("passed", "unreached")]
+    missed = Counter(m.area.name for m in survived)
+    for name, count in Counter(m.area.name for m in chosen).items():
         print(f"{name:20} {count - missed[name]:4} of {count:4} seen")
-    print(
-        f"{len(chosen) - len(survived) - len(known)} of {len(chosen)} seen, {len(known)} known "
-        "survivors"
-    )
     for mutant in survived:
         print(f"survived: {mutant.name}")
-    return 1 if len(survived) > (1 - options.least) * (len(chosen) - len(known)) else 0
+    return 1 if len(survived) > (1 - options.least) * len(chosen) else 0
 
 
 if __name__ == "__main__":

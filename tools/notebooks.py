@@ -13,8 +13,12 @@ import json
 import re
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import jupytext
+from nbformat import v4
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ("convert_and_look", "fine_tune_and_compare", "several_domains")
@@ -23,31 +27,12 @@ NO_ARGUMENTS = (
 )
 
 
-def cells_of(script: str) -> list[tuple[str, str]]:
-    """The cells of a script, as ``("markdown" | "code", text)``. A paragraph on shell usage is left
-    out."""
-    cells = []
-    for part in script.split("# %%")[1:]:
-        if part.startswith(" [markdown]"):
-            lines = part.partition("\n")[2].strip().splitlines()
-            text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
-            cells.append(("markdown", re.sub(r"\n\nusage: .*", "", text)))
-        else:
-            cells.append(("code", part.strip("\n")))
-    return cells
-
-
 def notebook(name: str) -> Any:
     """The notebook of a script, without output."""
-    import nbformat.v4 as v4
-
-    made = v4.new_notebook()
-    cells = cells_of((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
-    for kind, text in [*cells[:1], ("code", NO_ARGUMENTS), *cells[1:]]:
-        made.cells.append(
-            v4.new_markdown_cell(text) if kind == "markdown" else v4.new_code_cell(text)
-        )
-        made.cells[-1]["id"] = f"cell-{len(made.cells)}"  # not random
+    made = jupytext.read(EXAMPLES / f"{name}.py")
+    made.cells.insert(1, v4.new_code_cell(NO_ARGUMENTS))
+    for number, cell in enumerate(made.cells, 1):
+        cell["id"] = f"cell-{number}"  # not random
     return made
 
 
@@ -55,28 +40,15 @@ def run(made: Any, folder: Path) -> Any:
     """Execute all cells in ``folder``; an error in a cell stops the run."""
     from nbclient import NotebookClient
 
-    NotebookClient(
-        made, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    client = NotebookClient(made, timeout=600, kernel_name="python3", record_timing=False)
+    client.execute(cwd=str(folder))
     for cell in made.cells:
-        cell.metadata.pop("execution", None)  # times
-        cell["outputs"] = [
-            output for output in cell.get("outputs", []) if output.get("name") != "stderr"
-        ]
-        for output in cell["outputs"]:
-            if "text" in output:
-                output["text"] = plain(output["text"])
-        if cell.cell_type == "markdown":
-            del cell["outputs"]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     made.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
     }
     return made
-
-
-def plain(text: str) -> str:
-    """Without a terminal's colours."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def page_of(notebook: dict[str, Any]) -> str:
@@ -86,17 +58,24 @@ def page_of(notebook: dict[str, Any]) -> str:
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-        printed = ""
-        for output in [*cell.get("outputs", []), {}]:  # the last one ends what was printed
-            data = output.get("data", {})
-            picture = "".join(data.get("image/png", "")).strip()
-            if not picture:
-                printed += "".join(output.get("text") or data.get("text/plain", ""))
-            if printed.strip() and (picture or not output):
-                parts.append(f"```text\n{plain(printed).rstrip()}\n```")
-                printed = ""
-            parts += [f"![](data:image/png;base64,{picture})"] if picture else []
+        for is_text, outputs in groupby(map(_shown, cell.get("outputs", [])), _is_text):
+            shown = "".join(outputs)
+            parts.append(f"```text\n{shown.rstrip()}\n```" if is_text else shown)
     return "\n\n".join(parts) + "\n"
+
+
+def _shown(output: dict[str, Any]) -> str:
+    """A picture in Markdown, or a text without a terminal's colours."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        picture = "".join(data["image/png"]).strip()
+        return f"![](data:image/png;base64,{picture})"
+    text = "".join(output.get("text") or data["text/plain"])
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def _is_text(shown: str) -> bool:
+    return not shown.startswith("![](data:")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -110,13 +89,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def main() -> None:
-    import nbformat
-
     for name in sys.argv[1:] or NAMES:
         with tempfile.TemporaryDirectory() as folder:
             made = run(notebook(name), Path(folder))
-        nbformat.write(made, EXAMPLES / f"{name}.ipynb")
-        print(EXAMPLES / f"{name}.ipynb")
+        jupytext.write(made, EXAMPLES / f"{name}.ipynb")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ needed. A kernel that is launched only at other sizes needs its own call in `pro
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import product
@@ -44,6 +44,7 @@ from mpoe_kernels.testing.launches import Launch, recorded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = (4096, 64, 8)  # training, a small batch, decoding
+FEW_TOKENS = (4096, 8)
 TILES = 4  # length of the longest table of tiles
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -58,17 +59,18 @@ class Library(NamedTuple):
 
 def bytes_of(values: Iterable[Any]) -> int:
     """Of all different tensors among the values; views of one tensor count as their largest."""
+    return sum(_storages(values).values())
+
+
+def _storages(values: Iterable[Any]) -> dict[int, int]:
+    """The memory of all tensors among the values, and how many bytes of it are used."""
     sizes: dict[int, int] = {}
     for value in values:
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
             used = min(value.numel() * value.element_size(), storage.nbytes())
             sizes[storage._cdata] = max(sizes.get(storage._cdata, 0), used)
-    return sum(sizes.values())
-
-
-def _storages(values: Iterable[Any]) -> set[int]:
-    return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
+    return sizes
 
 
 class Recorder(TorchDispatchMode):
@@ -94,7 +96,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         inputs = tree_leaves((args, kwargs))
         outputs = tree_leaves(result)
-        is_new = bool(_storages(outputs) - _storages(inputs))
+        is_new = bool(_storages(outputs).keys() - _storages(inputs).keys())
         if "empty" not in str(func) and (is_new or func._schema.is_mutable):
             count = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)
             flops = count(*args, **kwargs, out_val=result)
@@ -116,29 +118,28 @@ def as_on_gpu(
     """
     autotune.forget()
     backends._selected.cache_clear()
-    with ExitStack() as patches:
-        for change in (
-            patch.object(torch, "is_autocast_enabled", lambda *_: False),
-            patch.object(backends.Backend, "unsupported_reasons", lambda *_: []),
-            patch.dict(backends.PREFERRED, meta=("triton",)),
-            patch.dict(os.environ, {autotune.SETTING: "0"}),  # the first of the ranking
-        ):
-            patches.enter_context(change)
-        log = patches.enter_context(recorded(architecture, tile))
-        patches.enter_context(Recorder(log, only_ours))
+    with (
+        patch.object(torch, "is_autocast_enabled", lambda *_: False),
+        patch.object(backends.Backend, "unsupported_reasons", lambda *_: []),
+        patch.dict(backends.PREFERRED, meta=("triton",)),
+        patch.dict(os.environ, {autotune.SETTING: "0"}),  # the first of the ranking
+        recorded(architecture, tile) as log,
+        Recorder(log, only_ours),
+    ):
         yield log
 
 
 class Sizes(NamedTuple):
-    """Widths of a feed-forward layer, and numbers of experts, the first of which is used where one
-    is enough."""
+    """Widths of a feed-forward layer, numbers of experts, the first of which is used where one is
+    enough, and whether all shipped tiles are tried."""
 
     model: int
     hidden: int
     experts: tuple[int, ...]
+    every_tile: bool = False
 
 
-T5_BASE = Sizes(768, 3072, (8, 64))  # every shipped tile is tried
+T5_BASE = Sizes(768, 3072, (8, 64), every_tile=True)
 LARGE_SIZES = (Sizes(4096, 14336, (8, 64)), Sizes(768, 3072, (1024,)))
 
 
@@ -153,22 +154,16 @@ class Problem(NamedTuple):
     def launches(self, architecture: str) -> list[Launch]:
         """With the suitable tiles, and with all others in turn if requested."""
         launches: list[Launch] = []
-        tiles: list[int | None] = [None]
-        if self.every_tile:
-            tiles += range(TILES)
-        for tile in tiles:
+        tiles = range(TILES) if self.every_tile else ()
+        for tile in (None, *tiles):
             with as_on_gpu(architecture, tile=tile, only_ours=True) as log:
                 self.run()
             launches += log
         return launches
 
 
-def _leaf(*size: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
-
-
-def _integers(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
+def _leaf(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
 
 def _called(op: Callable[..., Tensor], *arguments: Any, **options: Any) -> None:
@@ -223,54 +218,48 @@ def run_linear(
         left, central.requires_grad_(not masked), right, shape.in_features, shape.out_features
     )
     bias = None if activation is None or not biased else _leaf(shape.out_features, dtype=dtype)
-    where = Routing(
-        _integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1)
-    )
+    offsets = _leaf(experts + 1, dtype=torch.int32)
+    where = Routing(offsets, _leaf(tokens), _leaf(tokens, 1))
     rows = _leaf(tokens, shape.in_features, dtype=dtype)
-    offsets = where.expert_offsets
-    options: dict[str, Any] = {
-        "strategy": strategy,
-        "activation": activation,
-        "row_index": where.token_of_slot,
-    }
-    with (
-        nullcontext()
-        if on_chip
-        else patch.object(linear_triton, "fused_reasons", lambda *_: ["product by product"])
-    ):
+    gates = _leaf(tokens, 1, dtype=torch.float32)
+    options = {"strategy": strategy, "activation": activation, "row_index": where.token_of_slot}
+    with ExitStack() as patches:
+        if not on_chip:
+            reasons = patch.object(linear_triton, "fused_reasons", lambda *_: ["not on chip"])
+            patches.enter_context(reasons)
         _called(grouped_mpo_linear, rows, blocks, offsets, bias, **options)
         with torch.no_grad():
-            gates = _leaf(tokens, 1, dtype=torch.float32)
             placed_mpo_linear(rows, blocks, offsets, None, where, gates, "triton", strategy)
 
 
 def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """Every strategy that may be chosen, up (with ReLU and bias) and down (without); some with what
     is rarer."""
-    for (name, pair), (experts, tokens) in product(
-        shapes(sizes).items(),
-        product(sizes.experts[: 1 if few else None], TOKENS[:: 2 if few else 1]),
-    ):
+    counts = FEW_TOKENS if few else TOKENS
+    functions = ACTIVATIONS[:1] if few else ACTIVATIONS
+    for (name, pair), experts, tokens in product(shapes(sizes).items(), sizes.experts, counts):
         if few and name not in ("paper 64", "separable"):
             continue
         first = not few and (experts, tokens) == (sizes.experts[0], TOKENS[0])
-        for direction, activation, shape in zip(("up", "down"), ("relu", None), pair, strict=True):
-            given = (shape, experts, tokens, dtype)
-            for plan in contractions(BlockDims.of_shape(shape), *given[1:], "forward"):
-                options: list[dict[str, Any]] = [{"activation": activation}]
-                options += [{"on_chip": False, **options[0]}] if plan.strategy == "rebuild" else []
-                if name in ("paper 64", "separable") and direction == "down":
-                    options.append({"masked": True})
-                if name == "separable" and direction == "up":
-                    options += [
-                        {"activation": function, "biased": False}
-                        for function in ACTIVATIONS[: 1 if few else None]
-                    ]
-                if name in ("paper 32", "separable") and first and direction == "up":
-                    options += [{"activation": other} for other in ACTIVATIONS[1:]]
-                for more in options:
-                    label = f"{name} {direction} {plan.strategy} E={experts} T={tokens} {more}"
-                    yield Problem(label, partial(run_linear, *given, plan.strategy, **more), first)
+        every_tile = first and sizes.every_tile
+        up: list[dict[str, Any]] = [{"activation": "relu"}]
+        down: list[dict[str, Any]] = [{}]
+        if name in ("paper 64", "separable"):
+            down.append({"masked": True})
+        if name == "separable":
+            up += [{"activation": function, "biased": False} for function in functions]
+        if name in ("paper 32", "separable") and first:
+            up += [{"activation": function} for function in ACTIVATIONS[1:]]
+        for shape, options in zip(pair, (up, down), strict=True):
+            given = (experts, tokens, dtype)
+            for plan in contractions(BlockDims.of_shape(shape), *given, "forward"):
+                label = f"{name} {plan.strategy} E={experts} T={tokens}"
+                work = partial(run_linear, shape, *given, plan.strategy)
+                for option in options:
+                    yield Problem(f"{label} {option}", partial(work, **option), every_tile)
+                if plan.strategy == "rebuild":
+                    off = partial(work, **options[0], on_chip=False)
+                    yield Problem(f"{label} not on chip", off, every_tile)
 
 
 def run_routing(
@@ -279,40 +268,31 @@ def run_routing(
     """A router's gates, the sort, and the rows there and back; ``limited``: with a capacity and
     masked tokens."""
     for raw in (False, True):
-        weight = _integers(experts, width, dtype=torch.float32)
-        x = _integers(tokens, width, dtype=dtype)
+        weight = _leaf(experts, width, dtype=torch.float32)
+        x = _leaf(tokens, width, dtype=dtype)
         for of_router in (weight, weight.to(dtype)):
-            decided = gates_of_router.gate(
-                gates_of_router.router_logits(x, of_router), top_k, raw, 1.0
-            )
+            logits = gates_of_router.router_logits(x, of_router)
+            decided = gates_of_router.gate(logits, top_k, raw, 1.0)
         for dlogits in (None, decided.logits):
-            gates_of_router.gate_backward(
-                decided, dlogits, decided.top_k_weights, raw, 1.0, in_parts=dtype == torch.bfloat16
-            )
-    limits: tuple[Any, Any] = (None, None)
-    if limited:
-        limits = tokens * top_k // experts + 1, _integers(tokens, dtype=torch.bool)
-    where = route(_integers(tokens, top_k), experts, *limits, backend="triton")
+            weights = decided.top_k_weights
+            in_parts = dtype == torch.bfloat16
+            gates_of_router.gate_backward(decided, dlogits, weights, raw, 1.0, in_parts=in_parts)
+    capacity = tokens * top_k // experts + 1 if limited else None
+    mask = _leaf(tokens, dtype=torch.bool) if limited else None
+    where = route(_leaf(tokens, top_k), experts, capacity, mask, backend="triton")
     _called(dispatch, _leaf(tokens, width, dtype=dtype), where)
     rows = _leaf(tokens * top_k, width, dtype=dtype)
-    gates = _leaf(tokens, top_k, dtype=torch.float32)
-    _called(combine, rows, where, gates)
+    _called(combine, rows, where, _leaf(tokens, top_k, dtype=torch.float32))
 
 
 def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """At every power of two of pairs that one program sorts, and beyond."""
-    loads = sizes.experts[:1] if few else sizes.experts
-    tokens_of = {
-        1: (4096, *(1 << bit for bit in range(4, routing.FEW.bit_length()))),
-        2: TOKENS,
-        8: TOKENS,
-    }
-    for experts, (top_k, counts), limited in product(
-        (*loads, MOST_EXPERTS), tokens_of.items(), (False, True)
-    ):
-        for tokens in counts:
-            work = partial(run_routing, experts, tokens, top_k, sizes.model, dtype, limited)
-            yield Problem(f"routing E={experts} T={tokens} K={top_k}{' limited' * limited}", work)
+    powers = [1 << bit for bit in range(4, routing.FEW.bit_length())]
+    pairs = [*product([4096, *powers], [1]), *product(TOKENS, [2, 8])]
+    loads = (*sizes.experts, MOST_EXPERTS)
+    for experts, (tokens, top_k), limited in product(loads, pairs, (False, True)):
+        work = partial(run_routing, experts, tokens, top_k, sizes.model, dtype, limited)
+        yield Problem(f"routing E={experts} T={tokens} K={top_k} limited={limited}", work)
 
 
 # Experts, those of a token, whether groups of hidden units own blocks, and a block's side.
@@ -340,7 +320,7 @@ def run_hidden(
     more: dict[str, Any] = {"activation": "gelu"}
     if gated:
         more = {"activation": "silu", "u_gate": u_gate, "right_gate": right_gate}
-    _called(hidden_experts, u, gates, _integers(tokens, top_k), right, left, bias, **more)
+    _called(hidden_experts, u, gates, _leaf(tokens, top_k), right, left, bias, **more)
 
 
 def run_neurons(
@@ -352,42 +332,40 @@ def run_neurons(
     gates = _leaf(tokens, top_k, dtype=torch.float32)
     more = {"activation": "silu", "gate_up": gate_up} if gated else {"activation": "gelu"}
     bias = _leaf(experts, neurons, dtype=dtype)
-    _called(neuron_experts, x, gates, _integers(tokens, top_k), up, down, bias, **more)
+    _called(neuron_experts, x, gates, _leaf(tokens, top_k), up, down, bias, **more)
 
 
 def _experts(
-    run: Callable[..., None], dtype: torch.dtype, few: bool, sizes: Sizes
+    run: Callable[..., None],
+    kinds: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    few: bool,
+    sizes: Sizes,
 ) -> Iterator[Problem]:
-    """Gated and not, on every tile."""
-    kinds: tuple[Any, ...] = NEURON_SIZES
-    width = sizes.model
-    if run is run_hidden:
-        kinds = HIDDEN_SIZES
-        width = sizes.hidden
+    """Of these kinds, gated and not, on every tile."""
+    width = sizes.hidden if run is run_hidden else sizes.model
     if few:
         kinds = kinds[:2]
-    if sizes != T5_BASE:
-        kinds = tuple((experts, *kind[1:]) for experts in sizes.experts for kind in kinds)
-    for kind, gated, tokens in product(kinds, (False, True), TOKENS[:: 2 if few else 1]):
-        label = f"{run.__name__} {kind} {'gated ' if gated else ''}T={tokens}"
-        yield Problem(
-            label, partial(run, width, tokens, dtype, gated, *kind), not few and tokens == TOKENS[0]
-        )
+    if not sizes.every_tile:
+        kinds = [(experts, *kind[1:]) for experts in sizes.experts for kind in kinds]
+    counts = FEW_TOKENS if few else TOKENS
+    for kind, gated, tokens in product(kinds, (False, True), counts):
+        label = f"{run.__name__} {kind} gated={gated} T={tokens}"
+        work = partial(run, width, tokens, dtype, gated, *kind)
+        yield Problem(label, work, sizes.every_tile and not few and tokens == TOKENS[0])
 
 
 FAMILIES = {
     "linear": _linear,
     "routing": _routing,
-    "hidden": partial(_experts, run_hidden),
-    "neurons": partial(_experts, run_neurons),
+    "hidden": partial(_experts, run_hidden, HIDDEN_SIZES),
+    "neurons": partial(_experts, run_neurons, NEURON_SIZES),
 }
 
 
 def problems(dtype: torch.dtype, few: bool = False, sizes: Sizes = T5_BASE) -> Iterator[Problem]:
-    """All shipped problems in one dtype; ``few``: enough of them to launch every kernel.
-
-    Every tile is tried only on T5-base's sizes; on others, only suitable tiles.
-    """
+    """All shipped problems in one dtype; ``few``: enough of them to launch every kernel."""
+    if few:
+        sizes = sizes._replace(experts=sizes.experts[:1])
     for family in FAMILIES.values():
-        for problem in family(dtype, few, sizes):
-            yield problem if sizes == T5_BASE else problem._replace(every_tile=False)
+        yield from family(dtype, few, sizes)

@@ -113,12 +113,9 @@ class _Report:
         untested = [
             f"{Path(site).relative_to(ROOT)}: {line}" for site, line in missed if EXCUSE not in line
         ]
-        elsewhere = len(missed) - len(untested)
-        summary = (
-            f"{len(every)} refusals: {len(every) - len(missed)} reached, {elsewhere} beyond "
-            "this run, "
-        )
-        self.lines = [*untested, f"{summary}{len(untested)} untested"]
+        beyond = len(missed) - len(untested)
+        summary = f"{len(every)} refusals, {beyond} beyond this run, {len(untested)} untested"
+        self.lines = [*untested, summary]
         if untested and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -208,10 +208,10 @@ def test_fine_tune_and_compare(tmp_path):
 def test_notebooks_hold_the_cells_of_their_scripts_and_pictures(name):
     file = EXAMPLES / f"{name}.ipynb"
     stored = json.loads(file.read_text(encoding="utf-8"))["cells"]
-    cells = notebooks.cells_of((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
+    wanted = [(cell.cell_type, cell.source) for cell in notebooks.notebook(name).cells]
     found = [(cell["cell_type"], "".join(cell["source"])) for cell in stored]
-    assert found.pop(1) == ("code", notebooks.NO_ARGUMENTS)
-    assert found == cells, "the script has changed: python tools/notebooks.py"
+    assert len(found) > 10
+    assert found == wanted, "the script has changed: python tools/notebooks.py"
     outputs = [output for cell in stored for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1

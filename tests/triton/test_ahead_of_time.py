@@ -53,9 +53,7 @@ on_architectures = pytest.mark.parametrize(
 
 @on_architectures
 def test_every_kernel_is_found_on_every_architecture(architecture):
-    jobs = gpu_compile.shipped_jobs(
-        (architecture,), ("bfloat16",), quick=True, sizes=(shipped.T5_BASE,)
-    )
+    jobs = gpu_compile.shipped_jobs((architecture,), quick=True)
     assert len(kernels_of_the_backend()) >= 14
     assert all(("enable_fp_fusion", True) in job.options for job in jobs), (
         "the default differs between Tritons"
@@ -353,7 +351,7 @@ def test_the_command_compiles_a_kernel_of_ours(capsys):
 
 @pytest.mark.parametrize(
     "words, message",
-    [(["--arch", "sm_70"], "--arch must be among"), (["hip"], "kinds must be among")],
+    [(["--arch", "sm_70"], "--arch: invalid choice"), (["hip"], "kinds: invalid choice")],
 )
 def test_refusals(words, message, capsys):
     with pytest.raises(SystemExit):

@@ -134,10 +134,7 @@ def test_the_dense_network():
 
 
 def test_programs_run_in_waves_as_long_as_one_of_them():
-    few, many = [
-        machine_code.Binary(registers, 0, 0, shared, 0, 0, False)
-        for registers, shared in ((64, 0), (255, 0))
-    ]
+    few, many = [machine_code.Binary(registers) for registers in (64, 255)]
     assert floors.at_once(few, 4) == 8
     assert floors.at_once(many, 8) == 1
     assert floors.at_once(few._replace(shared=100 << 10), 4) == 2
@@ -148,7 +145,7 @@ def test_a_launch_s_floor_counts_barriers_and_loads(monkeypatch):
     text = code_of(
         "LDG.E R2, desc[UR4][R8.64]", "BAR.SYNC.DEFER_BLOCKING 0x0", "FADD R0, R2, R1", "EXIT"
     )
-    binary = machine_code.Binary(128, 0, 0, 0, 0, 0, False, text)
+    binary = machine_code.Binary(128, code=text)
     monkeypatch.setattr(floors, "job_of", lambda *_: None)
     monkeypatch.setattr(floors, "compiled", lambda _: {"some_kernel": binary})
     kernel = SimpleNamespace(fn=SimpleNamespace(__name__="some_kernel"))
@@ -160,7 +157,7 @@ def test_a_launch_s_floor_counts_barriers_and_loads(monkeypatch):
     ):  # four at a time on each of 132 multiprocessors
         cost = floors.cost_of(Launch(kernel, (programs,), {"num_warps": 4}), 64)
         assert cost.floor == cost.times[3] == pytest.approx(waves * cycles / 1.755e9), programs
-        assert cost[3:6] == (4, 1, 1)
+        assert cost.warp == (4, 1, 1, 0)
 
 
 def test_the_table_has_every_call():

@@ -1,10 +1,11 @@
-"""`ExpertCache`: what `generate` keeps while it runs, folded blocks and experts' full weights.
+"""`ExpertCache`: what is kept of experts while their weights do not change, folded blocks and full
+weights.
 
 It trades memory for time: every pass would fold the cores of all experts and rebuild the weights of
-the same few experts for a token or two. Cores do not change inside `generate`, so nothing is
-checked; and nothing outlives the call, because no change of a core between calls can be told for
-certain (fused optimizers and ``parameter.data`` leave no trace). Modules hold none of it, so copies
-and pickles do not either.
+the same few experts for a token or two. Folding pays in every answer of more than one token, so
+`generate` keeps blocks by itself, until it returns. Building full weights pays after some hundred
+tokens, so these are kept only where a user says that no weight changes. Modules hold none of it, so
+copies and pickles do not either.
 """
 
 from __future__ import annotations
@@ -27,11 +28,6 @@ from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
 # rows in float32 up to 1.4 times as long.
 WORTH = 2
 READ = 16
-# Passes of a layer with folded blocks before full weights are built, so that an answer amortises
-# them: built at the second token they seemed to slow an answer of three tokens by 8%, built at the
-# eighth one of twelve by 5% (shape light, one text; single runs, noise 5%). An encoder, which runs
-# once for a whole text, never gets there, and leaves the room to the decoder.
-PATIENCE = 14
 
 _in_use: ContextVar[ExpertCache | None] = ContextVar("expert_cache", default=None)
 
@@ -68,6 +64,12 @@ def _full_weights(chain: MPOBlocks, dtype: torch.dtype) -> Tensor:
     )
 
 
+def weight_versions(layer: Any) -> list[tuple[int, int]]:
+    """Of every core: where it is, and how often it was written in place."""
+    cores = [core for weight in layer.projections().values() for core in weight.cores()]
+    return [(core.data_ptr(), core._version) for core in cores]
+
+
 class KeptExperts:
     """What a cache keeps of one layer: its folded chains and, where that pays, dense experts.
 
@@ -76,6 +78,7 @@ class KeptExperts:
 
     Attributes:
         blocks: the folded chains, by kind of projection.
+        versions: of the weights that all of it was made of.
         built: number of experts whose full weights are there.
     """
 
@@ -83,19 +86,20 @@ class KeptExperts:
         self._cache = cache
         self._layer = layer
         self.blocks = blocks
-        self._passes = 0
+        self.versions = weight_versions(layer)
         self.built = 0
+        self._is_decided = False
         self._dense: Any = None
 
     def dense(self, slots: int, dtype: torch.dtype) -> Any:
         """The dense experts for a pass with so many slots in ``dtype``; None: it uses the chains.
 
-        Decided once, after `PATIENCE` passes in which they pay.
+        Decided once, in the first pass in which they pay.
         """
-        if not self._layer.full_weights_pay(slots, dtype):
+        if not self._cache.full_weights or not self._layer.full_weights_pay(slots, dtype):
             return None
-        self._passes += 1
-        if self._passes == PATIENCE + 1:
+        if not self._is_decided:
+            self._is_decided = True
             elements = sum(
                 chain.in_features * chain.out_features * chain.num_experts
                 for chain in self.blocks.values()
@@ -117,14 +121,19 @@ class ExpertCache:
     Args:
         max_bytes: bound.
         layers: the layers that it serves.
+        full_weights: whether it keeps these too, and refuses passes that contradict that no weight
+            changes.
 
     Attributes:
         reserved: bytes kept or promised: folded blocks unless they are views of the cores, and full
             weights.
     """
 
-    def __init__(self, max_bytes: int, layers: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, max_bytes: float, layers: Sequence[nn.Module], full_weights: bool = False
+    ) -> None:
         self.max_bytes = max_bytes
+        self.full_weights = full_weights
         self.reserved = 0
         self.layers: dict[nn.Module, KeptExperts | None] = {}
         self._served = frozenset(layers)
@@ -138,6 +147,9 @@ class ExpertCache:
         finally:
             _in_use.reset(token)
 
+    def serves(self, layers: Sequence[nn.Module]) -> bool:
+        return self._served.issuperset(layers)
+
     def reserves(self, wanted: int) -> bool:
         """Whether there is room for so many bytes, which are then taken."""
         fits = self.reserved + wanted <= self.max_bytes
@@ -146,7 +158,11 @@ class ExpertCache:
 
     def of(self, layer: Any) -> KeptExperts | None:
         """What is kept of an `MPOExperts`; None if it is not served, or without room for its
-        blocks."""
+        blocks.
+
+        Raises:
+            RuntimeError: with ``full_weights``, a weight has changed since.
+        """
         if layer not in self._served:
             return None
         if layer not in self.layers:
@@ -158,13 +174,34 @@ class ExpertCache:
                 sum(s.nbytes for s in sides if s.untyped_storage().data_ptr() not in views)
             )
             self.layers[layer] = KeptExperts(self, layer, blocks) if fits else None
-        return self.layers[layer]
+        kept = self.layers[layer]
+        if self.full_weights and kept is not None and kept.versions != weight_versions(layer):
+            raise RuntimeError(
+                "weights must not change inside weights_kept(); an expert's core has been written: "
+                "leave the block before"
+            )
+        return kept
+
+
+def cache_in_use() -> ExpertCache | None:
+    """What serves the passes of this thread."""
+    return _in_use.get()
 
 
 def kept_experts(layer: nn.Module) -> KeptExperts | None:
-    """What the `generate` of this thread keeps of a layer; compiled graphs and passes with
-    gradients use its cores."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    """What this thread keeps of a layer; compiled graphs and passes with gradients use its cores.
+
+    Raises:
+        RuntimeError: inside `weights_kept`, a pass with gradients, or after a weight changed.
+    """
+    cache = None if torch.compiler.is_compiling() else _in_use.get()
+    if cache is None:
         return None
-    cache = _in_use.get()
-    return None if cache is None else cache.of(layer)
+    if torch.is_grad_enabled():
+        if cache.full_weights and cache.serves([layer]):
+            raise RuntimeError(
+                "weights_kept() is for passes without gradients; got one with: use "
+                "torch.inference_mode(), or leave the block before you train"
+            )
+        return None
+    return cache.of(layer)

@@ -8,7 +8,8 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +37,7 @@ from mpoe.layers.feed_forward import KeptFeedForward
 from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.models import card, report
 from mpoe.models.find import find_sites
+from mpoe.models.kept_weights import full_weights_kept
 from mpoe.models.sites import install_empty
 from mpoe.models.walk import kept_modules, modules_of, mpo_modules, names_in_checkpoints
 from mpoe.models.weight_files import BASE_FILE, ONLY_FILE
@@ -305,18 +307,14 @@ class MPOEModelMixin(_Model):
         return labels[..., 1:].ne(-100).sum() / items
 
     def cache_experts(self, max_bytes: int | None) -> None:
-        """Set how much memory `generate` may take, while it runs, for folded blocks and full
-        weights of experts.
+        """Set how much memory `generate` may take, while it runs, for folded blocks of experts.
 
-        Decoding on a CPU gets faster for shapes whose weights are costly to rebuild; outputs stay
-        the same up to rounding. A layer keeps full weights for all its experts or for none, once an
-        answer is long enough to amortise them. Compiled graphs use the cores; on a GPU, only blocks
-        are kept, if a bound is set. Nothing is kept between calls. Hidden-side experts and neurons
-        have nothing to rebuild.
+        Nothing is kept between calls (`weights_kept` does that). Hidden-side experts and neurons
+        have nothing to fold.
 
         Args:
-            max_bytes: bound for the whole model; 0: keep nothing; ``None``, as in a new model: the
-                size of the dense layers.
+            max_bytes: bound for the whole model; 0: keep nothing; ``None``, as in a new model: on a
+                CPU the size of the dense layers, on a GPU nothing.
 
         Raises:
             TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without
@@ -328,6 +326,32 @@ class MPOEModelMixin(_Model):
             )
         check_integer("max_bytes", max_bytes, 0, optional=True)
         self._expert_cache_bytes = max_bytes
+
+    @contextmanager
+    def weights_kept(self, max_bytes: int | None = None) -> Iterator[None]:
+        """Say that no weight changes inside a ``with`` block: MPO experts keep folded blocks there
+        and, where few tokens make rebuilding dearer than reading, full weights.
+
+        All passes of this thread on a CPU use them, those of `generate` too, from the first on,
+        which builds them; outputs stay the same up to rounding. A layer keeps full weights for all
+        its experts or for none. Compiled graphs use the cores. A pass that could be trained on, and
+        one after a weight was written in place or loaded, is refused; what is written through
+        ``parameter.data`` is not seen.
+
+        Args:
+            max_bytes: bound for the whole model; ``None``: none, at most what the experts would
+                take as dense networks.
+
+        Raises:
+            TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model in
+                training mode.
+            RuntimeError: in the block, a pass with gradients or after a weight changed.
+        """
+        check_integer("max_bytes", max_bytes, 0, optional=True)
+        if self.training:
+            raise ValueError("weights_kept needs a model in evaluation: call model.eval() first")
+        with full_weights_kept(self, max_bytes):
+            yield
 
     # -------------------------------------------------------- checkpointing
 

@@ -1,6 +1,4 @@
-"""Model and configuration classes, created by a rule from a dense class, its family and its head;
-what their `generate` keeps: folded blocks and rebuilt weights, by default in as much memory as
-dense layers take.
+"""Model and configuration classes, created by a rule from a dense class, its family and its head.
 
 Transformers' own tables list the class of each family for each head. They are read, and the classes
 created, when a family is first used.
@@ -10,67 +8,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
-import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 from transformers.utils.generic import ModelOutput
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.context import Entered, RoutingContext
-from mpoe.layers.cores import MPOCores
-from mpoe.layers.expert_cache import ExpertCache
-from mpoe.layers.experts import MPOExperts
 from mpoe.models.base import ROUTING_FIELDS, MPOEModelMixin, last_tokens
+from mpoe.models.kept_weights import kept_while_generating
 from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX
-
-
-def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
-    """Whether a cache may serve a layer: in evaluation, with cores that are neither adapted nor
-    sharded."""
-    projections = layer.projections().values()
-    if layer.training or any(type(cores) is not MPOCores for cores in projections):
-        return False
-    devices = ("cpu", "cuda") if on_gpus else ("cpu",)
-    weights = (core for cores in projections for core in cores.cores())
-    return all(type(weight) is nn.Parameter and weight.device.type in devices for weight in weights)
-
-
-def decoding_bytes(layers: list[MPOExperts]) -> int:
-    """Bound of `generate`'s cache unless `cache_experts` sets one: a dense feed-forward network for
-    each layer."""
-    projections = [
-        (cores, layer.dtype.itemsize) for layer in layers for cores in layer.projections().values()
-    ]
-    return sum(cores.in_features * cores.out_features * size for cores, size in projections)
-
-
-@contextmanager
-def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[ExpertCache | None]:
-    """A cache for the experts of ``model``, gone at the end; ``None`` if it would not help.
-
-    Args:
-        model: of which `generate` is called.
-        max_bytes: bound; ``None``: `decoding_bytes`, on a CPU; 0: no cache.
-    """
-    experts = (module for module in model.modules() if isinstance(module, MPOExperts))
-    layers = (
-        []
-        if torch.compiler.is_compiling()
-        else [e for e in experts if _may_cache(e, max_bytes is not None)]
-    )
-    bound = decoding_bytes(layers) if max_bytes is None else max_bytes
-    if bound == 0 or not layers:
-        yield None
-        return
-    with ExpertCache(bound, layers).in_use() as cache:
-        yield cache
 
 
 class MPOESeq2SeqMixin(MPOEModelMixin):

@@ -1,5 +1,5 @@
-"""What `generate` keeps while it runs: same tokens, within its bound, gone afterwards, nothing
-where it is useless.
+"""What `generate` keeps while it runs, and models while their weights do not change: same tokens,
+within its bound, gone afterwards, nothing where it is useless; a change of weights is refused.
 
 Below it, `ExpertCache` with layers alone: same results as without, only while it is in use.
 """
@@ -14,8 +14,8 @@ from mpoe_bench.cases import relative_error
 
 from mpoe import MPOEConfig, RouterConfig, load_mpoe
 from mpoe.layers import MPOEFeedForward, MPOExperts, current_routing, routing_context
-from mpoe.layers.expert_cache import PATIENCE, ExpertCache, full_weights_pay
-from mpoe.models.classes import decoding_bytes, kept_while_generating
+from mpoe.layers.expert_cache import ExpertCache, full_weights_pay
+from mpoe.models.kept_weights import dense_bytes, kept_while_generating
 from mpoe_kernels import MPOShape
 from tests.assertions import in_threads, refuses
 from tests.cases import pairwise
@@ -34,22 +34,20 @@ def _deeper(monkeypatch):
 
 @pytest.fixture
 def always(monkeypatch):
-    """Full weights wherever they are allowed, and early: models this small never benefit from
-    them."""
-    monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 2)
+    """Full weights wherever they are allowed: models this small never benefit from them."""
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """The caches that `generate` creates."""
+    """The caches that models create."""
     found = []
 
-    def make(bound, layers):
-        found.append(ExpertCache(bound, layers))
+    def make(*values, **options):
+        found.append(ExpertCache(*values, **options))
         return found[-1]
 
-    monkeypatch.setattr("mpoe.models.classes.ExpertCache", make)
+    monkeypatch.setattr("mpoe.models.kept_weights.ExpertCache", make)
     return found
 
 
@@ -95,21 +93,62 @@ def test_same_tokens(family, options, mode, converted, made):
     with mode():
         plain = plain_tokens(model, **call(family, **options))
         assert made == []
-        found = model.generate(**call(family, **options))
-    assert torch.equal(found, plain)
-    (cache,) = made
-    assert built(cache) > 0
-    assert 0 < cache.reserved <= cache.max_bytes == decoding_bytes(experts(model))
+        tokens = model.generate(**call(family, **options))
+        with model.weights_kept():
+            again = [model.generate(**call(family, **options)) for _ in range(2)]
+    assert torch.equal(tokens, plain)
+    assert all(torch.equal(other, plain) for other in again), again
+    of_generate, of_block = made
+    assert built(of_generate) == 0
+    assert of_generate.max_bytes == dense_bytes(experts(model))
+    assert built(of_block) == 2 * len(experts(model))
 
 
-@pytest.mark.parametrize("tokens", [PATIENCE, PATIENCE + 2])
-def test_a_short_answer_builds_nothing(tokens, converted, made, monkeypatch):
-    """Folded blocks are kept at once; building full weights takes longer than a few tokens with the
-    cores."""
-    monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
+WRITES = {
+    "in place": lambda model: experts(model)[0].up.central.mul_(2),
+    "loaded": lambda model: model.load_state_dict(model.state_dict()),
+    "replaced": lambda model: setattr(
+        experts(model)[0].up,
+        "central",
+        torch.nn.Parameter(experts(model)[0].up.central.detach().clone()),
+    ),
+}
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_write_is_refused_while_weights_are_kept(write, converted):
     model = converted("gpt2", **LIGHT)
-    model.generate(**{**call("gpt2"), "max_new_tokens": tokens, "min_new_tokens": tokens})
-    assert (built(made[0]) > 0) == (tokens > PATIENCE)
+    tokens = {"input_ids": batch("gpt2")["input_ids"]}
+    with torch.no_grad():
+        with model.weights_kept():
+            model(**tokens)
+            write(model)
+            refuses(RuntimeError, "weights must not change inside weights_kept", model, **tokens)
+        after = model(**tokens).logits
+        assert torch.equal(after, copy.deepcopy(model)(**tokens).logits)
+
+
+def test_training_is_refused_while_weights_are_kept(converted):
+    model = converted("gpt2", **LIGHT)
+    other = converted("llama", **LIGHT)
+    with model.weights_kept():
+        refuses(RuntimeError, "is for passes without gradients", model, **batch("gpt2"))
+        other(**batch("llama")).loss.backward()
+    model(**batch("gpt2")).loss.backward()
+    model.train()
+    refuses(ValueError, "needs a model in evaluation", model.weights_kept().__enter__)
+    refuses(ValueError, "max_bytes must be ", model.weights_kept(-5).__enter__)
+
+
+@pytest.mark.usefixtures("always")
+def test_full_weights_keep_to_their_bound(converted, made):
+    model = converted("gpt2", **LIGHT)
+    with torch.no_grad(), model.weights_kept(3 * dense_bytes(experts(model)) // 2):
+        model(**batch("gpt2"))
+    (cache,) = made
+    assert 0 < built(cache) < 2 * len(experts(model))
+    assert cache.reserved <= cache.max_bytes
 
 
 @pytest.mark.usefixtures("always")
@@ -137,21 +176,10 @@ def test_a_limit_that_the_user_chose(converted, made, tmp_path):
         assert torch.equal(each.generate(**call("gpt2")), wanted)
         cache = made.pop()
         assert cache.max_bytes == 10**9
-        assert sum(kept.built > 0 for kept in cache.layers.values()) == len(experts(model))
+        assert len(cache.layers) == len(experts(model))
     loaded = load_mpoe(tmp_path)
     assert torch.equal(loaded.generate(**call("gpt2")), wanted)
-    assert made.pop().max_bytes == decoding_bytes(experts(model))
-
-
-@pytest.mark.usefixtures("always")
-def test_what_runs_once_takes_no_room_from_what_runs_again(converted, made):
-    model = converted("t5", shape="paper")
-    model.cache_experts(10**9)
-    model.generate(**call("t5"))
-    (cache,) = made
-    encoder = set(experts(model.get_encoder()))
-    assert encoder
-    assert all((kept.built == 0) == (layer in encoder) for layer, kept in cache.layers.items())
+    assert made.pop().max_bytes == dense_bytes(experts(model))
 
 
 @pytest.mark.usefixtures("always")
@@ -169,29 +197,24 @@ def test_gone_where_generate_fails(converted, made):
 
 
 @pytest.mark.parametrize(
-    "config, holds_blocks, pays",
+    "config, holds_blocks",
     [
-        (LIGHT, True, True),
-        (LIGHT, True, False),
-        ({"shape": "separable"}, True, False),
-        ({"shape": "hidden"}, False, False),
-        ({"shape": "neurons"}, False, False),
-        ({"expert_type": "dense"}, False, False),
+        (LIGHT, True),
+        ({"shape": "separable"}, True),
+        ({"shape": "hidden"}, False),
+        ({"shape": "neurons"}, False),
+        ({"expert_type": "dense"}, False),
     ],
     ids=str,
 )
-def test_memory_is_taken_where_something_is_gained(
-    config, holds_blocks, pays, converted, made, request
-):
-    """Hidden-side and dense experts have nothing to cache; separable ones, and models this small,
-    only views of their cores."""
-    if pays:
-        request.getfixturevalue("always")
+def test_a_cache_is_made_where_there_is_something_to_fold(config, holds_blocks, converted, made):
     model = converted("gpt2", **config)
     for _ in range(2):
         model.generate(**call("gpt2"))
     assert len(made) == 2 * holds_blocks
-    assert all((cache.reserved > 0) == (built(cache) > 0) == pays for cache in made)
+    with torch.no_grad(), model.weights_kept():
+        model(**batch("gpt2"))
+    assert built(made[-1]) == 0, "full weights of models this small, or of dense experts"
 
 
 @pytest.mark.usefixtures("always")
@@ -214,7 +237,7 @@ def test_nothing_of_weights_that_may_not_be_kept(change, converted, made):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bound_is_the_size_of_the_dense_layers(dtype, converted):
     assert (
-        decoding_bytes(experts(converted("llama", **LIGHT).to(dtype)))
+        dense_bytes(experts(converted("llama", **LIGHT).to(dtype)))
         == 4 * 3 * 24 * 48 * dtype.itemsize
     )
 
@@ -223,12 +246,6 @@ def test_the_bound_is_the_size_of_the_dense_layers(dtype, converted):
 
 PLENTY = 10**9
 EXPERTS = 5
-
-
-@pytest.fixture
-def at_once(always, monkeypatch):
-    """Full weights in the first call."""
-    monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 0)
 
 
 def feed_forward(shape="paper", gated=False, top_k=1, **options):
@@ -246,7 +263,9 @@ def feed_forward(shape="paper", gated=False, top_k=1, **options):
 def kept(*layers, max_bytes=PLENTY):
     with (
         torch.no_grad(),
-        ExpertCache(max_bytes, [layer.experts for layer in layers]).in_use() as cache,
+        ExpertCache(
+            max_bytes, [layer.experts for layer in layers], full_weights=True
+        ).in_use() as cache,
     ):
         yield cache
 
@@ -261,7 +280,7 @@ def plain(ffn, x, mask=None):
     return in_threads(1, run)[0]
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shape", ["paper", "separable"])
@@ -280,7 +299,7 @@ def test_same_results(shape, gated, dtype):
         assert cache.reserved >= EXPERTS * 24 * 48 * len(ffn.experts.projections()) * dtype.itemsize
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("always")
 def test_layers_share_the_bound_and_the_first_one_stays():
     """A layer has full weights for all its experts or for none: then every pass uses the cores and
     the kept blocks."""
@@ -306,7 +325,7 @@ def test_layers_share_the_bound_and_the_first_one_stays():
         assert (cache.reserved, cache.layers) == (0, {third.experts: None})
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("always")
 def test_it_ends_where_the_block_fails_and_gives_way_to_another():
     ffn, x = feed_forward(), torch.randn(9, 24)
     inner = []
@@ -327,25 +346,19 @@ def test_it_ends_where_the_block_fails_and_gives_way_to_another():
         assert torch.equal(ffn(x), plain(ffn, x))
 
 
-@pytest.mark.usefixtures("at_once")
-def test_training_another_dtype_and_compiled_graphs_use_the_cores():
+@pytest.mark.usefixtures("always")
+def test_dropout_another_dtype_and_compiled_graphs_use_the_cores():
     ffn, x = feed_forward(dropout=0.5).train(), torch.randn(9, 24)
 
-    def run(grad):
+    @torch.no_grad()
+    def run():
         torch.manual_seed(3)
-        with torch.set_grad_enabled(grad):
-            y = ffn(x)
-            return [
-                y,
-                *(torch.autograd.grad(y.square().sum(), list(ffn.parameters())) if grad else ()),
-            ]
+        return ffn(x)
 
     with kept(ffn) as cache:
-        found = run(True)
-        assert cache.layers == {}
-        found += run(False)
+        found = run()
         assert built(cache) == 0
-    assert all(map(torch.equal, found, run(True) + run(False)))
+    assert torch.equal(found, run())
     ffn.eval()
     with warnings.catch_warnings(), kept(ffn) as cache:
         warnings.simplefilter("ignore")  # torch.compile's warnings about itself

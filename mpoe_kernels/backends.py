@@ -56,11 +56,8 @@ class Request:
         return self.device.partition(":")[0]
 
 
-def _nothing(_: Request) -> list[str]:
-    return []
-
-
-def no_reasons(_: Contraction) -> list[str]:
+def nothing(_: Any) -> list[Any]:
+    """No reason against a request or a contraction, or no candidate for it."""
     return []
 
 
@@ -82,9 +79,10 @@ class Candidate(NamedTuple):
     run: Callable[[Any], Any]
     waits: bool = False
 
-
-def _no_candidates(_: Contraction) -> list[Candidate]:
-    return []
+    @property
+    def text(self) -> str:
+        """Under which a choice is kept."""
+        return f"{self.backend} {self.name}"
 
 
 @dataclass(eq=False)
@@ -105,22 +103,22 @@ class Backend:
     name: str
     kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)
     unavailable_reasons: Callable[[], list[str]] = list
-    request_reasons: Callable[[Request], list[str]] = _nothing
+    request_reasons: Callable[[Request], list[str]] = nothing
     op_reasons: dict[str, Callable[[Request], list[str]]] = field(default_factory=dict)
-    candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
-    contraction_reasons: Callable[[Contraction], list[str]] = no_reasons
+    candidates: Callable[[Contraction], list[Candidate]] = nothing
+    contraction_reasons: Callable[[Contraction], list[str]] = nothing
     places_rows: bool = False
 
     def computes(self, op: str) -> bool:
         """Whether it has kernels for an op, of some dtypes and sizes."""
-        return op in self.kernels or (op in CONTRACTIONS and self.candidates is not _no_candidates)
+        return op in self.kernels or (op in CONTRACTIONS and self.candidates is not nothing)
 
     def unsupported_reasons(self, request: Request) -> list[str]:
         """Every reason why this backend cannot run ``request``; empty if it can."""
         reasons = list(self.unavailable_reasons())
         if not self.computes(request.op):
             reasons.append(f"it has no kernel for {request.op}{_instead(request)}")
-        of_op = self.op_reasons.get(request.op, _nothing)(request)
+        of_op = self.op_reasons.get(request.op, nothing)(request)
         return [*reasons, *self.request_reasons(request), *of_op]
 
 
@@ -151,7 +149,7 @@ def add_kernels(backend: str, kernels: Any, functions: Mapping[str, str]) -> Non
             run a request.
         functions: op -> name of its function; ops whose function is missing are left out.
     """
-    reasons = getattr(kernels, "reasons", _nothing)
+    reasons = getattr(kernels, "reasons", nothing)
     for op, name in functions.items():
         if hasattr(kernels, name):
             BACKENDS[backend].kernels[op] = getattr(kernels, name)

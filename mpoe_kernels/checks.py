@@ -96,28 +96,6 @@ def check_device(reference_name: str, reference: Tensor, **others: Tensor | None
             )
 
 
-def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Require dtype and device of ``others`` to equal those of ``reference``; under autocast, after
-    its casts."""
-    device = reference.device
-    dtype = reference.dtype
-    for name, other in others.items():
-        if other is None or (other.dtype == dtype and other.device == device):
-            continue
-        if other.device != device:
-            check_device(reference_name, reference, **{name: other})
-        lowered = (
-            torch.is_autocast_enabled(device.type) if device.type in AUTOCAST_DEVICES else False
-        )
-        if lowered and {dtype, other.dtype} <= LOWERED:
-            continue
-        hint = "; autocast leaves float64" if lowered else " (or run under autocast)"
-        raise TypeError(
-            f"{name} must have the dtype of {reference_name}, "
-            f"{str(dtype).removeprefix('torch.')}{hint}; got {describe(other)}"
-        )
-
-
 def check_integer(
     name: str, value: object, low: int, high: int | None = None, what: str = ""
 ) -> int:
@@ -169,13 +147,14 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint}")
 
 
-def check_range(name: str, index: Tensor, low: int, high: int) -> None:
+def check_range(
+    name: str, index: Tensor, low: int, high: int, error: type[Exception] = ValueError
+) -> None:
     """Refuse an entry outside ``low..high``, only on the CPU: elsewhere the check would wait for
     the device."""
     if index.numel() == 0 or index.device.type != "cpu":
         return
-    smallest, largest = (int(v) for v in index.aminmax())
-    if smallest < low or largest > high:
-        raise ValueError(
-            f"{name} must lie in {low}..{high}; got {smallest if smallest < low else largest}"
-        )
+    smallest, largest = index.aminmax()
+    for entry in (int(smallest), int(largest)):
+        if not low <= entry <= high:
+            raise error(f"{name} must lie in {low}..{high}; got {entry}")

@@ -183,6 +183,9 @@ def define_op(
         return output
 
     def call(*arguments: Any, kept: Any = None) -> Any:
+        # While a graph is traced, `checked` refuses; a backward's arguments are its forward's.
+        if not (name.endswith("_backward") or torch.compiler.is_dynamo_compiling()):
+            check_signature(name, names, arguments, required, with_memory=False)
         if is_plain_call(arguments):
             if not needs_gradients(arguments):
                 return body(*arguments, kept=kept)

@@ -1,8 +1,8 @@
-"""What the raw ops ``torch.ops.mpoe.*`` take, and its check; the public functions check in their
-own words, earlier.
+"""What the ops take, and its check: of a public function's call before it starts, of a raw op
+``torch.ops.mpoe.*`` behind PyTorch's dispatcher.
 
-A table instead of checks in every kernel: a call that reaches a kernel through PyTorch's dispatcher
-has tensors of these dtypes and sizes, whoever made it.
+A table instead of checks in every function and kernel: whoever made a call, a kernel sees tensors
+of these dtypes and sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import check_backend
-from mpoe_kernels.checks import FLOATING, check_choice, check_integer, check_memory, describe
+from mpoe_kernels.checks import (
+    AUTOCAST_DEVICES,
+    FLOATING,
+    LOWERED,
+    check_choice,
+    check_dense,
+    check_device,
+    check_integer,
+    check_memory,
+    describe,
+)
 from mpoe_kernels.contract import STRATEGIES
 
 # Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
@@ -46,9 +56,9 @@ _TABLE = "ids:i T; left:f 1 iL jL a; central:left a iC jC b; right:left 1 b iR j
 # equal sizes, ``*`` any.
 ARGUMENTS = {
     "route": "top_k_index:i T K; token_mask:b T",
-    "dispatch": f"x:f T I; {_SLOTS}",
+    "dispatch": f"{_SLOTS}; x:f T I",
     "dispatch_backward": "grad:f N I; slot_of_token:i T K",
-    "combine": f"y_sorted:f N F; {_SLOTS}; top_k_weights:f T K",
+    "combine": f"{_SLOTS}; y_sorted:f N F; top_k_weights:f T K",
     "combine_backward": "grad:f T F; y_sorted:grad N F; token_of_slot:i N; slot_of_token:i T K; "
     "top_k_weights:f T K",
     "grouped_mpo_linear": f"{_LINEAR}; slot_of_token:i P K; out_index:i N; gates:f N",
@@ -60,6 +70,7 @@ ARGUMENTS = {
     "mpo_embedding": _TABLE,
     "mpo_embedding_backward": f"{_TABLE}; grad:left T F",
 }
+_OF_ROUTING = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
 # How many gradients there are to need.
 _GRADIENTS = {
     "grouped_mpo_linear_backward": 5,
@@ -71,10 +82,25 @@ _GRADIENTS = {
 _SIZES = {"in_features": "I", "out_features": "F", "num_embeddings": "V", "embedding_dim": "F"}
 
 
+# Axes that may have no element: tokens, slots, choices, rows of routing.
+_MAY_BE_EMPTY = {"T", "N", "K", "P"}
+
+
 class _Argument(NamedTuple):
+    """An entry of `ARGUMENTS`.
+
+    Attributes:
+        name, dtype: as there.
+        text: its axes as there.
+        axes: their names, and how much longer each is; without ``*``.
+        is_open: ``*`` follows.
+    """
+
     name: str
     dtype: str
-    axes: tuple[str, ...]
+    text: str
+    axes: tuple[tuple[str, int], ...]
+    is_open: bool
 
 
 @lru_cache
@@ -83,8 +109,18 @@ def _arguments(op: str) -> tuple[_Argument, ...]:
     for part in filter(None, ARGUMENTS.get(op, "").split("; ")):
         first, *axes = part.split()
         name, dtype = first.split(":")
-        arguments.append(_Argument(name, dtype, tuple(axes)))
+        sized = []
+        for axis in axes:
+            if axis != "*":
+                sized.append((axis.removesuffix("+1"), int(axis.endswith("+1"))))
+        arguments.append(_Argument(name, dtype, ", ".join(axes), tuple(sized), axes[-1] == "*"))
     return tuple(arguments)
+
+
+def as_index(value: Any) -> Any:
+    """int64 of int32; anything else as it is, which the op may refuse."""
+    is_short = isinstance(value, Tensor) and value.dtype == torch.int32
+    return value.long() if is_short else value
 
 
 def check_tensors(names: Sequence[str], values: Sequence[Any], required: Collection[str]) -> None:
@@ -96,19 +132,28 @@ def check_tensors(names: Sequence[str], values: Sequence[Any], required: Collect
 
 
 def check_signature(
-    op: str, names: Sequence[str], values: Sequence[Any], required: Collection[str]
+    op: str,
+    names: Sequence[str],
+    values: Sequence[Any],
+    required: Collection[str],
+    with_memory: bool = True,
 ) -> None:
-    """Refuse arguments of a raw op that do not fit its entry in `ARGUMENTS`, or each other;
-    ``required`` are tensors.
+    """Refuse arguments of an op that do not fit its entry in `ARGUMENTS`, or each other;
+    ``required`` are tensors. ``with_memory``: also those whose memory does not hold their values.
 
     Raises:
         TypeError, ValueError: the argument, what was expected, and what was given.
     """
     check_tensors(names, values, required)
     given = dict(zip(names, values, strict=False))
+    check = check_memory if with_memory else check_dense
+    first = next(name for name in names if name in required)
+    device = given[first].device
     for name, value in given.items():
         if isinstance(value, Tensor):
-            check_memory(name, value)
+            check(name, value)
+            if value.device != device:
+                check_device(first, given[first], **{name: value})
     sizes: dict[str, int] = {}
     for name, axis in _SIZES.items():
         if name in given:
@@ -126,26 +171,47 @@ def _check_tensor(
     argument: _Argument, value: Tensor, given: dict[str, Any], sizes: dict[str, int]
 ) -> None:
     """Bind the axes that have no size yet."""
-    name, kind, axes = argument
-    words, dtypes = _DTYPES.get(kind) or (f"of {kind}'s dtype", (given[kind].dtype,))
-    shape = tuple(value.shape)
-    is_open = axes[-1] == "*"
-    fixed = axes[:-1] if is_open else axes
-    fits = len(shape) >= len(fixed) if is_open else len(shape) == len(fixed)
+    shape = value.shape
+    axes = argument.axes
+    fits = len(shape) >= len(axes) if argument.is_open else len(shape) == len(axes)
     if fits:
-        for axis, size in zip(fixed, shape, strict=False):
-            more = axis.endswith("+1")  # offsets, of at least one expert
-            wanted = (
-                1
-                if axis == "1"
-                else sizes.setdefault(axis.removesuffix("+1"), max(size - 1, 1) if more else size)
-            )
+        for (axis, more), size in zip(axes, shape, strict=False):
+            # Offsets are of at least one expert.
+            first = max(size - more, 1) if more else size
+            wanted = 1 if axis == "1" else sizes.setdefault(axis, first)
             fits = fits and size == wanted + more
-    if not fits or value.dtype not in dtypes:
-        bound = dict.fromkeys(axis.removesuffix("+1") for axis in fixed)
-        known = ", ".join(f"{axis} = {sizes[axis]}" for axis in bound if axis in sizes)
-        error = ValueError if value.dtype in dtypes else TypeError
-        raise error(f"{name} must be {words} [{', '.join(axes)}], {known}; got {describe(value)}")
+    if fits and _has_dtype(argument, value, given):
+        return
+    words = f"of {argument.dtype}'s dtype"
+    hint = ""
+    if argument.dtype in _DTYPES:
+        words = _DTYPES[argument.dtype][0]
+    elif fits:
+        name = str(given[argument.dtype].dtype).removeprefix("torch.")
+        casts = _is_cast(value)
+        hint = f" ({name}{'; autocast leaves float64' if casts else ', or run under autocast'})"
+    bound = dict.fromkeys(axis for axis, _ in axes)
+    known = "".join([f", {axis} = {sizes[axis]}" for axis in bound if axis in sizes])
+    error = TypeError if fits else ValueError
+    raise error(
+        f"{argument.name} must be {words} [{argument.text}]{known}{hint}; got {describe(value)}"
+    )
+
+
+def _has_dtype(argument: _Argument, value: Tensor, given: dict[str, Any]) -> bool:
+    kinds = _DTYPES.get(argument.dtype)
+    if kinds is not None:
+        return value.dtype in kinds[1]
+    wanted = given[argument.dtype].dtype
+    if value.dtype == wanted:
+        return True
+    return _is_cast(value) and {value.dtype, wanted} <= LOWERED
+
+
+def _is_cast(value: Tensor) -> bool:
+    """Whether autocast applies to a tensor."""
+    device_type = value.device.type
+    return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None:
@@ -157,7 +223,8 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
         check_integer("capacity", given["capacity"], 1)
     if op == "route" and (sizes["K"] < 1 or sizes["T"] * sizes["K"] > MOST_PAIRS):
         raise ValueError(
-            f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got {sizes}"
+            f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got "
+            f"{describe(given['top_k_index'])}"
         )
     for name, choices in (("activation", FORMULAS), ("strategy", (*STRATEGIES, "auto"))):
         if name in given:
@@ -173,8 +240,12 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
                 raise ValueError(
                     f"{axis} must be at most {'*'.join(parts)} = {whole}; got {sizes[axis]}"
                 )
+    if op not in _OF_ROUTING:
+        for axis, size in sizes.items():
+            if size < 1 and axis not in _MAY_BE_EMPTY:
+                raise ValueError(f"{axis} must be at least 1; got {sizes}")
     if "G" in sizes and (
-        sizes["b"] < 1 or sizes["F"] % sizes["b"] or sizes["G"] not in (1, sizes["F"] // sizes["b"])
+        sizes["F"] % sizes["b"] or sizes["G"] not in (1, sizes["F"] // sizes["b"])
     ):
         raise ValueError(
             f"right must be [E, G, b, b] with b a divisor of F = {sizes['F']} and G = 1 or F / b; "
@@ -188,6 +259,13 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
             raise ValueError(
                 f"gates must be one for every entry of slot_of_token, which is "
                 f"{describe(given['slot_of_token'])}; got {describe(given['gates'])}"
+            )
+    elif op == "grouped_mpo_linear" and given.get("slot_of_token") is not None:
+        tokens = None if given.get("row_index") is None else sizes["T"]
+        if sizes["P"] != tokens:
+            raise ValueError(
+                f"slot_of_token must be [T, K] with T = {tokens}, and None without row_index; got "
+                f"{describe(given['slot_of_token'])}"
             )
     if (given.get("u_gate") is None) != (given.get("right_gate") is None):
         raise ValueError("u_gate and right_gate must be given together; got one of them")

@@ -3,7 +3,6 @@ is judged on."""
 
 from __future__ import annotations
 
-import contextvars
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -320,7 +319,7 @@ class Plan(NamedTuple):
             return dense, ids, Truth.of(results, dtype)
 
         def build(
-            shared: tuple[Any, Tensor, Truth], fields: dict[str, Any] | None, keeps: bool = False
+            shared: tuple[Any, Tensor, Truth], fields: dict[str, Any] | None
         ) -> tuple[Contender, Truth]:
             dense, ids, truth = shared
             model = copy.deepcopy(dense)
@@ -346,10 +345,6 @@ class Plan(NamedTuple):
             )
             if generates:
                 contender.timed = partial(model.generate, ids, do_sample=False, **length)
-                if keeps:  # in every call, and in no other contender's
-                    block = contextvars.copy_context()
-                    block.run(model.weights_kept().__enter__)
-                    contender.timed = partial(block.run, contender.timed)
             else:
                 contender.step = step
             return contender, truth
@@ -362,9 +357,6 @@ class Plan(NamedTuple):
         for shape in shapes:
             ours = partial(build, fields={"shape": shape})
             builds.append((f"mpoe {name} {shape}", "mpoe", ours))
-            if generates and self.device == "cpu" and shape in ("light", "paper"):
-                kept = partial(ours, keeps=True)
-                builds.append((f"mpoe {name} {shape}, weights kept", "mpoe", kept))
         count = tokens[0] * tokens[1]
         facts = {
             "experts": experts,

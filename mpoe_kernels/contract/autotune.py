@@ -222,14 +222,13 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
 def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
     """Times the shortlist. A time on fewer rows counts in proportion to the strategy's FLOPs."""
     plans = {plan.strategy: plan for plan in problem.plans()}
-    whole = {name: plan.flops for name, plan in plans.items()}
-    held = {name: plan.temporary_bytes + plan.activation_bytes for name, plan in plans.items()}
-    first = able[0].strategy
-    flops = MOST_FLOPS * whole[first]
-    memory = max(MOST_BYTES, held[first])
-    listed = [
-        c for c in shortlist(able) if whole[c.strategy] <= flops and held[c.strategy] <= memory
-    ]
+    first = plans[able[0].strategy]
+    memory = max(MOST_BYTES, first.held_bytes)
+    listed = []
+    for candidate in shortlist(able):
+        plan = plans[candidate.strategy]
+        if plan.flops <= MOST_FLOPS * first.flops and plan.held_bytes <= memory:
+            listed.append(candidate)
     if len(listed) == 1:
         return listed[0]
     experts, slots = _timed_sizes(problem)
@@ -241,18 +240,15 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
             for candidate in listed
         ]
         seconds = _seconds(runs, problem.device)
-    part = {plan.strategy: plan.flops for plan in sample.plans()}
-    scaled = [
-        s * whole[c.strategy] / max(1, part[c.strategy])
-        for s, c in zip(seconds, listed, strict=True)
-    ]
+    timed = {plan.strategy: max(1, plan.flops) for plan in sample.plans()}
+    scaled = []
+    for candidate, took in zip(listed, seconds, strict=True):
+        scaled.append(took * plans[candidate.strategy].flops / timed[candidate.strategy])
     return listed[scaled.index(min(scaled))]
 
 
 def _named(value: str | None, able: list[Candidate]) -> Candidate | None:
-    return next(
-        (candidate for candidate in able if f"{candidate.backend} {candidate.name}" == value), None
-    )
+    return next((candidate for candidate in able if candidate.text == value), None)
 
 
 def resolve_contraction(problem: Problem) -> Candidate:
@@ -275,10 +271,10 @@ def resolve_contraction(problem: Problem) -> Candidate:
             candidate = _named(_TIMED.get(key) or read_choices().get(key), able)
             if candidate is None:
                 candidate = _fastest(problem, able)
-                add_choices({key: f"{candidate.backend} {candidate.name}"})
-            _TIMED[key] = f"{candidate.backend} {candidate.name}"
+                add_choices({key: candidate.text})
+            _TIMED[key] = candidate.text
         candidate = candidate or able[0]
-        _MADE[key] = f"{candidate.backend} {candidate.name}"
+        _MADE[key] = candidate.text
     return candidate
 
 

@@ -125,6 +125,11 @@ class Contraction:
         widest = max(map(add, between, between[1:]))
         return widest * self.slots * self.dtype.itemsize
 
+    @property
+    def held_bytes(self) -> int:
+        """Both."""
+        return self.temporary_bytes + self.activation_bytes
+
 
 def candidate_strategies(dims: BlockDims) -> Iterator[str]:
     """Strategies worth considering for a shape: a separable shape's chain is called

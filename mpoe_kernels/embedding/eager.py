@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mpoe_kernels.checks import check_range
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.linear.eager.rebuild import Weights
+from mpoe_kernels.linear.eager.rebuild import Matrices, Weights
 from mpoe_kernels.linear.eager.rows import grouped_mm, grouped_outer
 
 if TYPE_CHECKING:
@@ -97,16 +98,6 @@ def _slices(central: Tensor, right: Tensor, dims: BlockDims, pairs: bool) -> Ten
     return both.permute(1, 3, 0, 2, 4).reshape(d.iC * d.iR, d.a, d.jC * d.jR)
 
 
-def _check_ids(call: EmbeddingCall | EmbeddingBackwardCall) -> None:
-    """On CPUs: elsewhere the check would wait for the device."""
-    if call.ids.is_cpu and call.ids.numel():
-        low, high = (int(v) for v in call.ids.aminmax())
-        if low < 0 or high >= call.num_embeddings:
-            raise IndexError(
-                f"ids must lie in 0..{call.num_embeddings - 1}; got {low if low < 0 else high}"
-            )
-
-
 def forward(call: EmbeddingCall) -> Tensor:
     """Computed in the cheapest way."""
     ids = call.ids
@@ -116,7 +107,7 @@ def forward(call: EmbeddingCall) -> Tensor:
     dims = BlockDims.of_blocks(
         call.left, central, call.right, call.num_embeddings, call.embedding_dim
     )
-    _check_ids(call)
+    check_range("ids", ids, 0, call.num_embeddings - 1, IndexError)
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
         return Weights(left, dims).weight(left, central, right).index_select(0, ids)
@@ -136,7 +127,7 @@ def forward(call: EmbeddingCall) -> Tensor:
 
 def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
     """Those that are needed of all gradients."""
-    _check_ids(call)
+    check_range("ids", call.ids, 0, call.num_embeddings - 1, IndexError)
     gradients = zip((call.left, call.central, call.right), _gradients(call), call.need, strict=True)
     return tuple(
         gradient.reshape(like.shape) if needed and gradient is not None else like.new_empty(0)
@@ -144,7 +135,7 @@ def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
     )
 
 
-def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(call: EmbeddingBackwardCall) -> Matrices:
     """Computed in the same way as the forward, for one expert."""
     grad = call.grad
     ids = call.ids
@@ -180,7 +171,7 @@ def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor | None, Tensor | Non
         dleft.index_add_(0, part.left_digit, drows_left.view(-1, *left.shape[1:]))
     if way == "gather":
         dcentral = dslices.view(dims.iC, dims.a, dims.jC, dims.b).transpose(0, 1)
-        return dleft, dcentral.contiguous(), dright_by_digit.transpose(0, 1).contiguous()
+        return dleft, dcentral, dright_by_digit.transpose(0, 1)
     # [(a iC jC), (iR jR)], like the product of the two blocks.
     dboth = dslices.view(dims.iC, dims.iR, dims.a, dims.jC, dims.jR).permute(2, 0, 3, 1, 4)
     dboth = dboth.reshape(-1, dims.iR * dims.jR)

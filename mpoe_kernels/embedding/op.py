@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import check_device, check_same, describe
+from mpoe_kernels.checks import describe
 from mpoe_kernels.define import Differentiable, define_differentiable, requested_backend
 from mpoe_kernels.embedding import eager
 from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.signatures import as_index
 
 
 @dataclass
@@ -87,11 +88,8 @@ def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None)
         raise ValueError(
             f"blocks must hold one expert for mpo_embedding; got {blocks.left.shape[0]}"
         )
-    check_same("central", blocks.central, left=blocks.left, right=blocks.right)
-    check_device("central", blocks.central, ids=ids)
-    flat = ids.reshape(-1).long()
     rows = _forward(
-        flat,
+        as_index(ids.reshape(-1)),
         blocks.left,
         blocks.central,
         blocks.right,

@@ -17,15 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mpoe_kernels.backends import add_kernels, lazily
-from mpoe_kernels.checks import (
-    check_choice,
-    check_device,
-    check_floating,
-    check_index,
-    check_same,
-    check_tensor,
-    describe,
-)
+from mpoe_kernels.checks import check_choice
 from mpoe_kernels.define import (
     Differentiable,
     backend_kernel,
@@ -33,18 +25,11 @@ from mpoe_kernels.define import (
     requested_backend,
 )
 from mpoe_kernels.experts import eager, native
+from mpoe_kernels.linear.op import ACTIVATIONS as LINEAR_ACTIVATIONS
+from mpoe_kernels.signatures import as_index
 
-# Activation names in Hugging Face configs -> names in the kernels.
-ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_new",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-    "none": "none",
-}
+# Names in Hugging Face configs -> names in the kernels.
+ACTIVATIONS = {**LINEAR_ACTIVATIONS, "gelu_new": "gelu_new"}
 
 
 @dataclass
@@ -265,50 +250,16 @@ def hidden_experts(
             what was expected.
         BackendError: the named backend cannot run it.
     """
-    right = _blocks("right", right)
-    left = _blocks("left", left)
-    right_gate = None if right_gate is None else _blocks("right_gate", right_gate)
-    index = _check_choices("u", u, "F", gates, top_k_index)
-    features = u.shape[1]
-    groups = right.shape[1]
-    size = right.shape[2]
-    if features % size or groups not in (1, features // size):
-        raise ValueError(
-            f"right must be [E, G', b, b] with b a divisor of F = {features} and G' = 1 or F / b; "
-            f"got {describe(right)}"
-        )
-    if left.shape != right.shape:
-        raise ValueError(f"left must be {list(right.shape)} like right; got {describe(left)}")
-    if (u_gate is None) != (right_gate is None):
-        raise ValueError(
-            f"right_gate must be given with u_gate, and only with it; got u_gate "
-            f"{_presence(u_gate)} and right_gate {_presence(right_gate)}"
-        )
-    if u_gate is not None and right_gate is not None:
-        if u_gate.shape != u.shape:
-            raise ValueError(f"u_gate must be {list(u.shape)} like u; got {describe(u_gate)}")
-        if right_gate.shape != right.shape:
-            raise ValueError(
-                f"right_gate must be {list(right.shape)} like right; got {describe(right_gate)}"
-            )
-    if bias is not None:
-        check_tensor("bias", bias, ("E", "F"))
-        if bias.shape != (right.shape[0], features):
-            raise ValueError(
-                f"bias must be [E, F] = {[right.shape[0], features]}; got {describe(bias)}"
-            )
     check_choice("activation", activation, ACTIVATIONS)
-    check_same("u", u, right=right, left=left, bias=bias, u_gate=u_gate, right_gate=right_gate)
-    check_device("u", u, gates=gates, top_k_index=index)
     return _hidden(
         u,
         gates,
-        index,
-        right,
-        left,
+        as_index(top_k_index),
+        _by_group(right),
+        _by_group(left),
         bias,
         u_gate,
-        right_gate,
+        _by_group(right_gate),
         ACTIVATIONS[activation],
         requested_backend(backend),
     )
@@ -352,54 +303,12 @@ def neuron_experts(
             what was expected.
         BackendError: the named backend cannot run it.
     """
-    index = _check_choices("x", x, "I", gates, top_k_index)
-    check_tensor("up", up, ("E", "m", "I"))
-    experts, neurons, width = up.shape
-    if 0 in up.shape or width != x.shape[1]:
-        raise ValueError(
-            f"up must be [E, m, I] with E, m, I >= 1 and I = {x.shape[1]}; got {describe(up)}"
-        )
-    check_tensor("down", down, ("E", "m", "O"))
-    if down.shape[:2] != up.shape[:2] or down.shape[2] < 1:
-        raise ValueError(
-            f"down must be [E, m, O] = {[experts, neurons]} and O >= 1; got {describe(down)}"
-        )
-    if bias is not None and check_tensor("bias", bias, ("E", "m")).shape != up.shape[:2]:
-        raise ValueError(f"bias must be [E, m] = {[experts, neurons]}; got {describe(bias)}")
-    if gate_up is not None and check_tensor("gate_up", gate_up, ("E", "m", "I")).shape != up.shape:
-        raise ValueError(f"gate_up must be {list(up.shape)} like up; got {describe(gate_up)}")
     check_choice("activation", activation, ACTIVATIONS)
-    check_same("x", x, up=up, down=down, bias=bias, gate_up=gate_up)
-    check_device("x", x, gates=gates, top_k_index=index)
     formula = "gelu_tanh" if activation == "gelu_new" else ACTIVATIONS[activation]
+    index = as_index(top_k_index)
     return _neurons(x, gates, index, up, down, bias, gate_up, formula, requested_backend(backend))
 
 
-def _check_choices(
-    name: str, rows: Tensor, axis: str, gates: Tensor, top_k_index: Tensor
-) -> Tensor:
-    """Check the tokens' rows, gates and experts; returns the int64 experts."""
-    check_floating(name, check_tensor(name, rows, ("T", axis)))
-    check_floating("gates", check_tensor("gates", gates, ("T", "K")))
-    index = check_index("top_k_index", top_k_index, ("T", "K"))
-    if gates.shape[0] != rows.shape[0]:
-        raise ValueError(f"gates must be [T, K] with T = {rows.shape[0]}; got {describe(gates)}")
-    if index.shape != gates.shape:
-        raise ValueError(
-            f"top_k_index must be {list(gates.shape)} like gates; got {describe(top_k_index)}"
-        )
-    return index.long()
-
-
-def _presence(value: Tensor | None) -> str:
-    return "None" if value is None else "a tensor"
-
-
-def _blocks(name: str, value: Any) -> Tensor:
-    """``[E, G', b, b]`` from that or from ``[E, b, b]``."""
-    if not isinstance(value, Tensor) or value.dim() not in (3, 4):
-        raise TypeError(f"{name} must be a tensor [E, b, b] or [E, G, b, b]; got {describe(value)}")
-    blocks = value if value.dim() == 4 else value[:, None]
-    if 0 in blocks.shape or blocks.shape[2] != blocks.shape[3]:
-        raise ValueError(f"{name} must be [E, G', b, b] with E, G', b >= 1; got {describe(value)}")
-    return blocks
+def _by_group(blocks: Any) -> Any:
+    """``[E, 1, b, b]`` of blocks ``[E, b, b]`` that groups share."""
+    return blocks[:, None] if isinstance(blocks, Tensor) and blocks.dim() == 3 else blocks

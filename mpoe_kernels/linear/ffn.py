@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import places_rows
-from mpoe_kernels.checks import check_device, describe
+from mpoe_kernels.checks import describe
 from mpoe_kernels.define import requested_backend
-from mpoe_kernels.linear.op import check_call, forward_op, grouped_mpo_linear
+from mpoe_kernels.linear.op import check_blocks, forward_op, grouped_mpo_linear
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.routing.op import Routing, check_gates, check_routing, combine
 
@@ -66,9 +66,8 @@ def mpo_ffn(
             x, up, offsets, up_bias, **rows, activation=activation, backend=backend
         )
     else:
-        if not isinstance(up, MPOBlocks) or not isinstance(gate_proj, MPOBlocks):
-            other = gate_proj if isinstance(up, MPOBlocks) else up
-            raise TypeError(f"up and gate_proj must be MPOBlocks (see fold); got {describe(other)}")
+        check_blocks("up", up)
+        check_blocks("gate_proj", gate_proj)
         if up.out_features != gate_proj.out_features:
             raise ValueError(
                 f"gate_proj must have {up.out_features} out_features like up; got "
@@ -110,13 +109,8 @@ def placed_mpo_linear(
     Returns:
         ``[T, F]``.
     """
-    check_call(x, blocks, expert_offsets, bias, None, None)
+    check_blocks("blocks", blocks)
     check_gates(top_k_weights, routing)
-    check_device("x", x, top_k_weights=top_k_weights, routing=routing.slot_of_token)
-    if x.shape[0] != routing.token_of_slot.shape[0]:
-        raise ValueError(
-            f"x must be [N, I] with N = {routing.token_of_slot.shape[0]}; got {describe(x)}"
-        )
     y, _, _ = forward_op(
         x,
         blocks.left,

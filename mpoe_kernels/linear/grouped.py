@@ -201,6 +201,7 @@ class Pass:
         finished: y after bias and activation, and before, if its product did that.
         memory: wanted rows that one chunk after another writes, by name.
         shared: results of products that were computed with an earlier one, by name.
+        slots: those of the chunk of experts ``first:last`` that is computed.
     """
 
     call: ForwardCall | BackwardCall
@@ -212,6 +213,9 @@ class Pass:
     finished: tuple[Tensor, Tensor | None] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Named] = field(default_factory=dict)
+    first: int = 0
+    last: int = 0
+    slots: Slots = field(init=False)
 
     def run(self) -> None:
         """Compute all products, for one chunk of experts after the other."""
@@ -219,10 +223,11 @@ class Pass:
         offsets = self.call.expert_offsets
         size = experts_at_once(self.call.dims, self.program.built, experts)
         for first in range(0, experts, size):
-            last = min(first + size, experts)
-            ends = offsets[first : last + 1] if size < experts else offsets
-            slots = Slots(ends, self.call.slots, size < experts, self.of_experts)
-            Chunk(self, first, last, slots).run()
+            self.first = first
+            self.last = min(first + size, experts)
+            ends = offsets[first : self.last + 1] if size < experts else offsets
+            self.slots = Slots(ends, self.call.slots, size < experts, self.of_experts)
+            self._run_chunk()
 
     def shares(self, product: Product) -> bool:
         """Whether one launch gives gradients of rows that are given and of the block that
@@ -283,53 +288,43 @@ class Pass:
             whole = whole.sum(0)
         return whole.reshape(like.shape).to(like.dtype)
 
-
-@dataclass
-class Chunk:
-    """The products for experts ``first:last``."""
-
-    whole: Pass
-    first: int
-    last: int
-    slots: Slots
-
-    def run(self) -> None:
+    def _run_chunk(self) -> None:
         """A tensor lives until its last reader has run, so no weight of one chunk is alive when the
         next one's are built."""
         values: dict[str, Named] = {}
-        for product in self.whole.program.products:
+        for product in self.program.products:
             for name in (product.first, product.second):
                 if name not in values:
                     values[name] = self._given(name)
             first = values[product.first]
             second = values[product.second]
-            if product.result in self.whole.shared:
-                result = self.whole.shared.pop(product.result)
+            if product.result in self.shared:
+                result = self.shared.pop(product.result)
             elif product.kind == ROWS:
                 result = self._rows(product, first, second)
             elif product.kind == GRADIENT:
                 result = self._gradient(product, first, second)
             else:
                 result = self._merge(product, first, second)
-            values[product.result] = self.whole.keep(product.result, result)
+            values[product.result] = self.keep(product.result, result)
             del first, second, result
             for name in product.last_reads:
                 del values[name]
 
     def _given(self, name: str) -> Named:
         """What is not the result of a product."""
-        call = self.whole.call
-        axes = self.whole.program.axes[name]
+        call = self.call
+        axes = self.program.axes[name]
         if name == "C":
             return Named(call.central.unsqueeze(0), axes)
         if name in ("L", "R"):
             block = (call.left if name == "L" else call.right)[self.first : self.last]
-            if self.whole.program.built and self.slots.of_experts is None:
+            if self.program.built and self.slots.of_experts is None:
                 # What is built from an idle expert's block must be finite: zero times it is added
                 # to sums.
                 block = torch.where(self.slots.busy[:, None, None, None], block, 0)
             return Named(block, axes)
-        rows = self.whole.rows[name]
+        rows = self.rows[name]
         sizes = _sizes(call.dims, axes)
         padding = math.prod(sizes) - rows.shape[1]
         if padding:
@@ -338,12 +333,12 @@ class Chunk:
         return Named(rows.view(rows.shape[0], *sizes), axes, row_index)
 
     def _named(self, data: Tensor, axes: Axes) -> Named:
-        return Named(data.reshape(data.shape[0], *_sizes(self.whole.call.dims, axes)), axes)
+        return Named(data.reshape(data.shape[0], *_sizes(self.call.dims, axes)), axes)
 
     def _owned(self, name: str, rows: Named) -> Named:
         """Rows by slot, zero where no expert owns the slot: products' results are, what is given
         need not be."""
-        if name not in self.whole.rows:
+        if name not in self.rows:
             return rows
         data = rows.data
         if rows.row_index is not None:
@@ -352,10 +347,10 @@ class Chunk:
 
     def _rows(self, product: Product, rows: Named, operand: Named) -> Named:
         """Rows meet an operand."""
-        if self.whole.shares(product):
+        if self.shares(product):
             return self._both(product, rows, operand)
         kept, met = _split(rows.axes, operand.axes)
-        _, new = _split(self.whole.program.axes[product.result], operand.axes)
+        _, new = _split(self.program.axes[product.result], operand.axes)
         if product.second == "C":
             if self._moves(rows) <= operand.data.numel():
                 _, met = _split(operand.axes, met)  # in the order of C, which then is no copy
@@ -369,15 +364,10 @@ class Chunk:
         out = None
         if self.slots.is_part:
             size = (self.slots.count, matrix.shape[1], blocks.shape[2])
-            out = self.whole.rows_of_parts(product.result, matrix, *size)
-        if not self.whole.grouped.fuses:
-            data, _ = self.whole.grouped.rows(
-                RowsProduct(matrix, rows.row_index, blocks, self.slots, out)
-            )
-            return self._named(data, (*kept, *new))
+            out = self.rows_of_parts(product.result, matrix, *size)
         turned = self._turned(product.result, kept, new)
         last = self._finishing(product, (*new, *kept) if turned else (*kept, *new))
-        data, pre = self.whole.grouped.rows(
+        data, pre = self.grouped.rows(
             RowsProduct(matrix, rows.row_index, blocks, self.slots, out, last, turned)
         )
         result = self._named(data, (*kept, *new))
@@ -386,13 +376,13 @@ class Chunk:
             z = None
             if pre is not None:
                 z = self._named(pre, result.axes).arranged(order).flatten(1)
-            self.whole.finished = result.arranged(order).flatten(1), z
+            self.finished = result.arranged(order).flatten(1), z
         return result
 
     def _moves(self, rows: Named) -> int:
         """Elements to be moved if rows are to have the order of C; kernels that fuse write them in
         it."""
-        return 0 if self.whole.grouped.fuses else rows.data.numel()
+        return 0 if self.grouped.fuses else rows.data.numel()
 
     def _both(self, product: Product, grads: Named, operand: Named) -> Named:
         """The gradient of rows. That of the block, and the rows after it if they are read, wait for
@@ -401,18 +391,18 @@ class Chunk:
         after = value_of(product.first)
         block = product.second
         before = self._given(name)
-        shared = self.whole.shared
+        shared = self.shared
         kept, met = _split(before.axes, operand.axes)
-        _, new = _split(self.whole.program.axes[after], operand.axes)
+        _, new = _split(self.program.axes[after], operand.axes)
         rows = before.matrices(kept, met)
         of_rows = grads.matrices(kept, new)
         drows = self._memory(product.result, rows, kept, met)
         again = None
-        products = self.whole.program.products
+        products = self.program.products
         if any(later.result == after for later in products[products.index(product) :]):
             again = self._memory(after, rows, kept, new)
             shared[after] = self._named(again, (*kept, *new))
-        dblocks = self.whole.grouped.blocks(
+        dblocks = self.grouped.blocks(
             BlocksProduct(
                 rows,
                 before.row_index,
@@ -421,7 +411,7 @@ class Chunk:
                 operand.matrices(met, new),
                 drows,
                 again,
-                self.whole.call.activation if after == "y" and self.whole.late else "none",
+                self.call.activation if after == "y" and self.late else "none",
             )
         )
         shared[f"d {block}"] = self._named(dblocks, (*met, *new))
@@ -431,7 +421,7 @@ class Chunk:
         """``[N, kept, last]``, uninitialised."""
         slots = self.slots.count
         p = like.shape[1]
-        m = math.prod(_sizes(self.whole.call.dims, last))
+        m = math.prod(_sizes(self.call.dims, last))
         if self._turned(result, kept, last):
             return like.new_empty(slots, m, p).transpose(1, 2)
         return like.new_empty(slots, p, m)
@@ -440,31 +430,33 @@ class Chunk:
         """Whether rows of a result had better be in memory with the axes that are new before those
         that are kept."""
         order = self._order(result)
+        if not self.grouped.fuses:
+            return False
         return not self._follows((*kept, *new), order) and self._follows((*new, *kept), order)
 
     def _order(self, result: str) -> Axes:
         """In which the rows of a result are wanted, or read: by the shared product, which then need
         not copy C."""
-        return self.whole.program.axes[result if result in ("y", "d x") else "C"]
+        return self.program.axes[result if result in ("y", "d x") else "C"]
 
     def _follows(self, axes: Axes, order: Axes) -> bool:
         """Whether axes of more than one element are all in an order, and one after the other."""
-        wide = [axis for axis in axes if getattr(self.whole.call.dims, axis) > 1]
+        wide = [axis for axis in axes if getattr(self.call.dims, axis) > 1]
         return wide == [axis for axis in order if axis in wide]
 
     def _finishing(self, product: Product, axes: Axes) -> ForwardCall | None:
         """The call if a grouped product gives ``y [N, F]`` as it is, so that it may do what comes
         last."""
-        dims = self.whole.call.dims
-        if product.result != "y" or self.slots.is_part:
+        dims = self.call.dims
+        if product.result != "y" or self.slots.is_part or not self.grouped.fuses:
             return None
         if dims.out_features != dims.jL * dims.jC * dims.jR:
             return None
-        return self.whole.call if self._follows(axes, self._order("y")) else None  # type: ignore[return-value]
+        return self.call if self._follows(axes, self._order("y")) else None  # type: ignore[return-value]
 
     def _gradient(self, product: Product, rows: Named, grads: Named) -> Named:
         """An operand's gradient."""
-        axes = self.whole.program.axes[product.result]
+        axes = self.program.axes[product.result]
         shared, m = _split(rows.axes, axes)
         _, n = _split(grads.axes, axes)
         if product.result == "d C":
@@ -473,7 +465,7 @@ class Chunk:
             _, in_order_m = _split(axes, m)
             _, in_order_n = _split(axes, n)
             moved = (m != in_order_m) * self._moves(rows) + (n != in_order_n) * self._moves(grads)
-            if moved < math.prod(_sizes(self.whole.call.dims, axes)):
+            if moved < math.prod(_sizes(self.call.dims, axes)):
                 m, n = in_order_m, in_order_n  # as C has them: its gradient is no copy
             before = rows.matrices(shared, m).flatten(0, 1)
             after = grads.matrices(shared, n).flatten(0, 1)
@@ -481,12 +473,12 @@ class Chunk:
             return self._named(data.unsqueeze(0), (*m, *n))
         before = rows.matrices(shared, m)
         after = grads.matrices(shared, n)
-        data = self.whole.grouped.blocks(BlocksProduct(before, rows.row_index, after, self.slots))
+        data = self.grouped.blocks(BlocksProduct(before, rows.row_index, after, self.slots))
         return self._named(data, (*m, *n))
 
     def _merge(self, product: Product, first: Named, second: Named) -> Named:
         """Two operands make a third."""
-        axes = self.whole.program.axes[product.result]
+        axes = self.program.axes[product.result]
         _, met = _split(first.axes, second.axes)
         _, m = _split(axes, first.axes)
         _, n = _split(axes, second.axes)

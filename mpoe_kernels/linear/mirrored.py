@@ -7,12 +7,16 @@ results are copied back; in the mirrored sides, padding becomes real zeros.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 from torch.nn.functional import pad
+
+from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.linear.gradients import Backward, Forward
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
@@ -24,72 +28,74 @@ _CENTRAL = (3, 1, 2, 0)
 _RIGHT = (0, 3, 1, 2)
 
 
-def _in_sides(call: LinearCall) -> tuple[int, int, int]:
-    return call.dims.iL, call.dims.iC, call.dims.iR
+Sides = tuple[int, int, int]
 
 
-def _out_sides(call: LinearCall) -> tuple[int, int, int]:
-    return call.dims.jL, call.dims.jC, call.dims.jR
+def _sides(dims: BlockDims) -> tuple[Sides, Sides]:
+    """Left, central and right digits of x and of y."""
+    return (dims.iL, dims.iC, dims.iR), (dims.jL, dims.jC, dims.jR)
 
 
-def _turned(rows: Tensor, sides: tuple[int, int, int]) -> Tensor:
-    """Whole rows ``[N, R C L]`` from rows ``[N, features]`` of sides (L, C, R), or nothing from
+def _turned(rows: Tensor, sides: Sides) -> Tensor:
+    """Whole rows ``[.., R C L]`` from rows ``[.., features]`` of sides (L, C, R), or nothing from
     nothing."""
-    left, central, right = sides
     if rows.shape[-1] == 0:
         return rows
-    size = left * central * right
-    whole = pad(rows, (0, size - rows.shape[1])) if rows.shape[1] < size else rows
-    return whole.view(len(rows), left, central, right).transpose(1, 3).reshape(len(rows), size)
+    padding = math.prod(sides) - rows.shape[-1]
+    if padding:
+        rows = pad(rows, (0, padding))
+    return rows.unflatten(-1, sides).transpose(-3, -1).flatten(-3)
 
 
-def _restored(rows: Tensor, sides: tuple[int, int, int], features: int) -> Tensor:
+def _restored(rows: Tensor, sides: Sides, features: int) -> Tensor:
     """The reverse, without padding."""
-    return _turned(rows, (sides[2], sides[1], sides[0]))[..., :features].contiguous()
+    return _turned(rows, sides[::-1])[..., :features].contiguous()
+
+
+def _permuted(block: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """A block, or nothing from nothing."""
+    return block.permute(axes).contiguous() if block.numel() else block
 
 
 def _mirrored(call: _Call, **others: Any) -> _Call:
     """The mirrored call; ``others``: its other tensors."""
-    ins = _in_sides(call)
-    outs = _out_sides(call)
+    ins, outs = _sides(call.dims)
     return replace(
         call,
         x=_turned(call.x, ins),
-        left=call.right.permute(_LEFT).contiguous(),
-        central=call.central.permute(_CENTRAL).contiguous(),
-        right=call.left.permute(_RIGHT).contiguous(),
-        bias=None if call.bias is None else _turned(call.bias[None], outs)[0],
-        in_features=ins[0] * ins[1] * ins[2],
-        out_features=outs[0] * outs[1] * outs[2],
+        left=_permuted(call.right, _LEFT),
+        central=_permuted(call.central, _CENTRAL),
+        right=_permuted(call.left, _RIGHT),
+        bias=None if call.bias is None else _turned(call.bias, outs),
+        in_features=math.prod(ins),
+        out_features=math.prod(outs),
         strategy="half_left",
         **others,
     )
 
 
-def mirrored_forward(
-    call: ForwardCall, half_left: Callable[[ForwardCall], tuple[Tensor, Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def mirrored_forward(call: ForwardCall, half_left: Callable[[ForwardCall], Forward]) -> Forward:
     """``(y, h, z)``, see `ForwardCall`, by the forward of half_left."""
     y, h, z = half_left(_mirrored(call))
-    sides = _out_sides(call)
-    return _restored(y, sides, call.out_features), h, _restored(z, sides, call.out_features)
+    _, outs = _sides(call.dims)
+    return _restored(y, outs, call.out_features), h, _restored(z, outs, call.out_features)
 
 
 def mirrored_backward(
-    call: BackwardCall, half_left: Callable[[BackwardCall], tuple[Tensor, ...]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call: BackwardCall, half_left: Callable[[BackwardCall], Backward]
+) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`, by the backward of
     half_left."""
-    sides = _out_sides(call)
+    ins, outs = _sides(call.dims)
     x, left, central, right, bias = call.need
-    turned = _mirrored(call, grad=_turned(call.grad, sides), saved=_turned(call.saved, sides))
-    turned.need = [x, right, central, left, bias]
-    dx, dright, dcentral, dleft, dbias = half_left(turned)
+    mirrored = _mirrored(call, grad=_turned(call.grad, outs), saved=_turned(call.saved, outs))
+    mirrored.need = [x, right, central, left, bias]
+    dx, dright, dcentral, dleft, dbias = half_left(mirrored)
     return (
-        _restored(dx, _in_sides(call), call.in_features),
+        _restored(dx, ins, call.in_features),
         # The reverse of _RIGHT is _LEFT and the other way round; _CENTRAL is its own.
-        dleft.permute(_LEFT).contiguous() if left else dleft,
-        dcentral.permute(_CENTRAL).contiguous() if central else dcentral,
-        dright.permute(_RIGHT).contiguous() if right else dright,
-        _restored(dbias[None], sides, call.out_features)[0] if bias else dbias,
+        _permuted(dleft, _LEFT),
+        _permuted(dcentral, _CENTRAL),
+        _permuted(dright, _RIGHT),
+        _restored(dbias, outs, call.out_features),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from mpoe_kernels.backends import Candidate
 from mpoe_kernels.contract.orders import BlockDims, exchanged, meets_half_first
 from mpoe_kernels.contract.plan import Contraction
+from mpoe_kernels.linear.gradients import Backward, Forward
 from mpoe_kernels.linear.mirrored import mirrored_backward, mirrored_forward
 from mpoe_kernels.native_library import (
     NATIVE_LIBRARY,
@@ -107,7 +108,7 @@ def candidates(plan: Contraction) -> list[Candidate]:
     return [Candidate("native", plan.strategy, plan.strategy, run)]
 
 
-def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+def linear_forward(call: ForwardCall) -> Forward:
     """``(y, h, z)``, see `ForwardCall`."""
     if call.strategy == "half_right":
         return mirrored_forward(call, linear_forward)
@@ -126,7 +127,7 @@ def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     return y, h, z
 
 
-def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def linear_backward(call: BackwardCall) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
     if call.strategy == "half_right":
         return mirrored_backward(call, linear_backward)

@@ -10,26 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import BACKENDS, kernel_for, no_reasons, places_rows
-from mpoe_kernels.checks import (
-    check_choice,
-    check_device,
-    check_floating,
-    check_index,
-    check_same,
-    check_tensor,
-    describe,
-)
+from mpoe_kernels.backends import BACKENDS, kernel_for, nothing, places_rows
+from mpoe_kernels.checks import check_choice, describe
 from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.cuda_library import CUDA_OPS
-from mpoe_kernels.define import define_op, requested_backend
+from mpoe_kernels.define import define_op, needs_gradients, requested_backend
 from mpoe_kernels.linear import eager, native
 from mpoe_kernels.linear import triton as on_triton
 from mpoe_kernels.linear.cuda import LinearKernels
+from mpoe_kernels.linear.gradients import Backward, Forward
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.routing.op import CombineCall
+from mpoe_kernels.signatures import as_index
 
 # Activation names of users and Hugging Face configs -> the formula.
 ACTIVATIONS = {
@@ -48,7 +42,7 @@ _CUDA = LinearKernels(CUDA_OPS)
 # Backend -> how it computes a contraction, and the reasons why it cannot.
 CANDIDATES = {
     "native": (native.candidates, native.contraction_reasons),
-    "eager": (eager.candidates, no_reasons),
+    "eager": (eager.candidates, nothing),
     "triton": (on_triton.candidates, on_triton.contraction_reasons),
     "cuda": (_CUDA.candidates, _CUDA.contraction_reasons),
 }
@@ -186,7 +180,7 @@ class BackwardCall(LinearCall):
         return self.h if self.strategy == "separable" and self.h.numel() else None
 
 
-def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_kernel(call: ForwardCall) -> Forward:
     candidate = chosen_for("grouped_mpo_linear", call, call.slots, ALL_GRADIENTS, call.saves_h)
     if call.out_index is None or places_rows(candidate.backend):
         return candidate.run(call)
@@ -198,7 +192,7 @@ def _forward_kernel(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     return combine(CombineCall(y, *where, call.gates[:, None], call.backend)), h, z
 
 
-def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(call: ForwardCall) -> Forward:
     x = call.x
     central = call.central
     slots = call.slots
@@ -207,13 +201,13 @@ def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     return y, h, torch.empty_like(y) if call.saves_z else x.new_empty(0)
 
 
-def _backward_kernel(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward_kernel(call: BackwardCall) -> Backward:
     return chosen_for(
         "grouped_mpo_linear_backward", call, call.slots, call.need_of_plan, False
     ).run(call)
 
 
-def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward_fake(call: BackwardCall) -> Backward:
     dx, dleft, dcentral, dright, dbias = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device)
         if needed and t is not None
@@ -223,7 +217,7 @@ def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return dx, dleft, dcentral, dright, dbias
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     tensors = (*inputs[:7], inputs[13])
     ctx.settings = inputs[7:12]
     activation = inputs[9]
@@ -264,48 +258,9 @@ forward_op = define_op(
 )
 
 
-def check_call(
-    x: Tensor,
-    blocks: MPOBlocks,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    row_index: Tensor | None,
-    slot_of_token: Tensor | None,
-) -> None:
-    """Refuse tensors of `grouped_mpo_linear` that do not match each other."""
+def check_blocks(name: str, blocks: MPOBlocks) -> None:
     if not isinstance(blocks, MPOBlocks):
-        raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
-    check_tensor("x", x, ("T", "I"))
-    check_floating("x", x)
-    if x.shape[1] != blocks.in_features:
-        raise ValueError(f"x must be [T, I] with I = {blocks.in_features}; got {describe(x)}")
-    check_index("expert_offsets", expert_offsets, ("E + 1",))
-    num_experts = blocks.left.shape[0]
-    if expert_offsets.shape[0] != num_experts + 1:
-        raise ValueError(
-            f"expert_offsets must be [E + 1] with E = {num_experts}; got {describe(expert_offsets)}"
-        )
-    if bias is not None:
-        check_tensor("bias", bias, ("F",))
-        if bias.shape[0] != blocks.out_features:
-            raise ValueError(
-                f"bias must be [F] with F = {blocks.out_features}; got {describe(bias)}"
-            )
-    if row_index is not None:
-        check_index("row_index", row_index, ("N",))
-    if slot_of_token is not None:
-        check_index("slot_of_token", slot_of_token, ("T", "K"))
-        if row_index is None or slot_of_token.shape[0] != x.shape[0]:
-            expected = (
-                f"be [T, K] with T = {x.shape[0]}"
-                if row_index is not None
-                else "be None without row_index"
-            )
-            raise ValueError(f"slot_of_token must {expected}; got {describe(slot_of_token)}")
-    check_same("x", x, left=blocks.left, central=blocks.central, right=blocks.right, bias=bias)
-    check_device(
-        "x", x, expert_offsets=expert_offsets, row_index=row_index, slot_of_token=slot_of_token
-    )
+        raise TypeError(f"{name} must be MPOBlocks (see fold); got {type(blocks).__name__}")
 
 
 def grouped_mpo_linear(
@@ -354,7 +309,7 @@ def grouped_mpo_linear(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
         BackendError: the named backend, or every backend, cannot run this; with reasons.
     """
-    check_call(x, blocks, expert_offsets, bias, row_index, slot_of_token)
+    check_blocks("blocks", blocks)
     activation = "none" if activation is None else activation
     check_choice("activation", activation, ACTIVATIONS)
     strategy = "auto" if strategy is None else strategy
@@ -364,10 +319,6 @@ def grouped_mpo_linear(
     left = blocks.left
     central = blocks.central
     right = blocks.right
-    has_gradient = (
-        x.requires_grad or left.requires_grad or central.requires_grad or right.requires_grad
-    )
-    save = torch.is_grad_enabled() and (has_gradient or (bias is not None and bias.requires_grad))
     y, _, _ = forward_op(
         x,
         left,
@@ -375,14 +326,14 @@ def grouped_mpo_linear(
         right,
         expert_offsets,
         bias,
-        None if row_index is None else row_index.long(),
+        as_index(row_index),
         blocks.in_features,
         blocks.out_features,
         ACTIVATIONS[activation],
         strategy,
         requested_backend(backend),
-        save,
-        None if slot_of_token is None else slot_of_token.long(),
+        needs_gradients((x, left, central, right, bias)),
+        as_index(slot_of_token),
     )
     return y
 

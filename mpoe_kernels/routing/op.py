@@ -23,7 +23,7 @@ from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import backend_kernel, define_op, requested_backend
 from mpoe_kernels.routing import eager, native
 from mpoe_kernels.routing.cuda import RoutingKernels
-from mpoe_kernels.signatures import MOST_EXPERTS, MOST_PAIRS
+from mpoe_kernels.signatures import MOST_PAIRS, as_index
 
 OPS = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
 GATING = ("router_logits", "gate", "gate_backward")  # of `mpoe_kernels.routing.gating`
@@ -157,25 +157,10 @@ def route(
             ``num_experts`` or ``capacity`` below 1 or not an integer, an entry outside ``0..E-1``
             (CPU).
     """
-    index = check_index("top_k_index", top_k_index, ("T", "K")).long()
-    check_integer("num_experts", num_experts, 1, MOST_EXPERTS)
-    if index.shape[1] < 1 or index.shape[0] * index.shape[1] > MOST_PAIRS:
-        raise ValueError(
-            f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got "
-            f"{describe(top_k_index)}"
-        )
     if capacity is not None:
-        check_integer("capacity", capacity, 1)
-        capacity = min(capacity, MOST_PAIRS)
-    if token_mask is not None:
-        check_tensor("token_mask", token_mask, ("T",))
-        check_device("top_k_index", index, token_mask=token_mask)
-        if token_mask.dtype != torch.bool or token_mask.shape[0] != index.shape[0]:
-            raise ValueError(
-                f"token_mask must be bool [T] with T = {index.shape[0]}; got {describe(token_mask)}"
-            )
+        capacity = min(check_integer("capacity", capacity, 1), MOST_PAIRS)
     offsets, token_of_slot, slot_of_token = _route(
-        index, num_experts, capacity, token_mask, requested_backend(backend)
+        as_index(top_k_index), num_experts, capacity, token_mask, requested_backend(backend)
     )
     return Routing(offsets, token_of_slot, slot_of_token, by_route=True)
 
@@ -280,13 +265,6 @@ def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tens
         ``[N, I]``.
     """
     check_routing(routing)
-    check_tensor("x", x, ("T", "I"))
-    check_floating("x", x)
-    check_device("x", x, routing=routing.slot_of_token)
-    if x.shape[0] != routing.slot_of_token.shape[0]:
-        raise ValueError(
-            f"x must be [T, I] with T = {routing.slot_of_token.shape[0]}; got {describe(x)}"
-        )
     return _dispatch(
         x,
         routing.expert_offsets,
@@ -393,15 +371,6 @@ def combine(
         in both.
     """
     check_routing(routing)
-    check_gates(top_k_weights, routing)
-    check_tensor("y_sorted", y_sorted, ("N", "F"))
-    check_floating("y_sorted", y_sorted)
-    check_device("y_sorted", y_sorted, top_k_weights=top_k_weights, routing=routing.slot_of_token)
-    if y_sorted.shape[0] != routing.token_of_slot.shape[0]:
-        raise ValueError(
-            f"y_sorted must be [N, F] with N = {routing.token_of_slot.shape[0]}; got "
-            f"{describe(y_sorted)}"
-        )
     return _combine(
         y_sorted,
         routing.expert_offsets,

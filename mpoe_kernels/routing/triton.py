@@ -17,7 +17,7 @@ from mpoe_kernels.routing.op import (
     DispatchCall,
     RouteCall,
 )
-from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, start
+from mpoe_kernels.triton.start import Tile, cdiv, dense, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
@@ -216,7 +216,7 @@ def collect_rows(
         (cdiv(tokens, ROWS["BM"]), cdiv(rows.shape[1], ROWS["BN"])),
         rows=rows.contiguous(),
         slot_of_token=slot_of_token.contiguous(),
-        weights=None if weights is None else weights.contiguous(),
+        weights=dense(weights),
         filled=filled,
         out=out,
         tokens=tokens,

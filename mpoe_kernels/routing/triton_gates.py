@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpoe_kernels.routing.gating import Gating
 from mpoe_kernels.triton.device_functions import COUNTS, row_tile, store_rows
-from mpoe_kernels.triton.start import cdiv, power_of_two, start
+from mpoe_kernels.triton.start import cdiv, dense, power_of_two, start
 
 GATED = 512  # logits of one program
 # of a part of the logits: one token's parts fill as many multiprocessors as its width allows
@@ -73,6 +73,17 @@ def probabilities(z):
     return p / tl.sum(p, 1)[:, None]
 
 
+@triton.jit
+def logits_of_program(tokens, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
+    """``(token [BM], expert [SCAN], known, inside, at)``: a program's tokens, all experts, which of
+    them there are, which of the logits ``[BM, SCAN]``, and their places."""
+    token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    expert = tl.arange(0, SCAN)
+    known = (expert < EXPERTS)[None, :]
+    inside = (token < tokens)[:, None] & known
+    return token, expert, known, inside, token[:, None] * EXPERTS + expert[None, :]
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def gate_kernel(
     parts,  # [PARTS, tokens, EXPERTS] float32
@@ -94,12 +105,8 @@ def gate_kernel(
 
     ``SCAN`` and ``KP`` are powers of two that are at least ``EXPERTS`` and ``TOP_K``.
     """
-    token = tl.program_id(0) * BM + tl.arange(0, BM)
-    expert = tl.arange(0, SCAN)
+    token, expert, known, inside, at = logits_of_program(tokens, EXPERTS, SCAN, BM)
     choice = tl.arange(0, KP)
-    known = (expert < EXPERTS)[None, :]
-    inside = (token < tokens)[:, None] & known
-    at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
     z = tl.load(parts + at, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         z += tl.load(
@@ -120,9 +127,8 @@ def gate_kernel(
         left = tl.where(chosen, -1.0, left)
     if not RAW:
         gates = gates / tl.sum(gates, 1)[:, None]
-    rows = token.to(tl.int64)
-    store_rows(weights, rows, gates * scale, token < tokens, choice, TOP_K)
-    store_rows(index, rows, numbers, token < tokens, choice, TOP_K)
+    store_rows(weights, token, gates * scale, token < tokens, choice, TOP_K)
+    store_rows(index, token, numbers, token < tokens, choice, TOP_K)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -145,12 +151,8 @@ def gate_backward_kernel(
     """Grid ``(token blocks,)``: a gate is a probability, RAW, or divided by the sum of the chosen
     ones; a single one then is 1 with the gradient of log p. With c_j, the gradient of log p_j, that
     of a logit is ``c - p sum c``."""
-    token = tl.program_id(0) * BM + tl.arange(0, BM)
-    expert = tl.arange(0, SCAN)
+    token, expert, known, inside, at = logits_of_program(tokens, EXPERTS, SCAN, BM)
     choice = tl.arange(0, KP)
-    known = (expert < EXPERTS)[None, :]
-    inside = (token < tokens)[:, None] & known
-    at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
     grad = tl.zeros((BM, SCAN), dtype=tl.float32)
     if given is not None:
         grad = tl.load(given + at, mask=inside, other=0.0)
@@ -158,12 +160,10 @@ def gate_backward_kernel(
         p = probabilities(
             tl.where(known, tl.load(logits + at, mask=inside, other=0.0), float("-inf"))
         )
-        row = token.to(tl.int64)[:, None] * TOP_K + choice[None, :]
-        of_choice = (token < tokens)[:, None] & (choice < TOP_K)[None, :]
-        dw = tl.load(dweights + row, mask=of_choice, other=0.0) * scale
+        dw = row_tile(dweights + token * TOP_K, token < tokens, choice, TOP_K) * scale
         of_chosen = tl.zeros((BM, KP), dtype=tl.float32)
         for k in tl.static_range(TOP_K):
-            number = tl.load(index + token.to(tl.int64) * TOP_K + k, mask=token < tokens, other=0)
+            number = tl.load(index + token * TOP_K + k, mask=token < tokens, other=0)
             value = tl.sum(tl.where(expert[None, :] == number[:, None], p, 0.0), 1)
             of_chosen = tl.where(choice[None, :] == k, value[:, None], of_chosen)
         if RAW:
@@ -173,13 +173,13 @@ def gate_backward_kernel(
             dw = (dw - tl.sum(dw * share, 1)[:, None]) * share
         grad -= p * tl.sum(dw, 1)[:, None]
         for k in tl.static_range(TOP_K):
-            number = tl.load(index + token.to(tl.int64) * TOP_K + k, mask=token < tokens, other=0)
+            number = tl.load(index + token * TOP_K + k, mask=token < tokens, other=0)
             of_k = tl.sum(tl.where(choice[None, :] == k, dw, 0.0), 1)
             grad += tl.where(expert[None, :] == number[:, None], of_k[:, None], 0.0)
     if not IN_PARTS:
         tl.store(dlogits + at, grad, mask=inside)
     else:
-        at_part = dlogits + token.to(tl.int64)[:, None] * (3 * EXPERTS) + expert[None, :]
+        at_part = dlogits + token[:, None] * (3 * EXPERTS) + expert[None, :]
         for part in tl.static_range(3):
             rounded = grad.to(tl.bfloat16)
             tl.store(at_part + part * EXPERTS, rounded, mask=inside)
@@ -282,8 +282,8 @@ def gate_backward(
         grid,
         logits=logits,
         index=index,
-        dweights=None if dweights is None else dweights.contiguous(),
-        given=None if dlogits is None else dlogits.contiguous(),
+        dweights=dense(dweights),
+        given=dense(dlogits),
         dlogits=gradient,
         tokens=tokens,
         scale=scale,

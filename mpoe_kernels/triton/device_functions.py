@@ -179,6 +179,38 @@ def slopes(dh, value, z, gate_up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def finish(
+    acc,  # [BM, BN]
+    slot,  # [BM]
+    inside,  # which slots are
+    has_expert,
+    column,  # [BM or 1, BN]: element of a row
+    mask,
+    size,  # of a row
+    out,  # [.., size]
+    bias,  # [size], or None
+    pre,  # as out, or None
+    out_index,  # row of ``out`` that a slot gives, or None
+    gates,  # of the rows of ``out``, with out_index
+    ACTIVATION: tl.constexpr,
+):
+    """What comes after a product: bias, the pre-activation that is saved, activation, gate, and the
+    store. Slots without an expert are zero, regardless of bias and gate."""
+    if bias is not None:
+        of_column = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.where(has_expert, of_column, 0.0)
+    if pre is not None:
+        at = slot[:, None] * size + column
+        tl.store(pre + at, acc.to(pre.dtype.element_ty), mask=mask)
+    value = activate(acc, ACTIVATION).to(out.dtype.element_ty)
+    if out_index is not None:  # the gate multiplies the rounded value, as in `combine`
+        slot = rows_read(out_index, slot, inside)
+        gate = gates_of_pairs(gates, slot, inside)[:, None]
+        value = tl.where(has_expert, value.to(tl.float32) * gate, 0.0).to(out.dtype.element_ty)
+    tl.store(out + slot[:, None] * size + column, value, mask=mask)
+
+
+@triton.jit
 def row_tile(rows, used, k, size):
     """``[BM, BK]``: elements ``k`` of rows of a size, given by pointers; zero where not ``used``,
     whatever memory contains."""

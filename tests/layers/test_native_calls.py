@@ -310,7 +310,7 @@ def with_part(kind, name, value):
         (
             lambda: spoiled(left=torch.zeros(E, 5, 8, 8, dtype=BF16)),
             TypeError,
-            "left must have the dtype of u",
+            "left must be of u's dtype",
         ),
         (lambda: spoiled(left=torch.zeros(E, 5, 4, 4)), ValueError, "left must be"),
         (
@@ -323,7 +323,7 @@ def with_part(kind, name, value):
             (TypeError, ValueError),
             "right must be|left must be",
         ),
-        (lambda: with_part("hidden", "up", nn.Linear(I, 24)), ValueError, "right must be"),
+        (lambda: with_part("hidden", "up", nn.Linear(I, 24)), ValueError, "bias must be"),
         (
             lambda: with_part("hidden", "router.weight", nn.Parameter(torch.zeros(E, 7))),
             RuntimeError,

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import Candidate, lazily
+from mpoe_kernels.checks import check_range
 from mpoe_kernels.contract import Contraction
 from mpoe_kernels.contract.orders import INDICES, SEPARABLE_ORDER, BlockDims, applications
 from mpoe_kernels.contract.program import recipe
 from mpoe_kernels.linear.activation import ACTIVATION, ACTIVATION_GRADIENT
 from mpoe_kernels.linear.eager.rebuild import rebuild_backward, rebuild_forward
 from mpoe_kernels.linear.eager.rows import ByExpert, accumulator
-from mpoe_kernels.linear.gradients import Backward, dense_gradients
+from mpoe_kernels.linear.gradients import Backward, Forward, Gradients, dense_gradients
 from mpoe_kernels.linear.grouped import backward, forward
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ HALF_SHARE = 0.5
 # last-level cache.
 STATE_BYTES = 32 << 20
 Group = tuple[int, int, int]  # expert, first slot, last slot + 1
-BlockGradients = tuple[
-    Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]  # x by slot, left, central, right
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
@@ -59,7 +57,7 @@ def candidates(plan: Contraction) -> list[Candidate]:
     return offered
 
 
-def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+def linear_forward(call: ForwardCall) -> Forward:
     """``(y, h, z)``, see `ForwardCall`."""
     groups, last = _busy_experts(call)
     if call.strategy == "rebuild":
@@ -79,11 +77,11 @@ def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     return y.contiguous(), z.new_empty(0) if h is None else h, saved
 
 
-def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def linear_backward(call: BackwardCall) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
     groups, last = _busy_experts(call)
     upstream = Upstream(call)
-    gradients: BlockGradients = (None,) * 4
+    gradients: Gradients = (None,) * 4
     if not any(call.need_of_plan):
         upstream.rows(0, last)
     else:
@@ -114,13 +112,14 @@ def _busy_experts(call: LinearCall) -> tuple[list[Group], int]:
         raise ValueError(
             f"expert_offsets must start at 0, not fall, and end at {slots} at most; got {offsets}"
         )
-    if call.row_index is not None and call.row_index.is_cpu and slots:
-        lowest, highest = (int(bound) for bound in call.row_index.aminmax())
-        if lowest < 0 or highest >= call.x.shape[0]:
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"row_index must lie in 0..{call.x.shape[0] - 1}; got {wrong}")
-    ranges = enumerate(zip(offsets, offsets[1:], strict=False))
-    return [(expert, start, stop) for expert, (start, stop) in ranges if stop > start], offsets[-1]
+    if call.row_index is not None:
+        check_range("row_index", call.row_index, 0, call.x.shape[0] - 1)
+    groups = []
+    for expert, start in enumerate(offsets[:-1]):
+        stop = offsets[expert + 1]
+        if stop > start:
+            groups.append((expert, start, stop))
+    return groups, offsets[-1]
 
 
 class Chunk(NamedTuple):
@@ -144,13 +143,14 @@ class Chunk(NamedTuple):
         last = self.experts[-1]
         return slice(first, last + 1) if last - first + 1 == len(self.experts) else self.experts
 
-    def has_all(self, call: Call) -> bool:
-        """Whether these are all experts."""
-        return len(self.experts) == call.num_experts
+    @property
+    def slots(self) -> slice:
+        """Their slots."""
+        return slice(self.start, self.stop)
 
     def part(self, call: Call, **others: Any) -> Call:
         """Of a call: the products for these experts alone."""
-        slots = slice(self.start, self.stop)
+        slots = self.slots
         where = self.where
         if call.row_index is None:
             x = call.x[slots]
@@ -215,50 +215,58 @@ def most_at_once(
 def _rows_forward(call: ForwardCall, groups: list[Group]) -> tuple[Tensor, Tensor | None]:
     """``(z [N, F], h)``: pre-activation without bias, and the central step's result ``[N jC, b]``
     if separable is to save it; both are undefined in slots without an expert."""
-    chunks = list(_chunks(call, groups))
-    if len(chunks) == 1 and chunks[0].stop == call.slots:
-        z, kept, _ = forward(chunks[0].part(call), BY_EXPERT, chunks[0].counts)
-        return z, kept if call.saves_h else None
-    z = call.x.new_empty(call.slots, call.out_features)
-    h = call.x.new_empty(call.slots, call.dims.jC, call.dims.b) if call.saves_h else None
-    for chunk in chunks:
+    z = None
+    h = None
+    for chunk in _chunks(call, groups):
         rows, kept, _ = forward(chunk.part(call), BY_EXPERT, chunk.counts)
-        z[chunk.start : chunk.stop] = rows
-        if h is not None:
-            h[chunk.start : chunk.stop] = kept.view(len(rows), *h.shape[1:])
-    return z, None if h is None else h.flatten(0, 1)
+        z = _placed(z, rows, chunk.slots, call.slots)
+        if call.saves_h:
+            h = _placed(h, kept.view(len(rows), -1), chunk.slots, call.slots)
+    if z is None:
+        z = call.x.new_empty(call.slots, call.out_features)
+    if call.saves_h and h is None:
+        h = call.x.new_empty(call.slots, call.dims.jC * call.dims.b)
+    return z, None if h is None else h.view(-1, call.dims.b)
 
 
-def _rows_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) -> BlockGradients:
+def _placed(whole: Tensor | None, part: Tensor, where: slice | list[int], size: int) -> Tensor:
+    """The part of a result that one chunk gives, written to the whole; itself if it is all."""
+    if len(part) == size:
+        return part
+    if whole is None:
+        whole = part.new_empty(size, *part.shape[1:])
+    whole[where] = part
+    return whole
+
+
+def _rows_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) -> Gradients:
     """Rows other than h, which the forward of separable saved, are computed again if they are
     read."""
-    chunks = list(_chunks(call, groups))
-    if len(chunks) == 1 and chunks[0].stop == call.slots and chunks[0].has_all(call):
-        dx, dleft, dcentral, dright, _ = _chunk_backward(call, upstream, chunks[0])
-        return dx, dleft, dcentral, dright
     need_x, need_left, need_central, need_right = call.need_of_plan
-    dx = call.x.new_empty(call.slots, call.in_features)
-    dleft = torch.empty_like(call.left)
-    dright = torch.empty_like(call.right)
+    experts = call.num_experts
+    dx = dleft = dright = None
     dcentral = accumulator(call.central)
-    for chunk in chunks:
+    for chunk in _chunks(call, groups):
         of_x, of_left, of_central, of_right, _ = _chunk_backward(call, upstream, chunk)
         if need_x:
-            dx[chunk.start : chunk.stop] = of_x
+            dx = _placed(dx, of_x, chunk.slots, call.slots)
         if need_left:
-            dleft[chunk.where] = of_left
+            dleft = _placed(dleft, of_left, chunk.where, experts)
         if need_central:
             dcentral += of_central
         if need_right:
-            dright[chunk.where] = of_right
+            dright = _placed(dright, of_right, chunk.where, experts)
+    if not groups:
+        dx = call.x.new_empty(call.slots, call.in_features)
+        dleft = torch.empty_like(call.left)
+        dright = torch.empty_like(call.right)
     return dx, dleft, dcentral.to(call.central.dtype), dright
 
 
 def _chunk_backward(call: BackwardCall, upstream: Upstream, chunk: Chunk) -> Backward:
-    slots = slice(chunk.start, chunk.stop)
     h = call.h
     if call.saved_h is not None:
-        h = h.view(call.slots, -1)[slots].view(-1, call.dims.b)
+        h = h.view(call.slots, -1)[chunk.slots].view(-1, call.dims.b)
     grad = upstream.rows(chunk.start, chunk.stop)
     need = [*call.need_of_plan, False]
     part = chunk.part(call, grad=grad, h=h, saved=grad, need=need)

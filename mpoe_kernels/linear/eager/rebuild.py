@@ -15,10 +15,15 @@ from torch import Tensor
 
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.linear.eager.rows import accumulator
+from mpoe_kernels.linear.gradients import Gradients
 
 if TYPE_CHECKING:
-    from mpoe_kernels.linear.eager import BlockGradients, Group, Upstream
+    from mpoe_kernels.linear.eager import Group, Upstream
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+
+
+DENSE = torch.contiguous_format
+Matrices = tuple[Tensor | None, Tensor | None, Tensor | None]  # of left, central, right
 
 
 class Weights:
@@ -33,12 +38,10 @@ class Weights:
     def __init__(self, like: Tensor, dims: BlockDims) -> None:
         self.dims = dims
         core = dims.iC * dims.jC
-        half = (
-            dims.iL * dims.jL * core * dims.b
-            if dims.left_first
-            else dims.a * core * dims.iR * dims.jR
-        )
-        self._size = dims.iL * dims.jL * core * dims.iR * dims.jR
+        outer = dims.iL * dims.jL
+        inner = dims.iR * dims.jR
+        self._size = outer * core * inner
+        half = outer * core * dims.b if dims.left_first else dims.a * core * inner
         self._memory = like.new_empty(2, max(self._size, half))
 
     def _product(self, place: int, first: Tensor, second: Tensor) -> Tensor:
@@ -80,8 +83,9 @@ class Weights:
 
     def of_blocks(
         self, left: Tensor, central: Tensor, right: Tensor, need: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of the blocks that are needed, from that of the weight, which is lost.
+    ) -> Matrices:
+        """Gradients of the blocks that are needed, from that of the weight, which is lost; as
+        matrices, which the caller shapes.
 
         The gradient of the block outside the half needs the half again, which the weight has
         overwritten since: for a backward that also needs x's gradient this is one merge more than
@@ -93,7 +97,6 @@ class Weights:
         blocks.copy_(weight)
         left = left.reshape(-1, d.a)
         right = right.reshape(d.b, -1)
-        shape = central.shape
         whole = self._memory[1, : self._size].view(len(left), -1)
         dleft = dcentral = dright = None
         if d.left_first:
@@ -113,11 +116,7 @@ class Weights:
                 dhalf = self._product(0, left.T, whole).view(len(central), -1)
                 dcentral = dhalf @ right.T if need_central else None
                 dright = central.T @ dhalf if need_right else None
-        return (
-            None if dleft is None else dleft.view(d.iL, d.jL, d.a),
-            None if dcentral is None else dcentral.view(shape),
-            None if dright is None else dright.view(d.b, d.iR, d.jR),
-        )
+        return dleft, dcentral, dright
 
 
 def _rows(x: Tensor, row_index: Tensor | None, start: int, stop: int) -> Tensor:
@@ -134,32 +133,34 @@ def rebuild_forward(call: ForwardCall, groups: list[Group]) -> Tensor:
     return z
 
 
-def rebuild_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) -> BlockGradients:
+def rebuild_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) -> Gradients:
     """Gradients of slots ``[N, I]``, left, central, right; ``None`` where not needed, undefined
     where no expert is.
 
     The weight is rebuilt rather than saved. The sum over experts is accumulated in at least
     float32.
     """
-    (need_x, *need) = call.need_of_plan
+    need_x, *need = call.need_of_plan
+    need_left, need_central, need_right = need
     weights = Weights(call.x, call.dims)
     dx = call.x.new_empty(call.slots, call.in_features) if need_x else None
-    dleft, dright = (
-        torch.empty(block.shape, dtype=block.dtype, device=block.device) if wanted else None
-        for block, wanted in zip((call.left, call.right), need[::2], strict=True)
-    )
-    total = accumulator(call.central) if need[1] else None
+    dleft = torch.empty_like(call.left, memory_format=DENSE) if need_left else None
+    dright = torch.empty_like(call.right, memory_format=DENSE) if need_right else None
+    dcentral = accumulator(call.central) if need_central else None
     for e, start, stop in groups:
         grad = upstream.rows(start, stop)
         blocks = (call.left[e], call.central, call.right[e])
         if dx is not None:
             torch.mm(grad, weights.weight(*blocks).T, out=dx[start:stop])
-        if any(need):
-            torch.mm(_rows(call.x, call.row_index, start, stop).T, grad, out=weights.gradient())
-            left, central, right = weights.of_blocks(*blocks, need)
-            for stacked, gradient in ((dleft, left), (dright, right)):
-                if stacked is not None and gradient is not None:
-                    stacked[e] = gradient
-            if total is not None and central is not None:
-                total += central
-    return dx, dleft, None if total is None else total.to(call.central.dtype), dright
+        if not any(need):
+            continue
+        rows = _rows(call.x, call.row_index, start, stop)
+        torch.mm(rows.T, grad, out=weights.gradient())
+        of_left, of_central, of_right = weights.of_blocks(*blocks, need)
+        if dleft is not None and of_left is not None:
+            dleft[e] = of_left.view(dleft.shape[1:])
+        if dright is not None and of_right is not None:
+            dright[e] = of_right.view(dright.shape[1:])
+        if dcentral is not None and of_central is not None:
+            dcentral += of_central.view(dcentral.shape)
+    return dx, dleft, None if dcentral is None else dcentral.to(call.central.dtype), dright

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.triton.device_functions import COUNTS, activate, part_of_rows, rows_read
+from mpoe_kernels.triton.device_functions import COUNTS, finish, part_of_rows, rows_read
 
 
 @triton.jit
@@ -182,16 +182,18 @@ def fused_kernel(
     if OUT_LIMIT > 0:
         n_inside = n_inside & (column < OUT_LIMIT)
     mask = inside[:, None] & n_inside[None, :]
-    if bias is not None:
-        acc += tl.load(bias + column, mask=n_inside, other=0.0).to(tl.float32)[None, :]
-    to = rows_read(out_index, slot, inside)
-    at_out = to[:, None] * OUT_SLOT + column[None, :]
-    if pre is not None:
-        tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
-    acc = activate(acc, ACTIVATION)
-    if out_index is not None:  # the gate multiplies the rounded value, as in `combine`
-        gate = tl.load(gates + to, mask=inside, other=0.0).to(tl.float32)
-        acc = acc.to(out.dtype.element_ty).to(tl.float32) * gate[:, None]
-    if bias is not None or out_index is not None:
-        acc = tl.where(e == EXPERTS, 0.0, acc)  # empty slots are zero, regardless of bias and gate
-    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
+    finish(
+        acc,
+        slot,
+        inside,
+        e < EXPERTS,
+        column[None, :],
+        mask,
+        OUT_SLOT,
+        out,
+        bias,
+        pre,
+        out_index,
+        gates,
+        ACTIVATION,
+    )

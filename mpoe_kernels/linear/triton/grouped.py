@@ -30,7 +30,7 @@ from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import INTERPRETER
 from mpoe_kernels.triton.device_functions import (
     COUNTS,
-    activate,
+    finish,
     part_ends,
     part_of_rows,
     pick,
@@ -168,18 +168,21 @@ def grouped_rows_kernel(
         acc = tl.dot(at, bt, acc, input_precision=PRECISION)
     mask = inside[:, None] & (n < N)[None, :]
     column = (r % P)[:, None] * OUT[1] + n[None, :] * OUT[2]
-    if bias is not None:  # empty slots stay zero
-        acc += tl.where(
-            e == EXPERTS, 0.0, tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
-        )
-    if pre is not None:
-        tl.store(pre + slot[:, None] * (P * N) + column, acc.to(pre.dtype.element_ty), mask=mask)
-    value = activate(acc, ACTIVATION).to(out.dtype.element_ty)
-    if out_index is not None:
-        slot = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
-        gate = tl.load(gates + slot, mask=inside, other=0.0)[:, None]
-        value = tl.where(e == EXPERTS, 0.0, value.to(tl.float32) * gate).to(out.dtype.element_ty)
-    tl.store(out + slot[:, None] * (P * N) + column, value, mask=mask)
+    finish(
+        acc,
+        slot,
+        inside,
+        e < EXPERTS,
+        column,
+        mask,
+        P * N,
+        out,
+        bias,
+        pre,
+        out_index,
+        gates,
+        ACTIVATION,
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)

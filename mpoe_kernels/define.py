@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -79,16 +80,12 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.name = previous
 
 
-def backend_kernel(op: str, like: str) -> Callable[[Any], Any]:
-    """A kernel that calls the one that `mpoe_kernels.backends.select` finds.
-
-    Args:
-        op: its name.
-        like: the field of the call whose device and dtype decide.
-    """
+def backend_kernel(op: str) -> Callable[[Any], Any]:
+    """A kernel that calls the one that `mpoe_kernels.backends.select` finds for the device and
+    dtype of the call's first tensor."""
 
     def run(call: Any) -> Any:
-        tensor = getattr(call, like)
+        tensor = next(iter(vars(call).values()))
         return kernel_for(op, tensor.device, tensor.dtype, call.backend)(call)
 
     return run
@@ -111,9 +108,9 @@ def define_op(
     name: str,
     signature: type[Any],
     results: int,
-    kernel: Callable[[Any], Any],
     fake: Callable[[Any], Any],
     *,
+    kernel: Callable[[Any], Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     saves: Sequence[str] = (),
@@ -127,8 +124,8 @@ def define_op(
         signature: dataclass whose fields are the arguments of kernels, fake and schema. Not frozen:
             making a frozen one at every call takes several times as long.
         results: how many tensors it returns.
-        kernel, fake: take an instance of ``signature``; the fake returns the shapes and dtypes of
-            the results.
+        fake: takes an instance of ``signature``; returns the shapes and dtypes of the results.
+        kernel: computes them; by default that of a backend.
         backward: autograd formula. Without one the op refuses to be differentiated (that is how
             double backward is refused).
         saves: fields that it reads: tensors as ``ctx.saved_tensors``, the others as
@@ -139,6 +136,7 @@ def define_op(
     Returns:
         A function that calls the op.
     """
+    kernel = kernel or backend_kernel(name)
     declared = fields(signature)
     kinds = {field.name: str(field.type) for field in declared}
     names = list(kinds)
@@ -285,10 +283,10 @@ def define_differentiable(
     name: str,
     signature: type[Differentiable],
     of_backward: type[Differentiable],
-    kernels: Mapping[str, Callable[[Any], Any]],
     fake: Callable[[Any], Any],
     *,
     autocast: Sequence[str],
+    kernels: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
 ) -> Any:
     """`define_op` for an op with one result that saves its arguments, and for its backward, which
     takes them again.
@@ -299,7 +297,7 @@ def define_differentiable(
         of_backward: the same, with the fields ``grad`` (of the result) and ``need`` (which
             gradients).
         kernels: of the op and of ``<name>_backward``, which returns the gradients; empty where they
-            are not `wanted`.
+            are not `wanted`. By default those of a backend.
     """
     names = [field.name for field in fields(signature)]  # type: ignore[arg-type]
     positions = [names.index(field) for field in signature.DIFFERENTIABLE]
@@ -314,7 +312,11 @@ def define_differentiable(
 
     of_gradients = f"{name}_backward"
     backward_op = define_op(
-        of_gradients, of_backward, len(positions), kernels[of_gradients], backward_fake
+        of_gradients,
+        of_backward,
+        len(positions),
+        backward_fake,
+        kernel=kernels.get(of_gradients),
     )
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -325,7 +327,14 @@ def define_differentiable(
         return tuple(by_position.get(position) for position in range(len(names)))
 
     return define_op(
-        name, signature, 1, kernels[name], fake, backward=backward, saves=names, autocast=autocast
+        name,
+        signature,
+        1,
+        fake,
+        kernel=kernels.get(name),
+        backward=backward,
+        saves=names,
+        autocast=autocast,
     )
 
 

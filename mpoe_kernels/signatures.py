@@ -161,6 +161,7 @@ def check_signature(
     for argument in _arguments(op):
         value = given.get(argument.name)
         if value is not None:
+            check_tensors([argument.name], [value], [argument.name])
             _check_tensor(argument, value, given, sizes)
         elif argument.name == "row_index":
             sizes["N"] = sizes["T"]

@@ -58,9 +58,9 @@ _forward = define_differentiable(
     "mpo_embedding",
     EmbeddingCall,
     EmbeddingBackwardCall,
-    {"mpo_embedding": eager.forward, "mpo_embedding_backward": eager.backward},
     _fake,
-    autocast=("left", "central", "right"),
+    autocast=EmbeddingCall.DIFFERENTIABLE,
+    kernels={"mpo_embedding": eager.forward, "mpo_embedding_backward": eager.backward},
 )
 
 

@@ -20,7 +20,6 @@ from mpoe_kernels.backends import add_kernels, lazily
 from mpoe_kernels.checks import check_choice
 from mpoe_kernels.define import (
     Differentiable,
-    backend_kernel,
     define_differentiable,
     requested_backend,
 )
@@ -197,7 +196,6 @@ def _define(call: type[Any], backward_call: type[Any], triton: str) -> Any:
         call.OP,
         call,
         backward_call,
-        {op: backend_kernel(op, rows) for op in functions},
         fake,
         # Gates keep the router's float32.
         autocast=[field for field in call.DIFFERENTIABLE if field != "gates"],

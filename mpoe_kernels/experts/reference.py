@@ -22,39 +22,7 @@ def hidden_experts_reference(
     right_gate: Tensor | None = None,
 ) -> Tensor:
     """See `mpoe_kernels.hidden_experts`; blocks are ``[E, G', b, b]``."""
-    size = right.shape[-1]
-    own_groups = right.shape[1]
-    # Views of all blocks are taken at once: the gradient of each taken alone would be as large as
-    # the whole.
-    blocks = [
-        None if x is None else [part.unbind() for part in x.unbind()]
-        for x in (right, left, right_gate)
-    ]
-    rights, lefts, right_gates = blocks
-    assert rights is not None
-    assert lefts is not None
-    rows = []
-    for t, choices in enumerate(top_k_index.tolist()):
-        row = torch.zeros_like(u[t])
-        for k, e in enumerate(choices):
-            if e < 0:
-                continue
-            parts = []
-            for g in range(u.shape[1] // size):
-                units = slice(g * size, (g + 1) * size)
-                part = g if own_groups > 1 else 0
-                value = u[t, units] @ rights[e][part]
-                z = (
-                    value
-                    if u_gate is None or right_gates is None
-                    else u_gate[t, units] @ right_gates[e][part]
-                )
-                h = activation_reference(activation, z if bias is None else z + bias[e, units])
-                h = h if u_gate is None else h * value
-                parts.append(h @ lefts[e][part])
-            row = row + gates[t, k].to(u.dtype) * torch.cat(parts)
-        rows.append(row)
-    return torch.stack(rows) if rows else torch.zeros_like(u)
+    return _rows(u, gates, top_k_index, right, left, bias, activation, u_gate, right_gate)
 
 
 def neuron_experts_reference(
@@ -68,22 +36,54 @@ def neuron_experts_reference(
     activation: str,
     gate_up: Tensor | None = None,
 ) -> Tensor:
-    """See `mpoe_kernels.neuron_experts`."""
-    # Views of all experts are taken at once: the gradient of each taken alone would be as large as
+    """See `mpoe_kernels.neuron_experts`: one group."""
+    right = up.mT[:, None]
+    right_gate = None if gate_up is None else gate_up.mT[:, None]
+    x_gate = None if gate_up is None else x
+    left = down[:, None]
+    return _rows(x, gates, top_k_index, right, left, bias, activation, x_gate, right_gate)
+
+
+def _rows(
+    x: Tensor,
+    gates: Tensor,
+    top_k_index: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    x_gate: Tensor | None,
+    right_gate: Tensor | None,
+) -> Tensor:
+    """Of both forms: groups of ``x`` times blocks ``[E, G', p, q]`` and ``[E, G', q, r]``."""
+    size = right.shape[2]
+    units = right.shape[3]
+    groups = x.shape[1] // size
+    # Views of all blocks are taken at once: the gradient of each taken alone would be as large as
     # the whole.
-    ups = up.unbind()
-    downs = down.unbind()
-    gate_ups = ups if gate_up is None else gate_up.unbind()
+    rights = [blocks.unbind() for blocks in right.unbind()]
+    lefts = [blocks.unbind() for blocks in left.unbind()]
+    right_gates = rights
+    if right_gate is not None:
+        right_gates = [blocks.unbind() for blocks in right_gate.unbind()]
     rows = []
     for t, choices in enumerate(top_k_index.tolist()):
-        row = x.new_zeros(down.shape[2])
+        row = x.new_zeros(groups * left.shape[3])
         for k, e in enumerate(choices):
             if e < 0:
                 continue
-            z = gate_ups[e] @ x[t]
-            h = activation_reference(activation, z if bias is None else z + bias[e])
-            if gate_up is not None:
-                h = h * (ups[e] @ x[t])
-            row = row + gates[t, k].to(x.dtype) * (h @ downs[e])
+            parts = []
+            for g in range(groups):
+                inputs = slice(g * size, (g + 1) * size)
+                block = g if len(rights[e]) > 1 else 0
+                value = x[t, inputs] @ rights[e][block]
+                z = value if x_gate is None else x_gate[t, inputs] @ right_gates[e][block]
+                if bias is not None:
+                    z = z + bias[e, g * units : (g + 1) * units]
+                h = activation_reference(activation, z)
+                if x_gate is not None:
+                    h = h * value
+                parts.append(h @ lefts[e][block])
+            row = row + gates[t, k].to(x.dtype) * torch.cat(parts)
         rows.append(row)
-    return torch.stack(rows) if rows else x.new_zeros(0, down.shape[2])
+    return torch.stack(rows) if rows else x.new_zeros(0, groups * left.shape[3])

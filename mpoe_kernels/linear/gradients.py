@@ -182,26 +182,31 @@ def block_gradients(
     d = call.dims
     experts = call.num_experts
     _, need_left, need_central, need_right = call.need_of_plan
+    lefts: list[Tensor] = []
+    centrals: list[Tensor] = []
+    rights: list[Tensor] = []
+    if not (need_left or need_central or need_right):
+        return None, None, None
     central = call.central.reshape(d.a, -1)
-    parts = {name: list[Tensor]() for name in "LCR"}
     size = experts_at_once(d, ("LC",), experts, copies=1)
-    for first in range(0, experts if need_left or need_central or need_right else 0, size):
+    for first in range(0, experts, size):
         last = min(first + size, experts)
         slots = Slots(call.expert_offsets[first : last + 1], call.slots, size < experts)
         left = torch.where(slots.busy[:, None, None, None], call.left[first:last], 0).view(-1, d.a)
         if need_left or need_central:
-            half = times(call, dz, call.right[first:last], False, slots).view(
-                left.shape[0], central.shape[1]
-            )
-            parts["L"] += [half @ central.T] if need_left else []
-            parts["C"] += [float32_mm(left.T, half)] if need_central else []
+            half = times(call, dz, call.right[first:last], False, slots).view(len(left), -1)
+            if need_left:
+                lefts.append(half @ central.T)
+            if need_central:
+                centrals.append(float32_mm(left.T, half))
         if need_right:
             half = (left @ central).view(last - first, d.iL, d.jL, d.iC, d.jC, d.b)
-            parts["R"].append(times(call, dz, half, True, slots))
-    dleft = torch.cat(parts["L"]).view(call.left.shape) if need_left else None
-    dcentral = (
-        torch.stack(parts["C"]).sum(0).to(dz.dtype).view(call.central.shape)
-        if need_central
-        else None
-    )
-    return dleft, dcentral, torch.cat(parts["R"]).to(dz.dtype) if need_right else None
+            rights.append(times(call, dz, half, True, slots))
+    dleft = dcentral = dright = None
+    if need_left:
+        dleft = torch.cat(lefts).view(call.left.shape)
+    if need_central:
+        dcentral = torch.stack(centrals).sum(0).to(dz.dtype).view(call.central.shape)
+    if need_right:
+        dright = torch.cat(rights).to(dz.dtype)
+    return dleft, dcentral, dright

@@ -244,14 +244,14 @@ def _autograd(
 
 
 backward_op = define_op(
-    "grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake
+    "grouped_mpo_linear_backward", BackwardCall, 5, _backward_fake, kernel=_backward_kernel
 )
 forward_op = define_op(
     "grouped_mpo_linear",
     ForwardCall,
     3,
-    _forward_kernel,
     _forward_fake,
+    kernel=_forward_kernel,
     setup_context=_setup,
     backward=_autograd,
     autocast=("x", "left", "central", "right", "bias"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from mpoe_kernels.checks import check_device, check_memory
 from mpoe_kernels.mpo.fold import MPOBlocks, fold
 from mpoe_kernels.mpo.shape import MPOShape
+from mpoe_kernels.op_rules import PLAIN
 
 
 def expert_weights(blocks: MPOBlocks) -> Tensor:
@@ -22,20 +23,19 @@ def expert_weights(blocks: MPOBlocks) -> Tensor:
     """
     if not isinstance(blocks, MPOBlocks):
         raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
-    check_device("left", blocks.left, central=blocks.central, right=blocks.right)
+    left = blocks.left
+    central = blocks.central
+    right = blocks.right
+    check_device("left", left, central=central, right=right)
     if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
-        for name in ("left", "central", "right"):
-            if type(block := getattr(blocks, name)) in (Tensor, torch.nn.Parameter):
+        for name, block in (("left", left), ("central", central), ("right", right)):
+            if type(block) in PLAIN:
                 check_memory(name, block)
-    experts, rows_l, cols_l, a = blocks.left.shape
-    _, rows_c, cols_c, b = blocks.central.shape
-    _, _, rows_r, cols_r = blocks.right.shape
-    half = blocks.left.reshape(experts, -1, a) @ blocks.central.reshape(a, -1)
-    full = half.reshape(experts, -1, b) @ blocks.right.reshape(experts, b, -1)
-    full = full.view(experts, rows_l, cols_l, rows_c, cols_c, rows_r, cols_r).permute(
-        0, 1, 3, 5, 2, 4, 6
-    )
-    padded = full.reshape(experts, rows_l * rows_c * rows_r, cols_l * cols_c * cols_r)
+    half = left.flatten(1, 2) @ central.flatten(1)
+    full = half.reshape(len(left), -1, central.shape[3]) @ right.flatten(2)
+    # [E, iL, jL, iC, jC, iR, jR] -> [E, iL iC iR, jL jC jR]
+    full = full.view(len(left), *left.shape[1:3], *central.shape[1:3], *right.shape[2:])
+    padded = full.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
     return padded[:, : blocks.in_features, : blocks.out_features]
 
 

@@ -20,7 +20,7 @@ from mpoe_kernels.checks import (
     refuse_jit_trace,
 )
 from mpoe_kernels.cuda_library import CUDA_OPS
-from mpoe_kernels.define import backend_kernel, define_op, requested_backend
+from mpoe_kernels.define import define_op, requested_backend
 from mpoe_kernels.routing import eager, native
 from mpoe_kernels.routing.cuda import RoutingKernels
 from mpoe_kernels.signatures import MOST_PAIRS, as_index
@@ -128,7 +128,7 @@ def _route_fake(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-_route = define_op("route", RouteCall, 3, backend_kernel("route", "top_k_index"), _route_fake)
+_route = define_op("route", RouteCall, 3, _route_fake)
 
 
 def route(
@@ -223,14 +223,12 @@ _dispatch_backward = define_op(
     "dispatch_backward",
     DispatchBackwardCall,
     1,
-    backend_kernel("dispatch_backward", "grad"),
     _dispatch_backward_fake,
 )
 _dispatch = define_op(
     "dispatch",
     DispatchCall,
     1,
-    backend_kernel("dispatch", "x"),
     _dispatch_fake,
     backward=_dispatch_autograd,
     saves=("slot_of_token", "backend"),
@@ -341,14 +339,12 @@ _combine_backward = define_op(
     "combine_backward",
     CombineBackwardCall,
     2,
-    backend_kernel("combine_backward", "grad"),
     _combine_backward_fake,
 )
 _combine = define_op(
     "combine",
     CombineCall,
     1,
-    backend_kernel("combine", "y_sorted"),
     _combine_fake,
     backward=_combine_autograd,
     saves=("y_sorted", "token_of_slot", "slot_of_token", "top_k_weights", "backend"),

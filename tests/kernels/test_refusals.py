@@ -288,6 +288,8 @@ CASES = {
         ),
         "x must be a tensor; got int 3": lambda: linear(x=3),
         "blocks must be MPOBlocks": lambda: linear(blocks="no"),
+        "bias must be a tensor; got int 3": lambda: linear(bias=3),
+        "token_mask must be a tensor; got str 'x'": lambda: route(PAIRS, 2, token_mask="x"),
         r"bias must be of x's dtype \[F\], F = 12 \(float32, or": lambda: linear(
             bias=ONES(12).double()
         ),

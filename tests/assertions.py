@@ -1,25 +1,20 @@
 """Assertions calibrated against PyTorch's own rounding, refusals, poisoned memory, threads, and
 processes."""
 
+import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 import pytest
 import torch
 from mpoe_bench.cases import relative_error
-from torch import Tensor, nn
-
-T = TypeVar("T")
+from torch import nn
 
 
-def assert_calibrated(
-    actual: Tensor, truth: Tensor, same_dtype: Tensor, name: str = "result", factor: float = 2
-) -> None:
+def assert_calibrated(actual, truth, same_dtype, name="result", factor=2):
     """Require the error of ``actual`` against the float64 ``truth`` to stay within ``factor`` of
     PyTorch's own.
 
@@ -53,9 +48,7 @@ def assert_calibrated(
         )
 
 
-def differing(
-    one: nn.Module | Mapping[str, Tensor], other: nn.Module | Mapping[str, Tensor]
-) -> list[str]:
+def differing(one, other):
     """Names of the tensors of ``one`` that ``other`` lacks, or has in another dtype or with other
     bits; of a module, those of its state."""
     first, second = (
@@ -72,7 +65,7 @@ def differing(
 
 
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count):
     """Run with the given number of CPU threads; kernels split their work by it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -82,12 +75,12 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def in_threads(count: int, work: Callable[[int], T]) -> list[T]:
+def in_threads(count, work):
     """Results of ``work(0) .. work(count - 1)``, which begin at once, each in a thread of its
     own."""
     barrier = threading.Barrier(count)
 
-    def run(number: int) -> T:
+    def run(number):
         barrier.wait()
         return work(number)
 
@@ -95,7 +88,7 @@ def in_threads(count: int, work: Callable[[int], T]) -> list[T]:
         return list(pool.map(run, range(count)))
 
 
-def run_python(*arguments: object, code: int = 0, **options: Any) -> str:
+def run_python(*arguments, code=0, **options):
     """Run Python in a process of its own, which must end with ``code``; returns its output, or its
     errors."""
     command = [sys.executable, *map(str, arguments)]
@@ -104,8 +97,13 @@ def run_python(*arguments: object, code: int = 0, **options: Any) -> str:
     return str(answer.stderr if code else answer.stdout)
 
 
+def read_json(file):
+    """What a file of JSON holds."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 @contextmanager
-def poisoned_memory(device: torch.device | str = "cpu") -> Iterator[None]:
+def poisoned_memory(device="cpu"):
     """Fill everything that ``torch.empty`` and similar functions return with NaN (integers: their
     largest value).
 
@@ -126,13 +124,13 @@ def poisoned_memory(device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 def refuses(
-    error: type[Exception] | tuple[type[Exception], ...],
-    message: str,
-    call: Callable[..., object],
+    error,
+    message,
+    call,
     /,
-    *arguments: Any,
-    **options: Any,
-) -> None:
+    *arguments,
+    **options,
+):
     """Require that a call raises ``error`` with a text in which the pattern ``message`` is
     found."""
     with pytest.raises(error, match=message):

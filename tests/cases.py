@@ -1,14 +1,34 @@
 """Small shapes of every kind, and cases of tests that vary in several ways."""
 
-from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
 
 from mpoe_kernels import MPOShape
 
+ROOT = Path(__file__).resolve().parents[1]
+in_two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+in_half_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
-def pairwise(*axes: Sequence[object]) -> list:
+
+def either(name):
+    """A parameter that is false and true."""
+    return pytest.mark.parametrize(name, [False, True])
+
+
+def every_refusal(table):
+    """Parameters ``kind, message, calls`` of a test, by ``{error: {message: call or calls}}``."""
+    cases = [
+        pytest.param(kind, message, calls if isinstance(calls, list) else [calls], id=message)
+        for kind, named in table.items()
+        for message, calls in named.items()
+    ]
+    return pytest.mark.parametrize("kind, message, calls", cases)
+
+
+def pairwise(*axes):
     """Every combination of the axes' values; those beyond all pairs with another axis run only as
     ``exhaustive``.
 
@@ -24,7 +44,7 @@ def pairwise(*axes: Sequence[object]) -> list:
 
 # Small relatives of every kind of shape: odd sizes, padding, edge positions of the centre,
 # truncated bonds.
-SMALL_SHAPES: dict[str, MPOShape] = {
+SMALL_SHAPES = {
     "paper": MPOShape((3, 2, 2, 2, 1), (2, 2, 2, 3, 2)),
     "paper_bond_4": MPOShape((3, 2, 2, 2, 1), (2, 2, 2, 3, 2), max_bond=4),
     "light": MPOShape((2, 3, 2), (2, 3, 2)),

@@ -3,7 +3,7 @@ with the reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class _Problem:
     grad: Tensor = field(init=False)
     known: dict[torch.dtype, dict[str, Tensor]] = field(init=False, default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         self._generator = torch.Generator().manual_seed(self.seed)
         self.index = torch.randint(
             0, self.experts, (self.tokens, self.top_k), generator=self._generator
@@ -62,14 +62,12 @@ class _Problem:
         )
         self._gates = gates.to(torch.promote_types(self.dtype, torch.float32))
 
-    def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
+    def _random(self, *shape, scale=1.0):
         return (torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale).to(
             self.dtype
         )
 
-    def run(
-        self, op: Callable[..., Tensor], dtype: torch.dtype, **options: Any
-    ) -> dict[str, Tensor]:
+    def run(self, op, dtype, **options):
         """``o`` and every gradient, by ``op`` in ``dtype``; gates and their gradient in float32 at
         least."""
         wide = torch.promote_types(dtype, torch.float32)
@@ -81,7 +79,7 @@ class _Problem:
         }
         out = op(**leaves, top_k_index=self.index, activation=self.activation, **options)
         given = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-        found: tuple[Tensor | None, ...] = (None,) * len(given)
+        found = (None,) * len(given)
         if out.requires_grad:
             found = torch.autograd.grad(
                 out, list(given.values()), self.grad.to(dtype), allow_unused=True
@@ -92,17 +90,17 @@ class _Problem:
         }
         return {"o": out, **{f"d{name}": value for name, value in grads.items()}}
 
-    def call(self, backend: str = "auto") -> Any:
+    def call(self, backend="auto"):
         """What its forward kernels are called with."""
         given = {"top_k_index": self.index, "activation": self.activation, "backend": backend}
         return self.CALLS[0](**self.inputs, **given)
 
-    def backward_call(self, need: list[bool] | None = None, backend: str = "auto") -> Any:
+    def backward_call(self, need=None, backend="auto"):
         """What its backward kernels are called with; by default all gradients are needed."""
         needed = [True] * len(self.NAMES) if need is None else need
         return self.CALLS[1](**vars(self.call(backend)), grad=self.grad, need=needed)
 
-    def on_quarters(self) -> Self:
+    def on_quarters(self):
         """All inputs are multiples of 1/4, which multiply and add without rounding: it does not
         decide on which side of zero a pre-activation is, where the gradient of ReLU jumps."""
         self.inputs = {
@@ -110,16 +108,16 @@ class _Problem:
         }
         return self
 
-    def computed(self, backend: str) -> dict[str, Tensor]:
+    def computed(self, backend):
         """`run` by the public op, in its dtype."""
         with poisoned_memory():
             return self.run(type(self).OP, self.dtype, backend=backend)
 
-    def check(self, backend: str, factor: float = 2) -> None:
+    def check(self, backend, factor=2):
         """Compare with the reference in float64, calibrated by the reference in the same dtype."""
         self.check_results(self.computed(backend), backend, factor)
 
-    def check_results(self, actual: dict[str, Tensor], computed_by: str, factor: float = 2) -> None:
+    def check_results(self, actual, computed_by, factor=2):
         """The same for what `run` returned, or something like it."""
         for dtype in {torch.float64, self.dtype} - self.known.keys():
             self.known[dtype] = self.run(type(self).REFERENCE, dtype)
@@ -139,7 +137,7 @@ class HiddenProblem(_Problem):
     block: int = 4
     per_group: bool = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         super().__post_init__()
         rows, own = (self.tokens, self.groups * self.block), self.groups if self.per_group else 1
         blocks, scale = (self.experts, own, self.block, self.block), self.block**-0.5
@@ -165,7 +163,7 @@ class NeuronProblem(_Problem):
     out: int = 9
     neurons: int = 6
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         super().__post_init__()
         up = (self.experts, self.neurons, self.width)
         self.inputs = {

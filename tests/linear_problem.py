@@ -1,7 +1,7 @@
 """One grouped MPO product, or a network of them, with its gradients: inputs, and the comparison
 with the reference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,11 +20,11 @@ from mpoe_kernels.routing.op import route
 
 from .assertions import assert_calibrated, poisoned_memory
 
-NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
+NAMES = "y dx dleft dcentral dright dbias".split()
 ALL_NEEDED = (True,) * 5
 
 
-def planned_strategies(shape: MPOShape) -> list[str]:
+def planned_strategies(shape):
     """What the planner may ask for: ``separable`` is the chain of its shapes."""
     return [s for s in STRATEGIES if s != ("chain" if shape.is_separable else "separable")]
 
@@ -55,7 +55,7 @@ class LinearProblem:
     device: torch.device | str = "cpu"
     x: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         index = expert_choice(
             self.kind, self.tokens, self.experts, min(self.top_k, self.experts)
         ).to(self.device)
@@ -74,7 +74,7 @@ class LinearProblem:
             z = self.reference(torch.float64, activation="none")[0]
             self.grad = self.grad * (z.detach().abs() > 0.1)
 
-    def _random(self, *sizes: int) -> Tensor:
+    def _random(self, *sizes):
         return torch.randn(sizes).to(self.device, self.dtype)
 
     @property
@@ -97,12 +97,12 @@ class LinearProblem:
         """Slots that an expert owns."""
         return int(self.routing.expert_offsets[-1])
 
-    def run(self, strategy: str, backward_strategy: str | None = None) -> Sequence[Tensor]:
+    def run(self, strategy, backward_strategy=None):
         """``y`` and every gradient by the kernels under test; that of the bias, the last one, may
         be left out."""
         raise NotImplementedError
 
-    def reference(self, dtype: torch.dtype, activation: str | None = None) -> list[Tensor]:
+    def reference(self, dtype, activation=None):
         """The same by `mpoe_kernels.reference`; with another activation only ``y``, the gradients
         are zero.
 
@@ -133,7 +133,7 @@ class LinearProblem:
             *(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)),
         ]
 
-    def check(self, strategy: str, backward_strategy: str | None = None, factor: float = 2) -> None:
+    def check(self, strategy, backward_strategy=None, factor=2):
         """Compare everything with the float64 reference, calibrated by the reference in the same
         dtype."""
         actual = self.run(strategy, backward_strategy)
@@ -162,14 +162,12 @@ class KernelProblem(LinearProblem):
     BACKEND: ClassVar[str]
     inverse: bool = True
 
-    def _common(self, strategy: str) -> tuple[Any, ...]:
+    def _common(self, strategy):
         tensors = (self.x, *self.blocks, self.routing.expert_offsets, self.bias, self.row_index)
         named = "rebuild" if strategy == ON_CHIP else strategy, type(self).BACKEND
         return *tensors, *self.sizes, self.activation, *named
 
-    def forward(
-        self, strategy: str, save: bool = True, **placed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, strategy, save=True, **placed):
         """``(y, h, z)``; ``placed``: out_index and gates of `ForwardCall`."""
         with poisoned_memory():
             call = ForwardCall(
@@ -177,9 +175,7 @@ class KernelProblem(LinearProblem):
             )
             return type(self).KERNELS(strategy).forward(call)
 
-    def backward(
-        self, strategy: str, saved: tuple[Tensor, Tensor, Tensor], need: Sequence[bool] = ALL_NEEDED
-    ) -> tuple[Tensor, ...]:
+    def backward(self, strategy, saved, need=ALL_NEEDED):
         """Gradients of x, the blocks and the bias, from what the forward returned; those not needed
         are empty."""
         y, h, z = saved
@@ -188,7 +184,7 @@ class KernelProblem(LinearProblem):
         with poisoned_memory():
             return kernels.backward(BackwardCall(*self._common(strategy), *kept, list(need), slots))
 
-    def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
+    def run(self, strategy, backward_strategy=None):
         saved = self.forward(strategy)
         grads = self.backward(
             backward_strategy or strategy, saved, (*ALL_NEEDED[:4], self.with_bias)
@@ -199,20 +195,18 @@ class KernelProblem(LinearProblem):
 # ------------------------------------------------------------------ blocks and memory layouts
 
 
-def leaves(blocks: MPOBlocks) -> list[Tensor]:
+def leaves(blocks):
     return [blocks.left, blocks.central, blocks.right]
 
 
-def cast(
-    blocks: MPOBlocks, dtype: torch.dtype, place: Callable[[Tensor], Tensor] = lambda t: t
-) -> MPOBlocks:
+def cast(blocks, dtype, place=lambda t: t):
     left, central, right = (
         place(t.detach().to(dtype)).detach().requires_grad_() for t in leaves(blocks)
     )
     return MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
 
 
-def unaligned(tensor: Tensor) -> Tensor:
+def unaligned(tensor):
     """The same values one element further in memory: aligned only to the element size."""
     storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     moved = storage[1:].view(tensor.shape)
@@ -220,7 +214,7 @@ def unaligned(tensor: Tensor) -> Tensor:
     return moved.requires_grad_(tensor.requires_grad)
 
 
-def strided(tensor: Tensor) -> Tensor:
+def strided(tensor):
     """The same values in a tensor that is not contiguous along any axis."""
     wide = torch.empty(*tensor.shape, 2, dtype=tensor.dtype)
     moved = wide[..., 0]
@@ -228,13 +222,13 @@ def strided(tensor: Tensor) -> Tensor:
     return moved.requires_grad_(tensor.requires_grad)
 
 
-def transposed(tensor: Tensor) -> Tensor:
+def transposed(tensor):
     """The same values with the first axis innermost in memory."""
     moved = tensor.detach().transpose(0, -1).contiguous().transpose(0, -1)
     return moved.requires_grad_(tensor.requires_grad)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+LAYOUTS = {
     "dense": lambda t: t,
     "unaligned": unaligned,
     "strided": strided,
@@ -263,7 +257,7 @@ class Product(LinearProblem):
         """x, left, central, right and, if there is one, the bias."""
         return [self.x, *self.blocks, *([] if self.bias is None else [self.bias])]
 
-    def call(self, inputs: Sequence[Tensor], strategy: str) -> Tensor:
+    def call(self, inputs, strategy):
         x, left, central, right, *bias = inputs
         return grouped_mpo_linear(
             x,
@@ -277,7 +271,7 @@ class Product(LinearProblem):
             backend=self.backend,
         )
 
-    def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
+    def run(self, strategy, backward_strategy=None):
         place = LAYOUTS[self.layout]
         inputs = [place(t).detach().requires_grad_() for t in self.inputs]
         with poisoned_memory(self.device):
@@ -287,7 +281,7 @@ class Product(LinearProblem):
             )
         return [y, *grads]
 
-    def reference(self, dtype: torch.dtype, activation: str | None = None) -> list[Tensor]:
+    def reference(self, dtype, activation=None):
         if (dtype, activation) not in self.known:
             self.known[dtype, activation] = super().reference(dtype, activation)
         return self.known[dtype, activation]
@@ -297,14 +291,14 @@ class Product(LinearProblem):
 
 
 def check_ffn(
-    backend: str,
-    shape: MPOShape,
-    dtype: torch.dtype,
-    gated: bool,
-    tokens: int = 11,
-    experts: int = 4,
-    device: torch.device | str = "cpu",
-) -> None:
+    backend,
+    shape,
+    dtype,
+    gated,
+    tokens=11,
+    experts=4,
+    device="cpu",
+):
     """`mpo_ffn` and its gradients with dropped and masked tokens and idle experts, calibrated in
     the same dtype."""
     index, mask = expert_choice("some_idle", tokens, experts, 2), torch.arange(tokens) % 4 != 1
@@ -314,7 +308,7 @@ def check_ffn(
     sizes = ((tokens, shape.in_features), (shape.out_features,), (shape.in_features,))
     others = [torch.rand(tokens, 2), *(torch.randn(size) for size in sizes)]
 
-    def run(function: Callable[..., Tensor], run_dtype: torch.dtype) -> list[Tensor]:
+    def run(function, run_dtype):
         up, down, *gate = (cast(block, run_dtype, lambda t: t.to(device)) for block in blocks)
         inputs = [t.to(dtype).to(device, run_dtype).requires_grad_() for t in others]
         options = {

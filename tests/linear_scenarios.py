@@ -31,13 +31,13 @@ class LinearScenarios:
     strategies: Callable[[MPOShape], list[str]] = staticmethod(planned_strategies)
     of_every_shape: Collection[str]
 
-    def strategy_of_separable(self) -> str:
+    def strategy_of_separable(self):
         """``separable``, if these kernels have it."""
         return (
             "separable" if "separable" in self.strategies(SMALL_SHAPES["separable"]) else "rebuild"
         )
 
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+    def pytest_generate_tests(self, metafunc):
         if "strategy" not in metafunc.fixturenames:
             return
         pairs = [

@@ -1,27 +1,24 @@
 """Routing by any backend, compared with loops."""
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
-from mpoe_kernels import Routing, combine, dispatch, route
+from mpoe_kernels import combine, dispatch, route
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
 from tests.assertions import assert_calibrated, poisoned_memory
 
 
-def parts_of(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+def parts_of(routing):
     return routing.expert_offsets, routing.token_of_slot, routing.slot_of_token
 
 
 def check_route(
-    index: Tensor,
-    experts: int,
-    capacity: int | None = None,
-    mask: Tensor | None = None,
+    index,
+    experts,
+    capacity=None,
+    mask=None,
     *,
-    backend: str,
-) -> Routing:
+    backend,
+):
     """The routing, which must be that of the reference."""
     with poisoned_memory():
         routing = route(index, experts, capacity, mask, backend=backend)
@@ -34,13 +31,13 @@ def check_route(
 
 
 def check_rows(
-    routing: Routing,
-    features: int,
-    dtype: torch.dtype,
-    backend: str,
-    gate_dtype: torch.dtype = torch.float32,
-    place: Callable[[Tensor], Tensor] = lambda t: t,
-) -> None:
+    routing,
+    features,
+    dtype,
+    backend,
+    gate_dtype=torch.float32,
+    place=lambda t: t,
+):
     """dispatch, combine and their gradients. What nobody reads is NaN: tokens, rows and gates
     without a slot.
 
@@ -62,7 +59,7 @@ def check_rows(
         gates = gates.to(dtype).to(gate_dtype)
     grads = torch.randn_like(y).to(dtype), torch.randn_like(x).to(dtype)
 
-    def run(run_dtype: torch.dtype, gates_in: torch.dtype, reference: bool) -> list[Tensor]:
+    def run(run_dtype, gates_in, reference):
         own = (lambda t: t) if reference else place
         rows, sorted_rows = (
             own(t.to(dtype).to(run_dtype)).detach().requires_grad_() for t in (x, y)
@@ -78,7 +75,7 @@ def check_rows(
             (there, [rows], grads[0]),
             (back, [sorted_rows, weights], grads[1]),
         ):
-            found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+            found = (None,) * len(inputs)
             if result.requires_grad:  # without tokens, the reference depends on no input
                 found = torch.autograd.grad(
                     result, inputs, own(grad.to(run_dtype)).detach(), allow_unused=True

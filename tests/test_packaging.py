@@ -17,9 +17,10 @@ import pytest
 
 from mpoe_kernels.compiled import BUILD_COMMAND
 from mpoe_kernels.native_library import LIBRARY
+from tests.cases import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
+OFFLINE = "--no-deps --no-build-isolation --no-index"
 HAS_COMPILER = shutil.which("c++") is not None and shutil.which("cmake") is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and CMake")
 
@@ -55,7 +56,7 @@ def sdist(tmp_path_factory):
     """Built from a copy of the source tree without build products."""
     folder = tmp_path_factory.mktemp("sdist")
     listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        "git ls-files -z --cached --others --exclude-standard".split(),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -111,18 +112,8 @@ def without_compiler(folder):
 
 
 def install(python, source, *options, **variables):
-    arguments = (
-        "-m",
-        "pip",
-        "install",
-        "-v",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        *options,
-        source,
-    )
-    return done(python, *arguments, cwd=source.parent, **variables)
+    words = [*f"-m pip install -v {OFFLINE}".split(), *options, source]
+    return done(python, *words, cwd=source.parent, **variables)
 
 
 def facts_of(python, cwd):
@@ -137,19 +128,8 @@ def complaints_of_pip(python, cwd):
 
 def wheel_of(python, source, folder):
     """A wheel, and what pip said."""
-    arguments = (
-        "-m",
-        "pip",
-        "wheel",
-        "-v",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        folder,
-        source,
-    )
-    output = done(python, *arguments, cwd=source.parent)
+    words = f"-m pip wheel -v {OFFLINE} -w {folder} {source}".split()
+    output = done(python, *words, cwd=source.parent)
     (wheel,) = folder.glob("*.whl")
     return wheel, output
 
@@ -199,13 +179,7 @@ def test_source_distribution_is_complete_and_clean(sdist):
 
 # What build isolation gives, with what pyproject.toml asks for from where this environment has it.
 BUILD_REQUIREMENTS = (
-    "setuptools",
-    "_distutils_hack",
-    "pkg_resources",
-    "wheel",
-    "cmake",
-    "ninja",
-    "pybind11",
+    """setuptools _distutils_hack pkg_resources wheel cmake ninja pybind11""".split()
 )
 
 
@@ -318,32 +292,13 @@ def test_the_variable_decides(source, tmp_path):
         ("gpu", "MPOE_BUILD must be one of auto, cpu, cuda, none; got 'gpu'"),
         ("cpu", "MPOE_BUILD=cpu: no C++ compiler was found"),
     ):
-        answer = run(
-            *(
-                python,
-                "-m",
-                "pip",
-                "install",
-                "--no-deps",
-                "--no-build-isolation",
-                "--no-index",
-                source,
-            ),
-            cwd=tmp_path,
-            MPOE_BUILD=value,
-            PATH=path,
-        )
+        words = f"-m pip install {OFFLINE} {source}".split()
+        answer = run(python, *words, cwd=tmp_path, MPOE_BUILD=value, PATH=path)
         assert answer.returncode != 0
         assert message in answer.stdout
         assert "Traceback" not in answer.stdout
-    answer = run(
-        python,
-        "setup.py",
-        "--version",
-        cwd=source,
-        MPOE_BUILD="cuda",
-        PATH=f"{path}:{os.environ['PATH']}",
-    )
+    both = f"{path}:{os.environ['PATH']}"
+    answer = run(python, "setup.py", "--version", cwd=source, MPOE_BUILD="cuda", PATH=both)
     assert "MPOE_BUILD=cuda: nvcc was not found (absent)" in answer.stdout
     install(python, source, MPOE_BUILD="none")
     reasons = facts_of(python, tmp_path)["backends"]["native"]

@@ -34,6 +34,7 @@ from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.sharding import save_sharded, shard_model
 from mpoe_kernels import MPOShape, fold
 from tests.assertions import refuses
+from tests.cases import every_refusal
 from tests.models.tiny_models import tiny_model
 
 SHAPE, SMALL = MPOShape((2, 3), (3, 2)), MPOShape((2, 4), (3, 4))
@@ -150,12 +151,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind, message", [(kind, message) for kind, calls in CASES.items() for message in calls]
-)
-def test_refused(kind, message):
-    calls = CASES[kind][message]
-    for call in calls if isinstance(calls, list) else [calls]:
+@every_refusal(CASES)
+def test_refused(kind, message, calls):
+    for call in calls:
         refuses(kind, message, call)
 
 
@@ -179,28 +177,27 @@ def test_nothing_left_to_train():
     model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2, shape="separable"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.rsplit(".", 1)[-1] == "central")
-    with pytest.raises(ValueError, match="together leave nothing to train"):
-        freeze_cores(model, tensor_learn=True, train_AT_index="0,1,2")
-
-
-def test_an_original_that_holds_a_list(tmp_path):
-    torch.save([torch.ones(1)], tmp_path / "pytorch_model.bin")
     refuses(
         ValueError,
-        "source must map names to tensors; it holds something else",
-        import_original,
-        tmp_path,
-        t5(),
+        "together leave nothing to train",
+        freeze_cores,
+        model,
+        tensor_learn=True,
+        train_AT_index="0,1,2",
     )
 
 
 def test_components_that_are_not_in_mpo_form(tmp_path):
     model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2))
     model.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="components must be in MPO form in the model; attention is not"
-    ):
-        load_layers(model, tmp_path, ["attention"])
+    refuses(
+        ValueError,
+        "components must be in MPO form in the model; attention is not",
+        load_layers,
+        model,
+        tmp_path,
+        ["attention"],
+    )
 
 
 def test_components_of_another_model(tmp_path):

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,10 @@ from mpoe_bench.machine import check_options
 from mpoe_bench.run import run_suite
 from mpoe_bench.suites import SCALES, Plan
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.assertions import refuses
+from tests.cases import ROOT
+from tests.faults.processes import fork
+
 ON_CPU = [
     "machine",
     "neurons",
@@ -188,25 +190,19 @@ def test_what_gave_a_wrong_result_is_left_out_afterwards(tmp_path):
         'def test_missing(check_able):\n    check_able("eager", "route")\n    raise '
         'ImportError("no package")\n'
     )
-    path = tmp_path / "wrong"
-    environment = os.environ | {
-        "MPOE_TEST_WRONG": str(path),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-    }
-    program = tmp_path / "twice.py"
-    program.write_text(
-        "import os, sys\nimport pytest\nfor _ in range(2):\n    pytest.main(sys.argv[1:])\n"
-        "    with open(os.environ['MPOE_TEST_WRONG']) as file:\n"
-        "        print('kept:', file.read(), flush=True)\n"
-    )
-    command = [sys.executable, str(program), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-o", "addopts=", f"--rootdir={tmp_path}", str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-    )
-    first, second, end = done.stdout.split("kept: eager combine\n")
-    assert "2 failed, 1 passed, 1 skipped" in first, done.stdout + done.stderr
-    assert "1 failed, 1 passed, 2 skipped" in second, done.stdout + done.stderr
+    wrong, words = tmp_path / "wrong", f"-q -p no:cacheprovider -p no:xdist -o addopts= {tmp_path}"
+
+    def twice():
+        os.environ["MPOE_TEST_WRONG"] = str(wrong)
+        for _ in range(2):
+            pytest.main([*words.split(), f"--rootdir={tmp_path}"])
+            print("kept:", wrong.read_text(), flush=True)
+
+    said = tmp_path / "said"
+    assert fork(twice, said).wait() == 0, said.read_text()
+    first, second, end = said.read_text().split("kept: eager combine\n")
+    assert "2 failed, 1 passed, 1 skipped" in first, first
+    assert "1 failed, 1 passed, 2 skipped" in second, second
     assert not end.strip()
 
 
@@ -262,5 +258,12 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(
 
 
 def test_the_gpu_suite_on_a_cpu_is_a_trial_only():
-    with pytest.raises(ValueError, match="scale must be tiny for suite gpu on a CPU"):
-        check_options("gpu", "cpu", None, "real")
+    refuses(
+        ValueError,
+        "scale must be tiny for suite gpu on a CPU",
+        check_options,
+        "gpu",
+        "cpu",
+        None,
+        "real",
+    )

@@ -18,8 +18,7 @@ from mpoe_bench.tables import table_of
 
 from mpoe.cli.main import main
 from mpoe_kernels import available_backends
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.cases import ROOT
 
 
 def test_quick_measures_everything_and_nothing_is_wrong(quick):
@@ -168,7 +167,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
             "phases must be among forward, train, graph; got 'backward'",
         ),
         (
-            ["--suite", "layers", "--scale", "tiny", "--only", "nobody"],
+            "--suite layers --scale tiny --only nobody".split(),
             "only and phases must leave something to measure; got 'nobody'",
         ),
     ],
@@ -217,5 +216,4 @@ def test_pytest_benchmark_suites_pass_on_tiny_sizes():
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
     assert int(passed.group(1)) > 80, done.stdout  # ops, FFN, decode, train step, layers

@@ -1,12 +1,11 @@
 """Sections: whatever is wrong, fails or is absent gets no times, and says why."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from mpoe_bench import run
-from mpoe_bench.contender import NOT_HERE, Contender, checked, gradients_of
+from mpoe_bench.contender import NOT_HERE, checked, gradients_of
 from mpoe_bench.layers import (
     LIMIT,
     Place,
@@ -23,10 +22,10 @@ from mpoe_bench.suites import Plan
 from mpoe_bench.tables import table_of
 
 from mpoe_kernels import BackendError
+from tests.cases import in_two_dtypes
 
 MODEL, EXPERTS, TOKENS = 24, 3, 12
 AT = Place(MODEL, TOKENS)
-Change = Callable[[Contender], Contender]
 
 
 def comparison_of(layers, at=AT):
@@ -145,7 +144,7 @@ def test_a_wrong_baseline_is_no_baseline(measure):
     assert not any("forward" in row for row in rows_of(results).values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_two_dtypes
 def test_every_peer_computes_the_truth(dtype):
     at = AT._replace(dtype=dtype)
     layers = [

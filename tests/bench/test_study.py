@@ -28,8 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe.data.stand_in_models import load_stand_in
 from mpoe.models import background
+from tests.assertions import refuses
+from tests.cases import ROOT
 
-NEURONS = Path(__file__).resolve().parents[2] / "bench/studies" / "neurons.toml"
+NEURONS = ROOT / "bench/studies" / "neurons.toml"
 DEPTH = NEURONS.with_name("depth.toml")
 TINY = """
 title = "Tiny"
@@ -170,8 +172,7 @@ def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file, data):
 )
 def test_files_that_make_no_sense_are_refused(study_file, change, words, capsys):
     study_file.write_text(TINY.replace(*change))
-    with pytest.raises(ValueError, match=words):
-        read_study(study_file)
+    refuses(ValueError, words, read_study, study_file)
     assert main([str(study_file), "--table"]) == 2
     assert re.search(words, capsys.readouterr().err)
 
@@ -183,8 +184,7 @@ def test_unknown_runs_and_absent_data_are_refused(study_file, data, monkeypatch,
     assert main([str(study_file)]) == 2
     assert "data_dir must name the folder of the texts" in capsys.readouterr().err
     monkeypatch.undo()
-    with pytest.raises(FileNotFoundError, match="must hold austen/train"):
-        domain_texts(data, "novels", "train")
+    refuses(FileNotFoundError, "must hold austen/train", domain_texts, data, "novels", "train")
 
 
 def test_sizes_of_the_study_of_neurons():
@@ -314,7 +314,6 @@ def test_a_comparison_waits_for_all_seeds(study_file):
     }
     records["16/4 neurons 0.008 0"] = record(0.9)
     found = gain(study, Corner(16, 4), "neurons", "dense", records)
-    assert found is not None
     assert (found.mean, found.number) == (pytest.approx(0.1), 1)
     assert "has no result yet" in success(study, records)
     records |= {"16/4 dense 0.004 1": record(1.1), "16/4 neurons 0.008 1": record(1.0001)}

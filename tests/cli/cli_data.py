@@ -3,38 +3,35 @@ fit."""
 
 import json
 import shlex
-from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from mpoe.cli import main
-from mpoe.data.spec import TaskSpec
 from mpoe.data.tasks import find_spec
 
 
-def words(*lines: object) -> list[str]:
+def words(*lines):
     """The arguments that a shell makes of command lines; what holds spaces stands in quotes."""
     return [word for line in lines for word in shlex.split(str(line))]
 
 
-def run(*lines: object) -> object:
+def run(*lines):
     """`mpoe` with these words, whose errors are raised."""
     return main.run(words(*lines))
 
 
-def write_rows(file: Path, rows: list[dict]) -> None:
+def write_rows(file, rows):
     """One JSON object per line."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def same_weights(first: Path, second: Path) -> bool:
+def same_weights(first, second):
     one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def write_sentiment(folder: Path) -> Path:
+def write_sentiment(folder):
     """A tiny two-class task."""
     folder.mkdir(parents=True)
     for split, size in (("train", 24), ("validation", 8), ("test", 8)):
@@ -46,11 +43,11 @@ def write_sentiment(folder: Path) -> Path:
     return folder
 
 
-def write_described(data_dir: Path, spec: TaskSpec) -> Path:
+def write_described(data_dir, spec):
     """A folder ``spec.name`` in ``data_dir`` with a few rows that the description fits."""
     folder = data_dir / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    labels: list[Any] = [label for label, word in spec.label_words.items() if word is not None] or [
+    labels = [label for label, word in spec.label_words.items() if word is not None] or [
         0.4,
         3,
     ]
@@ -66,10 +63,9 @@ def write_described(data_dir: Path, spec: TaskSpec) -> Path:
     return folder
 
 
-def described(data_dir: Path, *names: str) -> Path:
+def described(data_dir, *names):
     """`write_described` of known tasks."""
     for name in names:
         spec = find_spec(name)
-        assert spec is not None
         write_described(data_dir, spec)
     return data_dir

@@ -1,6 +1,5 @@
 """The command line run inside the test process, and small data folders."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 from unittest.mock import MagicMock
 
@@ -20,9 +19,6 @@ class Answer(NamedTuple):
 
     out: str
     err: str
-
-
-Run = Callable[..., Answer]
 
 
 @pytest.fixture

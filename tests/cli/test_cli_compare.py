@@ -17,7 +17,8 @@ from mpoe.cli.train import going_on
 from mpoe.data.domains import DOMAINS, domain_text
 from mpoe.models.expert_mixture import experts_in
 from mpoe.training.callbacks import LogLineCallback
-from tests.assertions import run_python
+from tests.assertions import read_json, run_python
+from tests.cases import ROOT
 
 from .cli_data import run, words
 
@@ -106,7 +107,7 @@ def test_runs_side_by_side(cli, tmp_path):
     assert "&lt;b&gt;" in text
     assert "<td class=best>0.7000 *</td>" in text
     assert text.count("data:image/png;base64,iVBOR") == 1
-    assert [run["name"] for run in json.loads((tmp_path / "out/compare.json").read_text())] == [
+    assert [run["name"] for run in read_json(tmp_path / "out/compare.json")] == [
         "a",
         "b",
         "c",
@@ -117,7 +118,7 @@ def test_means_over_seeds(cli, tmp_path):
     runs = []
     for k, (rate, accuracy) in enumerate([(1e-3, 0.6), (1e-3, 0.64), (2e-3, 0.7), (2e-3, 0.72)]):
         runs.append(make_run(tmp_path / f"r{k}", accuracy, rate))
-        record = json.loads((runs[-1] / "run.json").read_text())
+        record = read_json(runs[-1] / "run.json")
         record["config"]["training"]["seed"] = k % 2
         record["config"]["arm"] = {"baseline": "dense" if rate == 2e-3 else None}
         (runs[-1] / "run.json").write_text(json.dumps(record))
@@ -229,7 +230,7 @@ def test_a_short_comparison(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "mpoe plan t5-base" in out
     page = (tmp_path / "demo/report.html").read_text()
-    runs = json.loads((tmp_path / "demo/compare.json").read_text())
+    runs = read_json(tmp_path / "demo/compare.json")
     assert [each["name"] for each in runs] == ["dense", "wider", "switch", "hidden", "separable"]
     assert len({json.dumps(each["results"]["data"]) for each in runs}) == 1  # the same items
     total = {each["name"]: each["results"]["parameters"]["total"] for each in runs}
@@ -245,7 +246,7 @@ def test_a_short_demo_of_experts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mpoe.cli.demo.domain_text", lambda name, held_out: short[name])
     demo.command(words(f"--output_dir {tmp_path}/demo --steps 2"))
     out = capsys.readouterr().out
-    results = json.loads((tmp_path / "demo/results.json").read_text())
+    results = read_json(tmp_path / "demo/results.json")
     losses = results["losses"]
     assert {name: list(by_way) for name, by_way in losses.items()} == {
         **{name: ["base", "always_on", "quiet", "composed"] for name in DOMAINS},
@@ -309,7 +310,7 @@ def test_texts_of_the_domains(name):
     assert domain_text(name, True) == held_out
 
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
@@ -329,7 +330,7 @@ def test_the_readme_trains_clearly_above_the_majority(request, tmp_path, task, m
     data = f"--data_dir {folder}" if folder else f"--tasks {task}"
     out = run_python("-m", *words(re.sub("--data_dir [^ ]*", data, line)))
     assert "learning_rate 0.0015: what to start from" in out
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = read_json(tmp_path / "run/results.json")
     score, majority = (results[key][task]["accuracy"] for key in ("validation", "constant"))
     assert score > majority + margin
     assert not results["remarks"]
@@ -341,7 +342,7 @@ def test_demo(tmp_path):
     folder = Path(ready) if ready else tmp_path / "demo"
     if not folder.is_dir():
         run_python("-m", "mpoe", "demo", "--output_dir", folder)
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     losses, lost, shares = results["losses"], results["lost"], results["kept"]
     # docs/should_i.md shows these figures; other processors train a little otherwise, and other
     # versions of the packages have other texts.
@@ -372,9 +373,7 @@ def test_demo(tmp_path):
 def test_comparison(tmp_path, kind):
     folder = tmp_path / "demo"
     run_python("-m", "mpoe", "demo", "--compare", "--output_dir", folder, "--model", kind)
-    runs = {
-        each["name"]: each["results"] for each in json.loads((folder / "compare.json").read_text())
-    }
+    runs = {each["name"]: each["results"] for each in read_json(folder / "compare.json")}
     assert list(runs) == ["dense", "wider", "switch", "hidden", "separable"]
     scores = {name: results["mean_validation"] for name, results in runs.items()}
     sizes = {

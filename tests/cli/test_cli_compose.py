@@ -29,7 +29,7 @@ from mpoe.models.expert_files import base_identity, vocabulary_identity, write_e
 from mpoe.models.expert_mixture import experts_in
 from mpoe.models.walk import neuron_modules
 from mpoe.training import read_metrics
-from tests.assertions import refuses
+from tests.assertions import read_json, refuses
 
 from ..models.tiny_models import fit
 from .cli_data import run
@@ -233,8 +233,13 @@ def test_names_that_are_refused(folder, adapter):
     (folder / "other").mkdir()
     statistics = collect_statistics(model, [{"input_ids": torch.arange(16)[None]}])
     save_expert(model, folder / "other/law.expert", statistics=statistics)
-    with pytest.raises(ValueError, match="must have names of their own"):
-        compose(folder, "law.expert other/law.expert --output_dir x")
+    refuses(
+        ValueError,
+        "must have names of their own",
+        compose,
+        folder,
+        "law.expert other/law.expert --output_dir x",
+    )
 
 
 def test_texts_a_trained_router_and_one_network(folder, capsys):
@@ -303,14 +308,12 @@ def test_what_experts_are_worth(folder, tmp_path, capsys):
         "give --texts FILE" in capsys.readouterr().out
     )  # of no domain, the default items tell nothing
     assert not run(f"{line} --overwrite --text 'Return the first item of the list.'")
-    assert list(json.loads((tmp_path / "out/inspect.json").read_text())["worth"]) == [
-        "the sentences"
-    ]
+    assert list(read_json(tmp_path / "out/inspect.json")["worth"]) == ["the sentences"]
     files = [f"{folder}/t0.txt", f"{folder}/t1.txt"]
     absent = f"{line} --overwrite --texts {files[0]} absent.txt"
     refuses(CommandError, "texts: no such file: absent.txt", run, absent)
     assert not run(line, "--overwrite --texts", *files)
-    numbers = json.loads((tmp_path / "out/inspect.json").read_text())
+    numbers = read_json(tmp_path / "out/inspect.json")
     worth = numbers["worth"]
     assert list(worth) == files
     assert numbers["counted_on"] == f"3 items of {', '.join(files)}"
@@ -407,7 +410,7 @@ def test_from_texts_to_a_mixture(prose, folder, tmp_path, monkeypatch):
     records = read_metrics(tmp_path / "a")
     (trained,) = (record for record in records if "loss" in record and record["step"] == 2)
     assert trained["base_loss"] > trained["loss"] > 0
-    results = json.loads((tmp_path / "a/results.json").read_text())["validation"]
+    results = read_json(tmp_path / "a/results.json")["validation"]
     for task, losses in results.items():
         (record,) = (record for record in records if f"eval_{task}_loss" in record)
         assert losses["base_loss"] == record[f"eval_{task}_base_loss"] != losses["loss"]

@@ -1,7 +1,6 @@
 """`mpoe inspect`: a report that stands alone, and its numbers; spectra, routes and totals in it;
 refusals."""
 
-import json
 import math
 import re
 
@@ -14,7 +13,7 @@ from mpoe.inspection import bond_spectra, route_text
 from mpoe.layers.cores import MPOCores
 from mpoe.models.walk import routed_layers
 from mpoe_kernels import MPOShape
-from tests.assertions import refuses
+from tests.assertions import read_json, refuses
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_report_of_a_t5(cli, models, sentiment, tmp_path):
     assert {p.name for p in out.iterdir()} == {"report.html", "inspect.json"}
     assert text.count("data:image/png;base64,iVBOR") == 2  # load, bonds
     assert "the film is &lt;good&gt;" in text
-    numbers = json.loads((out / "inspect.json").read_text())
+    numbers = read_json(out / "inspect.json")
     (followed,) = numbers["routes"]
     assert [stream["stream"] for stream in followed["streams"]] == ["encoder", "decoder"]
     cells = re.findall(
@@ -72,7 +71,7 @@ def test_other_mixtures(cli, models, prose, tmp_path):
     data = f"--data_dir {prose} --max_source_length 16"
     for name in ("gpt2", "dense", "none"):
         cli(f"inspect {models}/{name} {data} --output_dir {tmp_path}/{name}")
-    numbers = json.loads((tmp_path / "gpt2/inspect.json").read_text())
+    numbers = read_json(tmp_path / "gpt2/inspect.json")
     assert len(numbers["routes"]) == 2  # the first items, where no text is given
     assert set(numbers["bonds"]) == {"up", "down", "c_attn", "c_proj"}
     assert re.search(r">[012]\+[012]</td>", page(tmp_path / "gpt2"))
@@ -108,7 +107,7 @@ def test_a_runs_load_is_counted_on_its_own_data(cli, prose, tmp_path):
     flags = f"--data_dir {prose} --max_source_length 16 --num_experts 2 --max_steps 1 --use_cpu"
     cli(f"train --model gpt2 {flags} --learning_rate 0.001 --output_dir {run}")
     cli(f"inspect {run} --output_dir {out}")
-    numbers = json.loads((out / "inspect.json").read_text())
+    numbers = read_json(out / "inspect.json")
     assert numbers["counted_on"].endswith("validation items of prose")
     blocks = int(numbers["counted_on"].split()[0])
     assert {sum(layer) for layer in numbers["expert_load"]} == {

@@ -10,7 +10,7 @@ from transformers import AutoConfig, GPT2LMHeadModel, T5ForConditionalGeneration
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
 from mpoe.cli.plan import PlanOptions, build, costs, read_values
-from tests.cases import pairwise
+from tests.cases import either, pairwise
 
 DESIGNS = ("mpoe", "switch", "dense")
 T5 = {
@@ -151,7 +151,7 @@ def test_operations_of_the_designs_by_hand(cli, tmp_path):
     )
 
 
-@pytest.mark.parametrize("training", [False, True])
+@either("training")
 def test_hidden_side_blocks_add_their_products(tmp_path, training):
     """FLOPs 1 + k b / I forward, 1 + 7/6 k b / I with the backward pass, which recomputes; no rows
     are copied."""
@@ -165,7 +165,7 @@ def test_hidden_side_blocks_add_their_products(tmp_path, training):
 
 
 @pytest.mark.parametrize("latent", [None, 16])
-@pytest.mark.parametrize("training", [False, True])
+@either("training")
 def test_neurons_add_their_products(tmp_path, training, latent):
     """As `NeuronFeedForward.relative_flops`; with the backward pass, which recomputes, 4, 4 and 3
     products."""
@@ -310,22 +310,6 @@ def test_eleven_billion_parameters_and_a_thousand_experts(cli):
     assert "1,024 experts" in answer.out
     assert time.perf_counter() - start < 20
     assert highest_memory() - before < 300e6  # with imports; the model alone would be 45 GB
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("t5-bse", "did you mean 't5-base'"),
-        ("t5-base --experts 0", "experts must be at least 1; got 0"),
-        ("t5-base --tokens -1", "tokens must be at least 0; got -1"),
-        ("t5-base --dtype int8", "argument --dtype: invalid choice: 'int8'"),
-        ("t5-base --expert_type dense", "got no MPO experts"),
-        ("t5-base --json absent/plan.json", "json must be in an existing folder"),
-        ("--experts 8", "plan needs a model first"),
-    ],
-)
-def test_refusals(refused, flags, message):
-    assert message in refused(f"plan {flags}")
 
 
 def test_refusals_of_files(refused, tmp_path):

@@ -13,6 +13,7 @@ from mpoe.cli import bench
 from mpoe.data.stand_in_models import stand_in_path
 from mpoe.models import weight_files
 from mpoe.training.published import staging_folder
+from tests.assertions import refuses
 
 from .cli_data import write_rows
 
@@ -39,6 +40,13 @@ REFUSED = {
     "evaluate t5 --split tset": "got 'tset' (did you mean 'test'?)",
     "demo --steps 0 --output_dir run": "steps must be at least 1",
     "bench --minutes -1": "minutes must be at least 0; got -1.0",
+    "plan t5-bse": "did you mean 't5-base'",
+    "plan t5-base --experts 0": "experts must be at least 1; got 0",
+    "plan t5-base --tokens -1": "tokens must be at least 0; got -1",
+    "plan t5-base --dtype int8": "argument --dtype: invalid choice: 'int8'",
+    "plan t5-base --expert_type dense": "got no MPO experts",
+    "plan t5-base --json absent/plan.json": "json must be in an existing folder",
+    "plan --experts 8": "plan needs a model first",
     # words and options that are missing, unknown or exclude each other
     "trian": "no such command 'trian'; did you mean 'train'? (see mpoe --help)",
     "train --model t5 --data_dir .": "train needs --output_dir",
@@ -257,8 +265,7 @@ def test_text_is_replaced_in_one_step(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(weight_files.os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        weight_files.write_text(file, "new")
+    refuses(OSError, "disk full", weight_files.write_text, file, "new")
     assert file.read_text() == "old"
 
 

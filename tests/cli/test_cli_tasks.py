@@ -20,7 +20,7 @@ from mpoe.data.encode import encode_responses
 from mpoe.data.task import Example
 from mpoe.training import prepare_output_dir
 from mpoe.training.checkpoints import publish, staging_root
-from tests.assertions import refuses
+from tests.assertions import read_json, refuses
 
 from .cli_data import described, write_rows
 
@@ -227,19 +227,7 @@ def test_evaluation_reads_the_data_as_the_run_did(capsys, tmp_path):
 # ------------------------------------------------------------------ heads
 
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "sentiment",
-    "rating",
-    "sentence:",
-    "the",
-    "film",
-    "number",
-    "is",
-    "good",
-    "bad",
-]
+WORDS = "[PAD] [UNK] sentiment rating sentence: the film number is good bad".split()
 EIGHT = "--per_device_train_batch_size 8 --use_cpu"
 FLAGS = f"{EIGHT} --num_experts 2 --learning_rate 3e-3"
 
@@ -272,18 +260,18 @@ def test_classification(cli, bert, sentiment, tmp_path, baseline):
     data = f"--data_dir {sentiment}"
     flags = f"train --model {bert} {data} {FLAGS} --max_steps 30 {baseline}"
     cli(f"{flags} --output_dir {tmp_path}/run")
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = read_json(tmp_path / "run/results.json")
     assert results["class"] == ("" if baseline else "MPOE") + "BertForSequenceClassification"
     assert results["validation"]["sentiment"]["accuracy"] == 1.0
-    config = json.loads((tmp_path / "run/config.json").read_text())
+    config = read_json(tmp_path / "run/config.json")
     assert config["label2id"] == {"0": 0, "1": 1}
     scores = tmp_path / "scores.json"
     cli(f"evaluate {tmp_path}/run --output_file {scores}")
-    assert json.loads(scores.read_text())["scores"]["sentiment"]["accuracy"] == 1.0
+    assert read_json(scores)["scores"]["sentiment"]["accuracy"] == 1.0
     # what was trained has its head: one step more changes little
     again = f"train --load_experiment {tmp_path}/run {data} {EIGHT} --max_steps 1"
     cli(f"{again} --learning_rate 1e-06 --output_dir {tmp_path}/again")
-    results = json.loads((tmp_path / "again/results.json").read_text())
+    results = read_json(tmp_path / "again/results.json")
     assert results["validation"]["sentiment"]["accuracy"] == 1.0
 
 
@@ -297,7 +285,7 @@ def test_regression_learns_exact_numbers(cli, bert, tmp_path):
         write_rows(tmp_path / "rating" / f"{split}.jsonl", rows)
     flags = f"train --model {bert} --data_dir {tmp_path}/rating {FLAGS} --max_steps 40"
     cli(f"{flags} --output_dir {tmp_path}/run")
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = read_json(tmp_path / "run/results.json")
     assert results["validation"]["rating"]["pearson"] > 0.99  # T5 writes .2 for both
 
 
@@ -305,10 +293,7 @@ def test_a_converted_encoder_gets_a_head(cli, bert, sentiment, tmp_path):
     cli(f"convert {bert} {tmp_path}/mixture --num_experts 2")
     flags = f"train --model {tmp_path}/mixture --data_dir {sentiment} {EIGHT} --max_steps 1"
     cli(f"{flags} --output_dir {tmp_path}/run")
-    assert (
-        json.loads((tmp_path / "run/results.json").read_text())["class"]
-        == "MPOEBertForSequenceClassification"
-    )
+    assert read_json(tmp_path / "run/results.json")["class"] == "MPOEBertForSequenceClassification"
 
 
 def test_labels_that_the_head_does_not_know(refused, bert, sentiment, tmp_path):
@@ -365,7 +350,7 @@ def test_pairs(cli, tmp_path):
     assert [label == -100 for label in cut["labels"]] == [True] * 8 + [False] * 4
     flags = f"--data_dir {tmp_path}/pairs"
     cli(f"train --model gpt2 {flags} {CHAT} --output_dir {tmp_path}/run")
-    scores = json.loads((tmp_path / "run/results.json").read_text())["validation"]["pairs"]
+    scores = read_json(tmp_path / "run/results.json")["validation"]["pairs"]
     assert scores["exact_match"] == 1.0
     assert scores["loss"] < 0.5
     cli(
@@ -391,12 +376,7 @@ def test_conversations(cli, refused, tmp_path):
     cli(
         f"train --model {tmp_path}/model --data_dir {chats} {CHAT} --output_dir {tmp_path}/run",
     )
-    assert (
-        json.loads((tmp_path / "run/results.json").read_text())["validation"]["chats"][
-            "exact_match"
-        ]
-        == 1.0
-    )
+    assert read_json(tmp_path / "run/results.json")["validation"]["chats"]["exact_match"] == 1.0
     flags = f"--data_dir {chats} --output_dir {tmp_path}/none"
     assert "messages need a tokenizer with a chat template" in refused(
         f"train --model gpt2 {flags}"
@@ -404,10 +384,13 @@ def test_conversations(cli, refused, tmp_path):
     tokenizer.chat_template = (
         "{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(
-        ValueError, match="must continue a prompt with the response; it rewrites it"
-    ):
-        encode_responses([example], tokenizer)
+    refuses(
+        ValueError,
+        "must continue a prompt with the response; it rewrites it",
+        encode_responses,
+        [example],
+        tokenizer,
+    )
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "user", "content": "a"}] * 2, ["a", "b"], "ab"])

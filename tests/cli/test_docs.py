@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +18,7 @@ from mpoe import load_mpoe
 from mpoe.data.stand_in_models import stand_in_path
 from mpoe.data.tasks import standard_specs
 from tests.assertions import run_python
+from tests.cases import ROOT
 
 INSTALL = "python -m pip install"  # CI runs these as they stand
 LAUNCH = "torchrun"  # several processes: slow, below
@@ -66,7 +66,6 @@ def run_blocks(text):
     return names
 
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 

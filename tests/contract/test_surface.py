@@ -16,13 +16,7 @@ from pathlib import Path
 import pytest
 
 MODULES = (
-    "mpoe",
-    "mpoe.config",
-    "mpoe.data",
-    "mpoe.layers",
-    "mpoe.models",
-    "mpoe.training",
-    "mpoe_kernels",
+    """mpoe mpoe.config mpoe.data mpoe.layers mpoe.models mpoe.training mpoe_kernels""".split()
 )
 FURTHER = ("mpoe.models.base.MPOEModelMixin",)  # documented, in no `__all__`
 FOREIGN = ("torch", "transformers", "peft", "builtins", "accelerate")

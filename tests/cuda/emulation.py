@@ -4,7 +4,6 @@
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
@@ -40,7 +39,7 @@ SCHEDULE_PARTS = ("ascending", "descending"), ("lazy", "eager")
 SCHEDULES = [Schedule(*pair) for pair in product(*SCHEDULE_PARTS)]
 
 
-def missing() -> list[str]:
+def missing():
     """Reasons why the kernels cannot be emulated here."""
     reasons = []
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -60,16 +59,16 @@ class Emulator:
     ORDERS = ("ascending", "descending", "random")
     COUNTERS = ("launches", "mma", "ldmatrix", "wavefronts", "cp_async")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path):
         self._library = ctypes.CDLL(path)
 
-    def configure(self, order: str = "ascending", copies: str = "lazy", seed: int = 0) -> None:
+    def configure(self, order="ascending", copies="lazy", seed=0):
         """Set which ready thread runs next (blocks likewise), and whether cp.async copies at the
         wait or at issue."""
         lazy = ("eager", "lazy").index(copies)
         self._library.emu_configure(self.ORDERS.index(order), lazy, ctypes.c_uint64(seed))
 
-    def counters(self) -> dict[str, int]:
+    def counters(self):
         """Event counts since the last call."""
         counts = (ctypes.c_uint64 * len(self.COUNTERS))()
         self._library.emu_counters(counts)
@@ -77,7 +76,7 @@ class Emulator:
 
 
 @lru_cache(maxsize=1)
-def library() -> Emulator:
+def library():
     """The emulated kernels, compiled if necessary; ``MPOE_EMULATED`` names another build, such as
     one with a sanitizer."""
     return Emulator(os.environ.get("MPOE_EMULATED") or str(cuda_emulate.library()))
@@ -90,7 +89,7 @@ ROUTING = RoutingKernels(REFUSING)
 
 
 @contextmanager
-def schedule(order: str = "ascending", copies: str = "lazy", seed: int = 0) -> Iterator[None]:
+def schedule(order="ascending", copies="lazy", seed=0):
     library().configure(order, copies, seed)
     try:
         yield
@@ -98,7 +97,7 @@ def schedule(order: str = "ascending", copies: str = "lazy", seed: int = 0) -> I
         library().configure()
 
 
-def stats() -> dict[str, int]:
+def stats():
     """Event counts since the last call."""
     return library().counters()
 
@@ -106,7 +105,7 @@ def stats() -> dict[str, int]:
 KERNELS = LinearKernels(REFUSING, "emulated")
 
 
-def register() -> None:
+def register():
     """The backend ``emulated``, until `unregister`."""
     library()
     EMULATED.candidates, EMULATED.contraction_reasons = (
@@ -117,5 +116,5 @@ def register() -> None:
     add_kernels("emulated", ROUTING, routing.FUNCTIONS)
 
 
-def unregister() -> None:
+def unregister():
     del BACKENDS["emulated"]

@@ -2,9 +2,7 @@
 source."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 # The sweep that runs a file's kernels; of each bug its name, what is wrong, what must detect it,
 # and the lines without (-) and with it (+). ``values``: wrong results on every schedule; ``values:
@@ -132,7 +130,7 @@ class Bug:
     after: str
     found_by: tuple[str, ...]
 
-    def plant(self, csrc: Path, overlay: Path) -> None:
+    def plant(self, csrc, overlay):
         """Write the changed file to ``overlay``.
 
         Raises:
@@ -148,7 +146,7 @@ class Bug:
         target.write_text(text.replace(self.before, self.after))
 
 
-def _read(patches: str) -> Iterator[Bug]:
+def _read(patches):
     for file, part, bugs in re.findall(
         r"^@ (\S+) in (\w+)\n((?:[^@].*\n)+)", patches, re.MULTILINE
     ):

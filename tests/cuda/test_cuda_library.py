@@ -16,6 +16,7 @@ from mpoe_kernels.cuda_library import runs_on
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.grouped import ON_CHIP
 from mpoe_kernels.triton import architecture
+from tests.assertions import refuses
 
 SHIPPED = "80-real 90a-real 100-real 100-virtual"
 
@@ -48,8 +49,14 @@ def test_without_a_gpu_the_backend_says_so():
     assert "no CUDA device was found" in backend_reasons()["cuda"]
     with pytest.raises(BackendError, match="no CUDA device"), use_backend("cuda"):
         raise AssertionError("not reached")
-    with pytest.raises(BackendError, match="it runs on cuda, not on cpu"):
-        route(torch.zeros(1, 1, dtype=torch.int64), 1, backend="cuda")
+    refuses(
+        BackendError,
+        "it runs on cuda, not on cpu",
+        route,
+        torch.zeros(1, 1, dtype=torch.int64),
+        1,
+        backend="cuda",
+    )
 
 
 def test_requests_of_other_devices_and_dtypes_are_refused():
@@ -102,8 +109,13 @@ def test_experts_are_refused_by_name_with_what_to_take_instead(op, monkeypatch):
     )  # asks no device for its limits
     request = Request(op, "cuda:0", torch.bfloat16)
     instead = f"it has no kernel for {op}; take backend='auto' or 'triton' or 'eager'"
-    with pytest.raises(BackendError, match=re.escape(f"backend 'cuda' cannot run {op}: {instead}")):
-        select(request, "cuda")
+    refuses(
+        BackendError,
+        re.escape(f"backend 'cuda' cannot run {op}: {instead}"),
+        select,
+        request,
+        "cuda",
+    )
     assert select(request) is TRITON.kernels[op]
 
 
@@ -112,7 +124,9 @@ def test_the_fused_chain_refuses_other_strategies_by_name(monkeypatch):
     dims = BlockDims.of_shape(workload_shape("separable", 768, 3072))
     problem = Problem("grouped_mpo_linear", dims, 8, 64, torch.bfloat16, "cuda:0", backend="cuda")
     assert [candidate.strategy for candidate in rank(problem)] == ["rebuild"]
-    with pytest.raises(
-        BackendError, match=r"'cuda' cannot run .* not 'separable'; take backend='auto' or 'triton'"
-    ):
-        rank(problem._replace(keeps=True))  # a forward that trains: the strategy is separable
+    refuses(
+        BackendError,
+        r"'cuda' cannot run .* not 'separable'; take backend='auto' or 'triton'",
+        rank,
+        problem._replace(keeps=True),
+    )  # a forward that trains: the strategy is separable

@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.cases import ROOT
+
 from .emulation import library
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 # Of the linear op's tests, only those that its own emulated tests do not cover.
 FEWER = (

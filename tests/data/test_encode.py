@@ -29,7 +29,7 @@ from mpoe.data.predict import (
 from mpoe.data.task import Example, Task, multitask_batches
 from tests.assertions import refuses
 
-WORDS = ["<pad>", "</s>", "<unk>", "a", "b", "c", "yes", "no"]
+WORDS = "<pad> </s> <unk> a b c yes no".split()
 PAD, END, UNKNOWN, A, B, C, YES, NO = range(8)
 
 

@@ -31,7 +31,7 @@ def folder_of(tmp_path, rows, **others):
     return tmp_path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz"])
+@pytest.mark.parametrize("suffix", ".jsonl .jsonl.gz .csv .csv.gz .tsv .tsv.gz".split())
 def test_formats_give_the_same_task(tmp_path, suffix):
     if suffix.startswith(".jsonl"):
         text = jsonl(ROWS)

@@ -7,10 +7,8 @@ import json
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -41,28 +39,18 @@ from mpoe.data.tasks import (
 )
 from tests.assertions import refuses
 
-GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+GLUE = "cola sst2 mrpc qqp stsb mnli qnli rte wnli".split()
 SUPERGLUE = ("superglue-boolq", "superglue-cb", "superglue-rte")
 CHOICES = ("social_i_qa", "cosmos_qa", "winogrande", "hellaswag", "commonsense_qa")
 TRANSLATION = ("wmt16-ro-en", "wmt16-en-ro", "wmt16-en-cs", "wmt16-en-fi", "wmt14-hi-en")
 TRANSLATION += ("iwslt2017-ro-nl", "iwslt2017-en-nl")
-OTHERS = (
-    "imdb",
-    "snli",
-    "scitail",
-    "paws",
-    "sick",
-    "trec",
-    "yelp_polarity",
-    "wikitext-2",
-    "wikitext-103",
-)
+OTHERS = "imdb snli scitail paws sick trec yelp_polarity wikitext-2 wikitext-103".split()
 LOCAL = ("movie_sentiment", "sms_spam", "word_in_context", "sentiment_rating")
 
 # columns of the hub's data sets: template columns, label column, labels
 HUB_LABELS = {
     **dict.fromkeys(
-        ("cola", "sst2", "mrpc", "qqp", "qnli", "rte", "wnli", "paws", "imdb", "yelp_polarity"),
+        "cola sst2 mrpc qqp qnli rte wnli paws imdb yelp_polarity".split(),
         (0, 1),
     ),
     **dict.fromkeys(("superglue-boolq", "superglue-rte"), (0, 1)),
@@ -90,9 +78,6 @@ def test_all_are_there_and_hidden_tests_are_marked():
     assert len({path.name for path in STANDARD.glob("*.yaml")}) == 6
 
 
-Loader = Callable[..., dict[str, list[dict[str, Any]]]]
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """Put a function in the place of ``datasets.load_dataset``."""
@@ -108,7 +93,6 @@ def hub(monkeypatch):
 @pytest.mark.parametrize("name", [*GLUE, *SUPERGLUE, *CHOICES, *TRANSLATION, *OTHERS])
 def test_from_the_hub(hub, name):
     spec = find_spec(name)
-    assert spec is not None
     labels = HUB_LABELS.get(name, ("words",))
     calls = []
 
@@ -209,7 +193,6 @@ def write_glue(folder, name):
 @pytest.mark.parametrize("name", GLUE)
 def test_from_the_official_glue_folder(tmp_path, name):
     spec = find_spec(name)
-    assert spec is not None
     folder = write_glue(tmp_path, name)
     assert spec.folder == folder.name
     task = load_task(spec, folder)
@@ -225,7 +208,6 @@ def test_labels_that_are_true_and_false(tmp_path):
     for file in ("train", "val"):
         (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     boolq = find_spec("superglue-boolq")
-    assert boolq is not None
     assert [example.target for example in load_task(boolq, tmp_path).train()] == ["yes", "no"]
 
 
@@ -271,7 +253,6 @@ def test_the_datasets_package_itself_reads_such_a_repository(tmp_path):
             file = tmp_path / "set" / folder / f"{split}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     boolq = find_spec("superglue-boolq")
-    assert boolq is not None
     task = load_task(dataclasses.replace(boolq, hub=HubData(str(tmp_path / "set"), folder="boolq")))
     assert len(task.train()) == len(task.validation()) == 4
     assert task.train()[1] == Example("Read: p Then say yes or no: boolq train?", "yes")

@@ -47,8 +47,7 @@ def test_registry():
     refuses(ValueError, "registered already", register_task, tiny_task("registered_in_a_test"))
     other = register_task(tiny_task("registered_in_a_test"), replace=True)
     assert get_task("registered_in_a_test") is other
-    with pytest.raises(TypeError, match="task must be a Task or a TaskSpec; got str"):
-        register_task("doc_lm")
+    refuses(TypeError, "task must be a Task or a TaskSpec; got str", register_task, "doc_lm")
 
 
 @pytest.mark.parametrize(

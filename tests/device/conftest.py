@@ -9,7 +9,7 @@ They are few and small: on a GPU every shape and dtype compiles kernels of its o
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ DEVICE = os.environ.get("MPOE_TEST_DEVICE", "cpu")
 # Names of backends that must be able to run there: their tests fail where they are not, instead of
 # being skipped.
 REQUIRED = os.environ.get("MPOE_TEST_REQUIRED", "").split()
-Able = Callable[..., None]
 
 
 def wrong_file():

@@ -4,6 +4,7 @@ the same device."""
 import pytest
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks
+from torch.testing import assert_close
 
 from mpoe.layers.router import float32_logits
 from mpoe_kernels import (
@@ -21,7 +22,7 @@ from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.reference import mpo_embedding_reference
 from tests.assertions import assert_calibrated
-from tests.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES, either
 from tests.linear_problem import Product, check_ffn, planned_strategies
 
 # A shape of every kind: on tiles that are never full, and, large, on many full ones.
@@ -192,7 +193,7 @@ def test_embedding(rows, device):
 
 
 @dtypes
-@pytest.mark.parametrize("gated", [False, True])
+@either("gated")
 @pytest.mark.parametrize("name", ["light", "padded", "separable", *LARGE])
 def test_networks(able, name, gated, dtype, device):
     if name in LARGE and device.type == "cpu":
@@ -213,12 +214,8 @@ def test_float32_logits(dtype, weight_dtype, device):
     weight = torch.randn(6, 96, generator=generator).to(device, weight_dtype).requires_grad_()
     logits = float32_logits(x, weight)
     truth = x.detach().double() @ weight.detach().double().T
-    torch.testing.assert_close(logits.double(), truth, rtol=1e-5, atol=1e-4)
+    assert_close(logits.double(), truth, rtol=1e-5, atol=1e-4)
     dx, dweight = torch.autograd.grad(logits.sum(), (x, weight))
     rounding = {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close(
-        dx.double(), weight.detach().double().sum(0).expand(70, 96), **rounding
-    )
-    torch.testing.assert_close(
-        dweight.double(), x.detach().double().sum(0).expand(6, 96), **rounding
-    )
+    assert_close(dx.double(), weight.detach().double().sum(0).expand(70, 96), **rounding)
+    assert_close(dweight.double(), x.detach().double().sum(0).expand(6, 96), **rounding)

@@ -1,13 +1,11 @@
 """Runs on the device that must agree bit for bit: many in a row, on two streams beside a busy
 third."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
 from mpoe_bench.cases import expert_choice
-from torch import Tensor
 
 from mpoe_kernels import mpo_ffn, route
 from tests.cases import SMALL_SHAPES
@@ -17,7 +15,6 @@ from .test_device_ops import LARGE, make_blocks
 
 RUNS = 300 if ON_GPU else 3
 KINDS = ("neurons of 64", "hidden of 64", "chain")
-Step = Callable[[], list[Tensor]]
 
 
 def chain_step(backend, device, tokens):

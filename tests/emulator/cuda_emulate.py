@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +25,7 @@ SANITIZERS = {
     "address": ["-g1", "-fsanitize=address,undefined"],
     "thread": ["-g1", "-fsanitize=thread"],
 }
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+FLAGS = "-std=c++20 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()
 DEFINES = ["-DMPOE_CUDA_EMULATED"]
 CUDA = CSRC / "cuda"
 KERNELS = sorted(CUDA.glob("*/*.cu"))
@@ -46,22 +45,22 @@ SWEEPS = {
 }
 
 
-def compiler() -> str | None:
+def compiler():
     """The C++ compiler: ``CXX``, or g++; None if there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _hash(words: Sequence[str], files: Sequence[Path]) -> str:
+def _hash(words, files):
     digest = hashlib.sha256("\0".join(words).encode())
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _headers(source: Path, folders: Sequence[Path]) -> list[Path]:
+def _headers(source, folders):
     """What a source includes from its own folder or from ``folders`` (first match), directly and
     indirectly."""
-    found: list[Path] = []
+    found = []
     waiting = [source]
     while waiting:
         path = waiting.pop()
@@ -74,21 +73,21 @@ def _headers(source: Path, folders: Sequence[Path]) -> list[Path]:
     return sorted(found)
 
 
-def _torch_flags() -> list[str]:
+def _torch_flags():
     """Flags for torch's stable ABI headers; -O0, because parsing them takes too long for
     optimisation to pay off."""
     defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
     return ["-O0", *defines, "-isystem", str(_torch() / "include")]
 
 
-def _torch() -> Path:
+def _torch():
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("the emulated ops need the package torch")
     return Path(spec.submodule_search_locations[0])
 
 
-def _make(target: Path, command: Sequence[str]) -> Path:
+def _make(target, command):
     """Run ``command -o target`` unless the target exists; other processes wait for the one that
     runs it."""
     if target.exists():
@@ -105,7 +104,7 @@ def _make(target: Path, command: Sequence[str]) -> Path:
     return target
 
 
-def _precompiled(flags: Sequence[str]) -> list[str]:
+def _precompiled(flags):
     """Flags that include `HEADER` first, precompiled once for all sources: it is a third of their
     compile time."""
     flags = [*flags, f"-I{CSRC}", f"-I{TESTS}"]
@@ -120,9 +119,7 @@ def _precompiled(flags: Sequence[str]) -> list[str]:
     return ["-include", str(own)]
 
 
-def build(
-    name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path | None = None
-) -> Path:
+def build(name, sources, sanitizer="", overlay=None):
     """Path of the shared library (``name`` ends in .so) or program, compiled if it does not exist
     yet.
 
@@ -180,18 +177,18 @@ def build(
     return _make(target, [*base, "-shared", *objects, *libraries])
 
 
-def library(sanitizer: str = "") -> Path:
+def library(sanitizer=""):
     """The emulated kernels as torch ops, with the functions of tests/emulator/control.cpp."""
     return build("mpoe_emulated.so", LIBRARY, sanitizer)
 
 
-def sweep(part: str, sanitizer: str = "", overlay: Path | None = None) -> Path:
+def sweep(part, sanitizer="", overlay=None):
     """The program that runs and checks the kernels of one part (key of `SWEEPS`); see
     tests/emulator/sweep.h."""
     return build(f"sweep_{part}", SWEEPS[part], sanitizer, overlay)
 
 
-def main() -> int:
+def main():
     if len(sys.argv) > 2 or any(word not in SANITIZERS for word in sys.argv[1:]):
         print(__doc__)
         return 64

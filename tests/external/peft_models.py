@@ -11,7 +11,6 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import peft.utils.constants
 import torch
@@ -56,7 +55,7 @@ MODELS = {
 REVISION = "0" * 40
 
 
-def _fill(cache: Path, name: str, kind: str) -> None:
+def _fill(cache, name, kind):
     cls = getattr(transformers, MODELS[name])
     ids = (
         {}
@@ -79,7 +78,7 @@ def _fill(cache: Path, name: str, kind: str) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure():
     """Fill the cache, and let PEFT's default targets of a family count for its mixture."""
     # What all its tests share imports the class of a pipeline whose tests are not run here.
     sys.modules.setdefault(
@@ -88,7 +87,7 @@ def pytest_configure() -> None:
     )
     # Its first use of a model goes to the hub; here none does.
     sys.path.insert(0, os.getcwd())
-    helpers: Any = importlib.import_module("tests.testing_utils")
+    helpers = importlib.import_module("tests.testing_utils")
     helpers.hub_online_once = lambda name: nullcontext()
     for name in MODELS:
         _fill(Path(os.environ["HF_HUB_CACHE"]), name, os.environ["EXTERNAL_KIND"])

@@ -9,7 +9,6 @@ import fnmatch
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 # test -> why ours fails or is skipped although the dense class passes. Only for tests whose code
 # names classes or dense weights.
@@ -27,10 +26,9 @@ SKIPPED = {
     "test_pipeline_*": "pipelines are tested with a list of dense classes",
     "test_tp_*": "starts processes for a list of Transformers' own model types",
 }
-Results = dict[str, dict[str, Any]]
 
 
-def _explanation(test: str, outcome: str) -> tuple[str, str] | None:
+def _explanation(test, outcome):
     """The pattern of all tests that share this one's explanation, and the explanation."""
     known = EXPLAINED | (SKIPPED if outcome == "skipped" else {})
     return next(
@@ -38,7 +36,7 @@ def _explanation(test: str, outcome: str) -> tuple[str, str] | None:
     )
 
 
-def compare(ours: Results, dense: Results) -> tuple[dict[str, int], list[str]]:
+def compare(ours, dense):
     """Counts of one suite, and a line per failure or skip that the dense class lacks; equal lines
     are merged."""
     counts = {"passed": 0, "skipped": 0, "failed": 0, "open": 0}
@@ -60,12 +58,12 @@ def compare(ours: Results, dense: Results) -> tuple[dict[str, int], list[str]]:
     return counts, list(dict.fromkeys(lines))
 
 
-def suites(folder: Path) -> list[tuple[str, Results, Results]]:
+def suites(folder):
     """Name, our results and the dense class's results for every suite in a folder."""
     found = []
     for file in sorted(folder.glob("transformers-*.json")):
         tests = json.loads(file.read_text())
-        split: dict[str, Results] = {"MPOE": {}, "Dense": {}}
+        split = {"MPOE": {}, "Dense": {}}
         for name, result in tests.items():
             case, _, test = name.partition("::")
             split[case.partition("_")[0]][test] = result
@@ -80,7 +78,7 @@ def suites(folder: Path) -> list[tuple[str, Results, Results]]:
     return found
 
 
-def main() -> None:
+def main():
     """Print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,7 +97,7 @@ def main() -> None:
     if options.results is None:
         parser.error("RESULTS is missing")
     table = ["| suite | passed | skipped | failed | of these open |", "|---|---|---|---|---|"]
-    notes: dict[str, list[str]] = {}
+    notes = {}
     remain = 0
     for name, ours, dense in suites(options.results):
         counts, lines = compare(ours, dense)

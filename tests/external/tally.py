@@ -9,16 +9,15 @@ dense one's result is asked for only where ours did not pass.
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 WORST = ("passed", "skipped", "failed")
 NOT_ASKED = "ours passed"
-_found: dict[str, dict[str, Any]] = {}
+_found = {}
 
 
-def _reason(report: Any) -> str:
+def _reason(report):
     """One line of why a test was skipped or failed."""
     if isinstance(report.longrepr, tuple):  # a skip: file, line, reason
         return str(report.longrepr[2]).removeprefix("Skipped: ")
@@ -27,7 +26,7 @@ def _reason(report: Any) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]
 
 
-def pytest_runtest_logreport(report: Any) -> None:
+def pytest_runtest_logreport(report):
     """Keep the worst outcome of set-up, call, subtests and tear-down."""
     test = _found.setdefault(
         report.nodeid.partition("::")[2], {"id": report.nodeid, "outcome": "passed", "seconds": 0.0}
@@ -37,7 +36,7 @@ def pytest_runtest_logreport(report: Any) -> None:
         test.update(outcome=report.outcome, reason=_reason(report))
 
 
-def pytest_runtest_setup(item: Any) -> None:
+def pytest_runtest_setup(item):
     """Leave out a dense class's test whose namesake passed."""
     case, _, test = item.nodeid.partition("::")[2].partition("::")
     ours = _found.get(f"{case.replace('Dense_', 'MPOE_', 1)}::{test}")
@@ -45,7 +44,7 @@ def pytest_runtest_setup(item: Any) -> None:
         pytest.skip(NOT_ASKED)
 
 
-def pytest_sessionfinish(session: Any) -> None:
+def pytest_sessionfinish(session):
     """Write the file; workers of a parallel run write none."""
     if not hasattr(session.config, "workerinput"):
         Path(os.environ["EXTERNAL_RESULTS"]).write_text(
@@ -53,7 +52,7 @@ def pytest_sessionfinish(session: Any) -> None:
         )
 
 
-def word_tokenizer(words: list[str], **options: Any) -> Any:
+def word_tokenizer(words, **options):
     """For models of the suites: one token for each word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,6 @@ experts.
 import importlib
 import os
 import unittest
-from typing import Any
 from unittest import mock
 
 from transformers.models.auto import modeling_auto
@@ -22,7 +21,7 @@ from mpoe.models.table import TABLE
 
 # folder of the checkout, where it is not the family's name
 FOLDERS = {"gemma3_text": "gemma3", "deberta-v2": "deberta_v2"}
-OTHERS = ("Integration", "Generation", "Embeddings", "Vision", "EncoderOnly", "Standalone")
+OTHERS = "Integration Generation Embeddings Vision EncoderOnly Standalone".split()
 SETTINGS = {
     "num_experts": 4,
     "shape": os.environ.get("MPOE_SHAPE", "separable"),
@@ -30,7 +29,7 @@ SETTINGS = {
 }
 
 
-def _dense_test(module: Any) -> type[unittest.TestCase]:
+def _dense_test(module):
     """The test class of a family's text model."""
     return next(
         cls
@@ -42,10 +41,10 @@ def _dense_test(module: Any) -> type[unittest.TestCase]:
     )
 
 
-def _with_experts(get_config: Any, config_class: Any) -> Any:
+def _with_experts(get_config, config_class):
     """A tester's method whose configuration is that of a mixture."""
 
-    def changed(*args: Any, **kwargs: Any) -> Any:
+    def changed(*args, **kwargs):
         config = get_config(*args, **kwargs)
         if type(config) is not config_class.__bases__[1]:
             return config
@@ -57,13 +56,13 @@ def _with_experts(get_config: Any, config_class: Any) -> Any:
     return changed
 
 
-def _adapted(base: Any, module: Any, model_type: str) -> type[unittest.TestCase]:
+def _adapted(base, module, model_type):
     ours = classes_of(model_type)
     config_class = next(iter(ours.values())).config_class
     names = {dense.__name__: made for dense, made in ours.items() if dense.__name__ in vars(module)}
 
     class Adapted(base):
-        def setUp(self) -> None:
+        def setUp(self):
             super().setUp()
             tested = [cls for cls in self.all_model_classes if cls in ours]
             self.all_model_classes = tuple(ours[cls] for cls in tested)
@@ -95,7 +94,7 @@ def _adapted(base: Any, module: Any, model_type: str) -> type[unittest.TestCase]
 for _family in os.environ.get("MPOE_FAMILIES", " ".join(TABLE)).split():
     _folder = FOLDERS.get(_family, _family)
     _module = importlib.import_module(f"tests.models.{_folder}.test_modeling_{_folder}")
-    _base: Any = _dense_test(_module)
+    _base = _dense_test(_module)
     for _kind, _made in (
         ("MPOE", _adapted(_base, _module, _family)),
         ("Dense", type("Dense", (_base,), {})),

@@ -9,11 +9,8 @@ import dataclasses
 import itertools
 import math
 import os
-import random
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from mpoe_bench.cases import random_cores
@@ -29,45 +26,44 @@ from tests.training.tiny import dense_model, mpoe_model
 
 from . import fuzz
 
-Arguments = dict[str, Any]
 TOKENS, EXPERTS, WIDTH, OUT = 12, 3, 8, 12
 
 
 # ------------------------------------------------------------------ arguments that fit
 
 
-def shape() -> MPOShape:
+def shape():
     return MPOShape((2, 2, 2), (2, 3, 2))
 
 
-def chain(num_experts: int = EXPERTS) -> list[torch.Tensor]:
+def chain(num_experts=EXPERTS):
     return random_cores(shape(), num_experts, torch.float32)
 
 
-def one_chain() -> list[torch.Tensor]:
+def one_chain():
     """The cores of one weight, without an axis of experts."""
     return [core.reshape(size) for core, size in zip(chain(1), shape().core_shapes, strict=True)]
 
 
-def down_blocks() -> Any:
+def down_blocks():
     mirrored = MPOShape((2, 3, 2), (2, 2, 2))
     return fold(random_cores(mirrored, EXPERTS, torch.float32), 1, mirrored)
 
 
-def parts(value: Any) -> Arguments:
+def parts(value):
     """Of blocks, a routing or a result."""
     return {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
 
 
-def index() -> torch.Tensor:
+def index():
     return torch.arange(TOKENS).remainder(EXPERTS)[:, None]
 
 
-def tokens() -> Arguments:
+def tokens():
     return {"x": torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))}
 
 
-def routed() -> Arguments:
+def routed():
     return {
         "routing": route(index(), EXPERTS),
         "top_k_weights": torch.full((TOKENS, 1), 0.5),
@@ -75,7 +71,7 @@ def routed() -> Arguments:
     }
 
 
-def linear(**others: Any) -> Arguments:
+def linear(**others):
     blocks = fold(chain(), 1, shape())
     return {
         **tokens(),
@@ -87,30 +83,30 @@ def linear(**others: Any) -> Arguments:
     }
 
 
-def chosen(x: str, **others: Any) -> Arguments:
+def chosen(x, **others):
     gates = {"gates": torch.full((TOKENS, 1), 0.5), "top_k_index": index()}
     return {x: tokens()["x"], **gates, **others, "activation": "relu", "backend": None}
 
 
-def layer(x: torch.Tensor) -> Arguments:
+def layer(x):
     return {"x": x, "shape": shape(), "backend": None, "device": None, "dtype": None}
 
 
-def config() -> Any:
+def config():
     return mpoe.MPOEConfig(num_experts=2, shape="separable")
 
 
-def base(family: str = "gpt2") -> Any:
+def base(family="gpt2"):
     """Always of the same weights: experts know what they were trained on."""
     torch.manual_seed(0)
     return dense_model(family)
 
 
-def model(**options: Any) -> Any:
+def model(**options):
     return {"model": mpoe_model("gpt2", **options)}
 
 
-def composed() -> Arguments:
+def composed():
     return {
         "base": base(),
         "fine_tunes": [base(), dense_model("gpt2")],
@@ -119,11 +115,11 @@ def composed() -> Arguments:
     }
 
 
-def texts() -> list[Any]:
+def texts():
     return [{"input_ids": torch.arange(8)[None]}]
 
 
-def trained(folder: Path) -> Arguments:
+def trained(folder):
     model = mpoe.start_expert(base(), 4)
     statistics = mpoe.collect_statistics(model, texts())
     return {
@@ -134,16 +130,16 @@ def trained(folder: Path) -> Arguments:
     }
 
 
-def expert(folder: Path) -> Path:
+def expert(folder):
     mpoe.save_expert(**trained(folder))
     return folder / "an.expert"
 
 
-def optimizer() -> Arguments:
+def optimizer():
     return {**model(), "optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)}
 
 
-def arguments(folder: Path) -> dict[str, Callable[[], Arguments]]:
+def arguments(folder):
     """By public name. Sharding is always refused, for want of a process group."""
     saved = folder / "model"
     weight, sizes = (
@@ -258,12 +254,12 @@ def arguments(folder: Path) -> dict[str, Callable[[], Arguments]]:
 # ------------------------------------------------------------------ what takes them
 
 
-def forward(factory: Callable[..., torch.nn.Module], x: Any, **options: Any) -> Any:
+def forward(factory, x, **options):
     """One of our layers is called with ``x``."""
     return factory(**options)(x)
 
 
-def within(manager: Callable[..., Any], **options: Any) -> None:
+def within(manager, **options):
     with manager(**options):
         pass
 
@@ -272,9 +268,9 @@ LAYERS = ("TopKRouter", "MPOLinear", "MPOEmbedding", "MPOEFeedForward")
 MANAGERS = ("use_backend", "global_batch")
 
 
-def starts(folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]]:
+def starts(folder):
     """By public name: the function to call, and what makes its arguments."""
-    found: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {}
+    found = {}
     for name, make in arguments(folder).items():
         function = getattr(mpoe if name in mpoe.__all__ else mpoe_kernels, name)
         function = partial(forward, function) if name in LAYERS else function
@@ -282,7 +278,7 @@ def starts(folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[[], Arg
     return found
 
 
-def of_raw_ops() -> dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]]:
+def of_raw_ops():
     """The ops behind the public names."""
     return {
         f"torch.ops.mpoe.{op}{'+grad' * r}": (
@@ -296,7 +292,7 @@ def of_raw_ops() -> dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]
 # ------------------------------------------------------------------ arguments that do not
 
 
-def odd_tensors(draw: random.Random, like: torch.Tensor) -> Iterator[tuple[str, Any]]:
+def odd_tensors(draw, like):
     size = list(like.shape)
     axis = draw.randrange(len(size)) if size else 0
     yield "on meta", like.to("meta")
@@ -348,16 +344,16 @@ def odd_tensors(draw: random.Random, like: torch.Tensor) -> Iterator[tuple[str, 
         )
 
 
-def resized(like: torch.Tensor, size: int) -> torch.Tensor:
+def resized(like, size):
     """A copy whose storage has ``size`` bytes, as FSDP leaves parameters between their uses."""
     copy = like.clone()
     copy.untyped_storage().resize_(size)
     return copy
 
 
-def odd_paths(folder: Path) -> list[tuple[str, Any]]:
+def odd_paths(folder):
     """Paths that are not what they seem."""
-    names = ("absent", "file", "loop", "dangling", "fifo", "fifo_model", "lying", "cut", "deep")
+    names = "absent file loop dangling fifo fifo_model lying cut deep".split()
     return [(name, folder / name) for name in names] + [
         ("no path", "\0"),
         ("a long path", "x" * 5000),
@@ -365,7 +361,7 @@ def odd_paths(folder: Path) -> list[tuple[str, Any]]:
     ]
 
 
-def make_paths(folder: Path) -> None:
+def make_paths(folder):
     """The folder that calls read: a saved model, and what `odd_paths` names."""
     mpoe_model("gpt2").save_pretrained(folder / "model")
     (folder / "file").write_text("x")
@@ -400,7 +396,7 @@ ODD = (
 )
 
 
-def exchange(value: Any, draw: random.Random, folder: Path) -> tuple[str, Any]:
+def exchange(value, draw, folder):
     """Something else in the place of ``value``, in words and as it is."""
     if isinstance(value, torch.Tensor) and draw.random() < 0.8:
         return draw.choice(list(odd_tensors(draw, value)))
@@ -441,7 +437,7 @@ PYTORCHS = (
 )
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
+def tensors_of(value):
     """Every tensor in a result."""
     if isinstance(value, torch.nn.Module):
         value = list(value.parameters())
@@ -450,10 +446,10 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return [leaf.detach() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def stray(result: Any) -> str | None:
+def stray(result):
     """What a result holds that nobody wrote: NaN, or the largest integer, with which fresh memory
     is filled."""
-    held: list[torch.Tensor] = []
+    held = []
     for tensor in tensors_of(result):
         if (
             tensor.is_meta
@@ -477,7 +473,7 @@ def stray(result: Any) -> str | None:
     return None
 
 
-def bad_calls(draw: random.Random, folder: Path) -> Iterator[fuzz.Case]:
+def bad_calls(draw, folder):
     """An endless stream: every public name and raw op in turn."""
     make_paths(folder)
     makers = {**starts(folder), **of_raw_ops()}
@@ -485,9 +481,7 @@ def bad_calls(draw: random.Random, folder: Path) -> Iterator[fuzz.Case]:
         yield fuzz.Case(name, partial(bad_call, *makers[name], draw, folder), " ")
 
 
-def bad_call(
-    function: Callable[..., Any], make: Callable[[], Arguments], draw: random.Random, folder: Path
-) -> None:
+def bad_call(function, make, draw, folder):
     """Call with one or two arguments exchanged."""
     torch.manual_seed(draw.randrange(1000))
     arguments, said = make(), ""

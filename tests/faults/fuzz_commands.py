@@ -9,11 +9,7 @@ import importlib
 import inspect
 import io
 import itertools
-import random
-from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from mpoe.cli.command import make_parser
@@ -22,105 +18,20 @@ from mpoe.cli.main import main
 from .fuzz import TABLES, Case, Refused, some
 
 # Options of the Trainer that change the process, reach beyond it, or only name things.
-LEFT_OUT = (
-    "hub",
-    "deepspeed",
-    "ddp_",
-    "local_rank",
-    "log_level",
-    "torch_compile",
-    "run_name",
-    "logging_dir",
-)
-LEFT_OUT += ("trackio", "full_determinism", "tf32", "liger")
+LEFT_OUT = """hub deepspeed ddp_ local_rank log_level torch_compile run_name logging_dir trackio
+full_determinism tf32 liger""".split()
 # Values of some options, of none, or of another one.
-VALUES = (
-    *(
-        "",
-        "-1",
-        "0",
-        "1",
-        "2",
-        "3",
-        "8",
-        "1000000000000",
-        "-0.5",
-        "0.1",
-        "1.0",
-        "nan",
-        "inf",
-        "1e309",
-        "true",
-        "false",
-    ),
-    *(
-        "None",
-        "x",
-        "é☃",
-        "{",
-        "[]",
-        "null",
-        '{"up": 1}',
-        '{"a": "b"}',
-        "[" * 3000,
-        "9" * 5000,
-        "a,b",
-        "--",
-        "-x",
-    ),
-    *(
-        ",",
-        "..",
-        "/dev/null",
-        "/proc/version",
-        "here/data",
-        "here/out",
-        "plan.json",
-        "the film",
-        "cpu",
-        "eager",
-    ),
-    *(
-        "t5",
-        "gpt2",
-        "doc_lm",
-        "doc_lm,doc_module",
-        "sentence",
-        "label",
-        "accuracy,f1",
-        "train",
-        "validation",
-        "test",
-    ),
-    *(
-        "switch",
-        "moe",
-        "none",
-        "dense",
-        "separable",
-        "paper",
-        "light",
-        "random",
-        "threshold",
-        "identity",
-        "sgd",
-        "0,1",
-    ),
-    *(
-        "ffn",
-        "attention,embedding",
-        "word_embed,mlp",
-        "nompo",
-        "decoder",
-        '{".*wo": 4}',
-        '{"0": "bad", "1": "good"}',
-    ),
-)
-COMMANDS = ("train", "evaluate", "convert", "plan", "inspect", "generate", "demo", "bench", "info")
+VALUES = """-1 0 1 2 3 8 1000000000000 -0.5 0.1 1.0 nan inf 1e309 true false
+None x é☃ { [] null {"a":"b"} a,b -- -x , .. /dev/null /proc/version here/data here/out plan.json
+cpu eager t5 gpt2 doc_lm doc_lm,doc_module sentence label accuracy,f1 train validation test
+switch moe none dense separable paper light random threshold identity sgd 0,1
+ffn attention,embedding word_embed,mlp nompo decoder {".*wo":4} {"0":"bad","1":"good"}""".split()
+VALUES += ["", "the film", '{"up": 1}', "[" * 3000, "9" * 5000]
+COMMANDS = "train evaluate convert plan inspect generate demo bench info".split()
 
 
 @functools.cache
-def parser_of(command: str) -> Any:
+def parser_of(command):
     """The parser of a command's options."""
     declared = importlib.import_module(
         f"mpoe.cli.{command}"
@@ -128,7 +39,7 @@ def parser_of(command: str) -> Any:
     return make_parser(inspect.getclosurevars(declared).nonlocals["groups"])
 
 
-def options_of(command: str) -> list[Any]:
+def options_of(command):
     """The parser's actions for every option of a command."""
     return [
         a
@@ -137,7 +48,7 @@ def options_of(command: str) -> list[Any]:
     ]
 
 
-def words_of(option: Any) -> Sequence[str]:
+def words_of(option):
     """Values of its kind."""
     kind = getattr(option.type, "__name__", "") + repr(option.type)
     by_kind = {"bool": ("true", "false"), "int": ("1", "2", "3"), "float": ("0.1", "1.0")}
@@ -148,22 +59,16 @@ def words_of(option: Any) -> Sequence[str]:
 
 
 # Where work begins that an input cannot change any more.
-WORK = (
-    "mpoe.cli.models.load_model",
-    "mpoe.cli.plan.costs",
-    "mpoe.training.MPOETrainer.train",
-    "mpoe.cli.demo.train_experts",
-    "mpoe.cli.demo.compare_arms",
-    "mpoe.cli.bench._measure",
-    "mpoe_kernels.info.collect",
-)
+WORK = """mpoe.cli.models.load_model mpoe.cli.plan.costs mpoe.training.MPOETrainer.train
+mpoe.cli.demo.train_experts mpoe.cli.demo.compare_arms mpoe.cli.bench._measure
+mpoe_kernels.info.collect""".split()
 
 
 class Accepted(BaseException):
     """The command line was taken and work would begin."""
 
 
-def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
+def cases(draw, folder):
     """An endless stream; what commands write stays below ``folder``."""
     inside = prepare(folder)
     for number in itertools.count():
@@ -192,7 +97,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
         yield Case(f"mpoe {' '.join(tokens)!r:.400}", partial(run, tokens, inside), names)
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder):
     """A folder for commands to run in, with data, a model and a file of prompts."""
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -212,34 +117,24 @@ def prepare(folder: Path) -> Path:
     return inside
 
 
-def start_of(command: str, number: int) -> list[str]:
+def start_of(command, number):
     """Arguments with which the command works."""
-    data, out = ["--data_dir", "here/data"], f"out{number}"
+    data, out = "--data_dir here/data", f"out{number}"
+    few = "--max_steps 2 --use_cpu --report_to none"
     return {
-        "train": [
-            "--model",
-            "t5",
-            *data,
-            "--output_dir",
-            out,
-            "--max_steps",
-            "2",
-            "--use_cpu",
-            "--report_to",
-            "none",
-        ],
-        "evaluate": ["mixture", *data],
-        "convert": ["t5", out],
-        "plan": ["t5"],
-        "inspect": ["mixture", *data, "--output_dir", out],
-        "generate": ["mixture", "--prompt", "x", "--max_new_tokens", "2"],
-        "demo": ["--output_dir", out],
-        "bench": ["--out", out],
-        "info": [],
-    }[command]
+        "train": f"--model t5 {data} --output_dir {out} {few}",
+        "evaluate": f"mixture {data}",
+        "convert": f"t5 {out}",
+        "plan": "t5",
+        "inspect": f"mixture {data} --output_dir {out}",
+        "generate": "mixture --prompt x --max_new_tokens 2",
+        "demo": f"--output_dir {out}",
+        "bench": f"--out {out}",
+        "info": "",
+    }[command].split()
 
 
-def run(tokens: Sequence[str], inside: Path) -> None:
+def run(tokens, inside):
     """Run a command line: exit code 0 or taken is well, 2 a refusal; a defect (1) raises with its
     traceback."""
     out, err = io.StringIO(), io.StringIO()

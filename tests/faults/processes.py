@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -41,18 +40,18 @@ _VERSION_3, _DAC_OVERRIDE, _DAC_READ_SEARCH = 0x20080522, 1, 2  # linux/capabili
 class Child(multiprocessing.context.ForkProcess):
     """A forked process; what it prints goes to ``log``."""
 
-    def __init__(self, work: Callable[[], object], log: Path) -> None:
+    def __init__(self, work, log):
         super().__init__(target=work)
         self.log = log
 
-    def run(self) -> None:
+    def run(self):
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         super().run()
 
-    def wait(self, seconds: float = 600.0) -> int:
+    def wait(self, seconds=600.0):
         """Exit status, negative for a signal; a child that takes longer is killed."""
         self.join(seconds)
         if self.exitcode is None:
@@ -60,13 +59,13 @@ class Child(multiprocessing.context.ForkProcess):
             raise TimeoutError(f"process {self.pid} did not end in {seconds} s; see {self.log}")
         return self.exitcode
 
-    def kill(self) -> None:
+    def kill(self):
         """Kill -9; it may have ended before."""
         super().kill()
         self.join()
 
 
-def fork(work: Callable[[], object], log: Path) -> Child:
+def fork(work, log):
     """Run ``work`` in a child process: exit status 0, 1 with a traceback in ``log``, or that of a
     SystemExit."""
     child = Child(work, log)
@@ -75,7 +74,7 @@ def fork(work: Callable[[], object], log: Path) -> Child:
 
 
 @contextlib.contextmanager
-def limited_files(size: int) -> Iterator[None]:
+def limited_files(size):
     """Let no file of this process grow beyond ``size`` bytes: a write then fails, as on a full
     disk."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -88,7 +87,7 @@ def limited_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
-def obey_permissions() -> None:
+def obey_permissions():
     """Make root obey the permissions of files, as everybody else does, for the rest of this
     process."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -101,7 +100,7 @@ def obey_permissions() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def resident_bytes() -> int:
+def resident_bytes():
     """Memory of this process that is in RAM now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -112,7 +111,7 @@ STEPS = 12
 RUN = {"steps": STEPS, "family": "t5"}
 
 
-def victim(folder: Path) -> None:
+def victim(folder):
     """One process of a run: from the beginning, or from the last checkpoint."""
     torch.set_num_threads(1)
     resume = (folder / RUN_FILE).is_file()
@@ -123,7 +122,7 @@ def victim(folder: Path) -> None:
     publish(folder)
 
 
-def kill_runs(kills: int, seed: int, folder: Path) -> Counter[str]:
+def kill_runs(kills, seed, folder):
     """Kill ``kills`` processes, spread over as many runs as that takes; every run is then let
     through to its end."""
     draw, tally = random.Random(seed), Counter[str]()
@@ -148,7 +147,7 @@ def kill_runs(kills: int, seed: int, folder: Path) -> Counter[str]:
     return tally
 
 
-def kill_sometime(child: Child, run: Path, draw: random.Random, length: float) -> bool:
+def kill_sometime(child, run, draw, length):
     """Kill a child at a random moment of its run, or within a save; returns whether a save was in
     progress."""
     staging = [checkpoints.staging_root(run), run / ".incomplete-model"]
@@ -169,7 +168,7 @@ def kill_sometime(child: Child, run: Path, draw: random.Random, length: float) -
     return was_saving
 
 
-def check_saved(run: Path, last: Path | None) -> None:
+def check_saved(run, last):
     """Right after a kill; ``last`` is the newest checkpoint there was before."""
     if not run.is_dir():
         return  # killed before it began
@@ -184,7 +183,7 @@ def check_saved(run: Path, last: Path | None) -> None:
         load_mpoe(run)  # what looks like a model is one
 
 
-def finish(run: Path, expected: dict[str, torch.Tensor], log: Path) -> None:
+def finish(run, expected, log):
     """Let a run through to its end: it must equal one that nobody disturbed."""
     assert fork(partial(victim, run), log).wait() == 0, log.read_text()[-500:]
     got = load_file(run / "model.safetensors")
@@ -197,19 +196,19 @@ def finish(run: Path, expected: dict[str, torch.Tensor], log: Path) -> None:
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == [], "left behind"
 
 
-def straight_run(folder: Path) -> dict[str, torch.Tensor]:
+def straight_run(folder):
     """Weights of a run that nobody disturbs."""
     if fork(lambda: victim(folder / "straight"), folder / "straight.log").wait():
         raise RuntimeError((folder / "straight.log").read_text())
     return load_file(folder / "straight/model.safetensors")
 
 
-def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> None:
+def full_disk(folder, size, expected):
     """Train where no file may grow beyond ``size`` bytes, which ends in an OSError, then where it
     may."""
     run, log = folder / f"full-{size}", folder / f"full-{size}.log"
 
-    def starved() -> None:
+    def starved():
         torch.set_num_threads(1)
         with limited_files(size):
             victim(run)
@@ -222,12 +221,10 @@ def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> Non
     finish(run, expected, log)
 
 
-def command_says(
-    arguments: list[str], log: Path, size: int | None = None, as_user: bool = False
-) -> tuple[int, str]:
+def command_says(arguments, log, size=None, as_user=False):
     """Exit code and output of the command line on a full disk, or without root's rights."""
 
-    def work() -> None:
+    def work():
         torch.set_num_threads(1)
         os.environ["HF_HUB_OFFLINE"] = "1"
         if as_user:

@@ -60,42 +60,14 @@ def test_full_disk_loses_nothing(tmp_path, sizes):
         full_disk(tmp_path, 1 + int(size * room), expected)
 
 
+TRAIN = """train --data_dir {0} --expert a --neurons 64 --output_dir {0}/out --model gpt2
+--max_steps 1 --learning_rate 1e-3 --max_source_length 16 --use_cpu --save_strategy no"""
 COMMANDS = {
-    "convert": ["convert", "t5", "{}/out", "--num_experts", "2"],
-    "compose": [
-        "compose",
-        "gpt2",
-        "{}/law.expert",
-        "--output_dir",
-        "{}/out",
-        "--background",
-        "{}/train.txt",
-    ],
-    "export": ["export", "{}/mixture", "{}/out", "--to", "granitemoeshared"],
-    "train": [
-        "train",
-        "--data_dir",
-        "{}",
-        "--expert",
-        "a",
-        "--neurons",
-        "64",
-        "--output_dir",
-        "{}/out",
-    ],
+    "convert": "convert t5 {0}/out --num_experts 2",
+    "compose": "compose gpt2 {0}/law.expert --output_dir {0}/out --background {0}/train.txt",
+    "export": "export {0}/mixture {0}/out --to granitemoeshared",
+    "train": TRAIN,
 }
-OF_TRAIN = [
-    "--model",
-    "gpt2",
-    "--max_steps",
-    "1",
-    "--learning_rate",
-    "1e-3",
-    "--max_source_length",
-    "16",
-    "--use_cpu",
-]
-OF_TRAIN += ["--save_strategy", "no"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +96,7 @@ def test_command_line_tells_of_the_disk_in_one_line(tmp_path, command, options):
             tiny, MPOEConfig(num_experts=2, shape="neurons", neurons=8)
         ).save_pretrained(tmp_path / "mixture")
         load_stand_in("gpt2")[1].save_pretrained(tmp_path / "mixture")
-    words = [word.format(tmp_path) for word in COMMANDS[command]] + OF_TRAIN * (command == "train")
+    words = COMMANDS[command].format(tmp_path).split()
     code, text = command_says(words, tmp_path / "log", **options)
     assert code == 2, text
     assert "Traceback" not in text
@@ -170,8 +142,8 @@ def test_a_killed_run_leaves_the_earlier_expert_or_its_own(tmp_path, monkeypatch
     earlier = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     del earlier["run.json"]
     monkeypatch.setattr(ENDS[point], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-    words = [word.format(tmp_path) for word in COMMANDS["train"]] + OF_TRAIN
-    code, text = command_says([*words, "--overwrite"], tmp_path / "log")
+    words = f"{TRAIN.format(tmp_path)} --overwrite".split()
+    code, text = command_says(words, tmp_path / "log")
     assert code == -signal.SIGKILL, text
     if point != "the results":
         assert {name: (run / name).read_bytes() for name in earlier} == earlier
@@ -199,8 +171,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
         return make(*arguments)
 
     monkeypatch.setattr(train, "make_trainer", late)
-    words = [word.format(tmp_path) for word in COMMANDS["train"][1:]]
-    words += [*OF_TRAIN, "--overwrite"]
+    _, *words = f"{TRAIN.format(tmp_path)} --overwrite".split()
     refuses(FileExistsError, r"did not write .*out/a\.expert", train.command, words)
     assert (run / "a.expert").read_text() == "mine"
     assert (run / "b.expert").read_text() == "earlier"

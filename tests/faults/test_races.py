@@ -6,7 +6,6 @@ unnoticed.
 """
 
 import errno
-import json
 import os
 import random
 import socket
@@ -21,10 +20,10 @@ from transformers import TrainerCallback
 
 from mpoe.training import FolderInUseError, checkpoints, prepare_output_dir, run_lock
 from mpoe.training.run_lock import LOCK_FILE, check_free, hold
-from tests.assertions import refuses
+from tests.assertions import read_json, refuses
 from tests.training.tiny import make_trainer
 
-from ..cli.cli_data import write_sentiment
+from ..cli.cli_data import words, write_sentiment
 from .processes import SEED, command_says, fork
 
 TOLD, LATE, TWO_INSIDE = (
@@ -231,12 +230,10 @@ def test_who_holds_a_folder_is_named_and_a_killed_process_holds_none(tmp_path):
         refuses(FolderInUseError, who, check_free, path)
         refuses(FolderInUseError, who, prepare_output_dir, path)
     child.kill()
-    assert (
-        json.loads((folder / LOCK_FILE).read_text())["pid"] == child.pid
-    )  # the file stays, the lock does not
+    assert read_json(folder / LOCK_FILE)["pid"] == child.pid  # the file stays, the lock does not
     check_free(folder)
     with hold(folder), hold(link):  # what a process holds it may hold again
-        assert json.loads((folder / LOCK_FILE).read_text())["pid"] == os.getpid()
+        assert read_json(folder / LOCK_FILE)["pid"] == os.getpid()
         check_free(folder)
     assert not (folder / LOCK_FILE).exists()
 
@@ -308,21 +305,21 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_command_line_beside_a_run_that_is_going(tmp_path):
     data, folder = write_sentiment(tmp_path / "data"), tmp_path / "run"
-    words = f"train --model t5 --data_dir {data} --output_dir {folder}".split()
-    words += ["--num_experts", "2", "--use_cpu"]
-    words += ["--per_device_train_batch_size", "2", "--save_steps", "5", "--disable_tqdm", "true"]
+    line = f"train --model t5 --data_dir {data} --output_dir {folder} --num_experts 2 --use_cpu"
+    line += " --per_device_train_batch_size 2 --save_steps 5 --disable_tqdm true"
+    long = "--max_steps 100000"
 
     def run():
-        command_says([*words, "--max_steps", "100000"], tmp_path / "live.log")
+        command_says(words(line, long), tmp_path / "live.log")
 
     child = fork(run, tmp_path / "fork.log")
     end = time.monotonic() + 120
     while not list((tmp_path / "run").glob("checkpoint-*")):
         assert time.monotonic() < end, (tmp_path / "live.log").read_text()
         time.sleep(0.05)
-    holder = json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"]
-    for more in (["--resume", "--max_steps", "100000"], ["--overwrite"], []):
-        code, said = command_says([*words, *more], tmp_path / f"{len(more)}.log")
+    holder = read_json(tmp_path / "run" / LOCK_FILE)["pid"]
+    for more in (f"--resume {long}", "--overwrite", ""):
+        code, said = command_says(words(line, more), tmp_path / f"{len(more)}.log")
         assert code == 2
         assert f"is in use by process {holder} on" in said
     os.kill(holder, 9)

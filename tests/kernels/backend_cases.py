@@ -2,14 +2,13 @@
 tested at once."""
 
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from mpoe_kernels import BackendError, MPOShape, backend_reasons, backends
+from mpoe_kernels import BackendError, backend_reasons, backends
 from mpoe_kernels.backends import CONTRACTIONS, Backend, Candidate, Request
-from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
+from mpoe_kernels.contract import STRATEGIES, BlockDims
 from mpoe_kernels.contract.autotune import resolve_contraction
 from mpoe_kernels.contract.ranking import Problem
 from tests.cases import SMALL_SHAPES
@@ -24,38 +23,38 @@ LINEAR = "grouped_mpo_linear"
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
+def supports(backend, op, dtype):
     """Whether this backend has a CPU kernel for this op and dtype."""
     return not backends.BACKENDS[backend].unsupported_reasons(Request(op, "cpu", dtype))
 
 
 def candidate_backend(
-    name: str,
-    kernels: dict[str, Callable[..., object]],
-    reasons: Callable[[Contraction], list[str]] = lambda _: [],
-) -> Backend:
+    name,
+    kernels,
+    reasons=lambda _: [],
+):
     """A backend with one candidate per strategy of the ops in ``kernels``; a kernel takes a
     call."""
     ops = {phase: op for op, phase in CONTRACTIONS.items()}
 
-    def candidates(plan: Contraction) -> list[Candidate]:
+    def candidates(plan):
         return [Candidate(name, plan.strategy, plan.strategy, kernels[ops[plan.phase]])]
 
     return Backend(name, {}, candidates=candidates, contraction_reasons=reasons)
 
 
-def eager_kernel(op: str) -> Callable[..., object]:
+def eager_kernel(op):
     """What the eager backend runs for a contraction."""
     from mpoe_kernels.linear.eager import linear_backward, linear_forward
 
     return {"forward": linear_forward, "backward": linear_backward}[CONTRACTIONS[op]]
 
 
-def dtypes_of(backend: str, op: str) -> list[torch.dtype]:
+def dtypes_of(backend, op):
     return [dtype for dtype in DTYPES if supports(backend, op, dtype)]
 
 
-def require(backend: str, op: str = "route", dtype: torch.dtype | None = None) -> None:
+def require(backend, op="route", dtype=None):
     """Skip a test whose backend is missing (with ``MPOE_REQUIRE_ALL``: fail) or lacks this op or
     dtype."""
     if reasons := backend_reasons()[backend]:
@@ -66,7 +65,7 @@ def require(backend: str, op: str = "route", dtype: torch.dtype | None = None) -
         pytest.skip(f"backend {backend} has no kernel for {op} in {dtype}")
 
 
-def _computes(backend: str, phase: str, strategy: str, shape: MPOShape, dtype: torch.dtype) -> bool:
+def _computes(backend, phase, strategy, shape, dtype):
     dims = BlockDims.of_shape(shape)
     op = LINEAR if phase == "forward" else f"{LINEAR}_backward"
     try:
@@ -78,7 +77,7 @@ def _computes(backend: str, phase: str, strategy: str, shape: MPOShape, dtype: t
     return True
 
 
-def strategies_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
+def strategies_of(backend, shape, dtype):
     """Strategies that this backend computes, forward and backward, for a shape and dtype."""
     return [
         strategy
@@ -90,7 +89,7 @@ def strategies_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str
     ]
 
 
-def require_strategies(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
+def require_strategies(backend, shape, dtype):
     """`strategies_of`, skipping the test if there are none."""
     require(backend)
     found = strategies_of(backend, shape, dtype)
@@ -99,7 +98,7 @@ def require_strategies(backend: str, shape: MPOShape, dtype: torch.dtype) -> lis
     return found
 
 
-def choices_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
+def choices_of(backend, shape, dtype):
     """Strategies and, if the backend can run whatever is chosen, ``auto``.
 
     A training forward of separable blocks under ``auto`` always takes the strategy ``separable``.
@@ -108,9 +107,7 @@ def choices_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
     return ["auto", *found] if found and (not shape.is_separable or "separable" in found) else found
 
 
-def need_of(
-    name: str, backend: str, dtype: torch.dtype = torch.float32, trains: bool = True
-) -> None:
+def need_of(name, backend, dtype=torch.float32, trains=True):
     """Skip a test whose backend lacks the op of a name, of a layer or a network the linear one; or
     the strategy that blocks of bond 1 train with, if the test ``trains``."""
     if name.startswith(("hidden", "neuron", "mpo_embedding", "dispatch", "combine", "route")):

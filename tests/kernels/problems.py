@@ -1,9 +1,6 @@
 """Functions of every op with tensors that fit, and the arguments of the raw ops that they lead
 to."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
@@ -11,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import (
     MPOBlocks,
-    MPOShape,
     combine,
     dispatch,
     grouped_mpo_linear,
@@ -27,16 +23,13 @@ from tests.cases import SMALL_SHAPES
 
 SHAPE = SMALL_SHAPES["separable"]
 TOKENS, EXPERTS, TOP_K = 5, 3, 2
-Function = Callable[..., Tensor]
 
 
-def given(blocks: MPOBlocks, left: Tensor, central: Tensor) -> MPOBlocks:
+def given(blocks, left, central):
     return MPOBlocks(left, central, blocks.right, blocks.in_features, blocks.out_features)
 
 
-def problems(
-    shape: MPOShape = SHAPE, strategy: str = "auto"
-) -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
+def problems(shape=SHAPE, strategy="auto"):
     """By public name: a function of floating tensors, and those."""
     index = expert_choice("zipf", TOKENS, EXPERTS, TOP_K)
     routing = route(index, EXPERTS)
@@ -50,25 +43,21 @@ def problems(
     offsets, rows = routing.expert_offsets, routing.token_of_slot
     ids = torch.tensor([0, 3, 3, 7, 1])
 
-    def grouped(x: Tensor, left: Tensor, central: Tensor, bias: Tensor) -> Tensor:
+    def grouped(x, left, central, bias):
         how = {"row_index": rows, "activation": "gelu", "strategy": strategy}
         return grouped_mpo_linear(x, given(up, left, central), offsets, bias, **how)
 
-    def ffn(x: Tensor, gates: Tensor, left: Tensor, central: Tensor) -> Tensor:
+    def ffn(x, gates, left, central):
         return mpo_ffn(
             x, routing, gates, given(up, left, central), down, gate_proj=gate, activation="silu"
         )
 
-    def hidden(
-        u: Tensor, gates: Tensor, right: Tensor, left: Tensor, bias: Tensor, *of_gate: Tensor
-    ) -> Tensor:
+    def hidden(u, gates, right, left, bias, *of_gate):
         u_gate, right_gate = of_gate
         both = {"u_gate": u_gate, "right_gate": right_gate}
         return hidden_experts(u, gates, index, right, left, bias, activation="silu", **both)
 
-    def neurons(
-        x: Tensor, gates: Tensor, up: Tensor, down: Tensor, bias: Tensor, gate_up: Tensor
-    ) -> Tensor:
+    def neurons(x, gates, up, down, bias, gate_up):
         return neuron_experts(x, gates, index, up, down, bias, activation="silu", gate_up=gate_up)
 
     own = torch.randn(EXPERTS, 4, 12)
@@ -95,13 +84,11 @@ def problems(
 class Recorder(TorchDispatchMode):
     """Keeps the arguments, by name, with which every raw op was called first."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.calls: dict[str, dict[str, Any]] = {}
+        self.calls = {}
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "mpoe":
             schema = function._schema
             values = [
@@ -120,7 +107,7 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls(backend: str, op: str, shape: MPOShape = SHAPE, strategy: str = "auto") -> dict[str, Any]:
+def calls(backend, op, shape=SHAPE, strategy="auto"):
     """Arguments that fit a raw op, by the names of its schema."""
     made, public = problems(shape, strategy), op.removesuffix("_backward")
     with use_backend(backend), Recorder() as recorder:
@@ -138,7 +125,7 @@ def calls(backend: str, op: str, shape: MPOShape = SHAPE, strategy: str = "auto"
     return recorder.calls[op]
 
 
-def run(op: str, arguments: dict[str, Any], recorded: bool = False) -> Any:
+def run(op, arguments, recorded=False):
     """``recorded``: with a gradient for every tensor that can have one."""
     values = [*arguments.values()]
     if recorded:

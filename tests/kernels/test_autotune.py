@@ -18,8 +18,8 @@ from mpoe_kernels import grouped_mpo_linear
 from mpoe_kernels.contract import STRATEGIES, BlockDims, autotune, kept
 from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction
 from mpoe_kernels.contract.ranking import Problem
-from tests.assertions import in_threads, torch_threads
-from tests.cases import SMALL_SHAPES
+from tests.assertions import in_threads, refuses, torch_threads
+from tests.cases import SMALL_SHAPES, either
 
 LINEAR = "grouped_mpo_linear"
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
@@ -155,10 +155,7 @@ def test_adopted_choices_come_before_timing(seconds, empty_cache):
 
 @pytest.mark.parametrize("wrong", [None, 3, ["a"], {"a": 1}, {1: "a"}])
 def test_what_cannot_be_adopted(wrong):
-    with pytest.raises(
-        TypeError, match=r"choices must (be a mapping of|map) strings to strings; got"
-    ):
-        adopt(wrong)
+    refuses(TypeError, r"choices must (be a mapping of|map) strings to strings; got", adopt, wrong)
 
 
 def test_what_fails_when_it_is_timed_does_not_run():
@@ -214,7 +211,7 @@ def test_what_holds_too_much_memory_is_not_timed(slots, strategies, seconds, mon
     assert (held[1] > autotune.MOST_BYTES > held[0]) == (strategies == 1)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@either("training")
 @pytest.mark.parametrize("name", ["light", "separable", "padded"])
 def test_a_first_use_is_timed_and_leaves_no_trace(name, training):
     """Through the op: the random numbers go on, and so does the gradient."""

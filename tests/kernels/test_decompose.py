@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mpoe_bench.cases import random_cores, relative_error
+from mpoe_bench.cases import random_cores, relative_error, workload_shape
 
 from mpoe_kernels import (
     MPOShape,
@@ -18,7 +18,8 @@ from mpoe_kernels import (
 )
 from mpoe_kernels.mpo.factors import balanced_factors
 from mpoe_kernels.reference import weight_reference
-from tests.cases import SMALL_SHAPES
+from tests.assertions import refuses
+from tests.cases import SMALL_SHAPES, every_refusal
 
 # ------------------------------------------------------------------ shapes
 
@@ -268,7 +269,6 @@ def test_fold_and_reconstruct_agree_with_the_definition(name):
                 chain = core[0]
             else:
                 chain = torch.einsum("xya,aijb->xiyjb", chain, core).flatten(0, 1).flatten(1, 2)
-        assert chain is not None
         direct = chain[..., 0][: shape.in_features, : shape.out_features]
         assert torch.allclose(weights[e], direct)
         assert torch.allclose(weight_reference(blocks, e), direct)
@@ -291,3 +291,87 @@ def test_decompose_large_numbers(gauge, dtype, size, factors):
     torch.testing.assert_close(
         reconstruct(cores, shape), weight.double(), rtol=rounding, atol=rounding
     )
+
+
+# ------------------------------------------------------------------ refusals
+
+ONES, SHAPE, LIGHT = torch.ones, MPOShape((2, 3), (3, 2)), SMALL_SHAPES["light"]
+
+
+def of(**changes):
+    return MPOShape(**{"in_factors": (2, 2), "out_factors": (2, 2), **changes})
+
+
+def half_lost(tensor):
+    tensor.untyped_storage().resize_(tensor.nbytes // 2)
+    return tensor
+
+
+REFUSED = {
+    ValueError: {
+        # shapes
+        "in_factors and out_factors must have the same length": lambda: of(out_factors=(2,)),
+        "in_factors must hold at least one factor": lambda: of(in_factors=(), out_factors=()),
+        r"in_factors\[1\] must be at least 1; got 0": lambda: of(in_factors=(2, 0)),
+        "max_bond must be at least 1; got 0": lambda: of(max_bond=0),
+        "one entry per inner bond": lambda: of(max_bond=(1, 2)),
+        "central must lie between 0 and the last of 2 cores = 1; got 2": lambda: of(central=2),
+        r"product of its factors \[2, 2\] = 4; got 5": lambda: of(in_features=5),
+        "out_features must lie between 1": lambda: of(out_features=0),
+        "left must divide in_features = 768; got 100": lambda: MPOShape.separable(
+            768, 3072, left=100
+        ),
+        r"unknown: \['ranks'\]": lambda: MPOShape.from_dict({**of().to_dict(), "ranks": 3}),
+        "num_experts must be at least 1": lambda: MPOShape.paper(8, 8).parameters(0),
+        "must be at least 1; got 0": lambda: MPOShape.paper(0, 3),
+        "out_features must lie between 1 and 1099511627776; got 922337203685477": lambda: (
+            MPOShape.separable(16, 2**63)
+        ),
+        "out_features must lie between 1 and 1099511627776; got 9223372036854775808": lambda: (
+            MPOShape.light(16, 2**63)
+        ),
+        "name must be 'separable', .*; got 'paper_x'": lambda: workload_shape("paper_x", 6, 6),
+        # decompositions
+        r"weight must be \[I, F\]": lambda: decompose(ONES(3, 3, 3), LIGHT),
+        "weight must be finite": [
+            lambda: decompose(torch.full((12, 12), torch.nan), LIGHT),
+            lambda: decompose(torch.full((12, 12), torch.inf), LIGHT),
+        ],
+        "gauge must be one of .*did you mean 'symmetric'": lambda: decompose(
+            ONES(12, 12), LIGHT, "symetric"
+        ),
+        r"weight must have values to decompose; .* on meta": lambda: decompose(
+            ONES(6, 6, device="meta"), SHAPE
+        ),
+        "weight must be a dense tensor; .* torch.sparse_coo": lambda: decompose(
+            torch.eye(6).to_sparse(), SHAPE
+        ),
+        "weight must hold its values": lambda: decompose(half_lost(ONES(6, 6)), SHAPE),
+        r"gauge 'identity' needs bonds equal .* core 0 of .* has 8, not 12": lambda: decompose(
+            ONES(96, 192), MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=8), "identity"
+        ),
+        "too large: with the gauge 'orthogonal' its": lambda: decompose(
+            ONES(6, 6) * 3e38, SHAPE, "orthogonal"
+        ),
+    },
+    TypeError: {
+        # shapes
+        r"in_factors\[0\] must be an integer; got float 2.5": lambda: of(in_factors=(2.5, 2)),
+        "in_factors must be a sequence of integers; got 3": lambda: of(in_factors=3),
+        "max_bond must be None, an integer": lambda: of(max_bond="big"),
+        r"max_bond\[0\] must be an integer; got float 1\.5": lambda: of(max_bond=[1.5]),
+        "central must be an integer; got str 'x'": lambda: of(central="x"),
+        "in_features must be an integer; got str 'x'": lambda: of(in_features="x"),
+        "an MPOShape is described by a mapping; got str 'x'": lambda: MPOShape.from_dict("x"),
+        "must be an integer; got str 'x'": lambda: MPOShape.paper("x", 3),
+        # decompositions
+        "weight must have a floating dtype": lambda: decompose(ONES(12, 12).long(), LIGHT),
+        "shape must be an MPOShape": lambda: decompose(ONES(12, 12), (12, 12)),
+    },
+}
+
+
+@every_refusal(REFUSED)
+def test_refused(kind, message, calls):
+    for call in calls:
+        refuses(kind, message, call)

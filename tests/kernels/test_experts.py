@@ -17,9 +17,9 @@ from mpoe_kernels.embedding import eager as by_eager
 from mpoe_kernels.experts import eager
 from mpoe_kernels.reference import mpo_embedding_reference
 from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
-from tests.cases import SMALL_SHAPES, pairwise
+from tests.cases import SMALL_SHAPES, in_half_precision, in_two_dtypes, pairwise
 from tests.expert_problems import HiddenProblem, NeuronProblem
-from tests.expert_scenarios import CASES
+from tests.expert_scenarios import CASES, case
 from tests.linear_problem import LAYOUTS, cast, leaves
 
 from .backend_cases import DTYPES, on_every_backend, require
@@ -28,24 +28,16 @@ PROBLEMS = {"hidden_experts": HiddenProblem, "neuron_experts": NeuronProblem}
 # Those of a GPU's kernels, and more rows than are processed at once.
 LARGER = {
     HiddenProblem: [
-        {"tokens": 65, "experts": 64, "groups": 2, "block": 16},
-        {"tokens": 14, "top_k": 8, "experts": 9, "groups": 5, "block": 3},
-        {"tokens": 130, "top_k": 2, "experts": 6, "groups": 2, "block": 64, "none_share": 0.5},
-        {"tokens": 210, "top_k": 2, "experts": 3, "groups": 1, "block": 64},
+        case(65, 2, 64, groups=2, block=16),
+        case(14, 8, 9, groups=5, block=3),
+        case(130, 2, 6, groups=2, block=64, none_share=0.5),
+        case(210, 2, 3, groups=1, block=64),
     ],
     NeuronProblem: [
-        {"tokens": 65, "experts": 64, "width": 16, "out": 100, "neurons": 8},
-        {
-            "tokens": 130,
-            "top_k": 2,
-            "experts": 6,
-            "width": 7,
-            "out": 31,
-            "neurons": 64,
-            "none_share": 0.5,
-        },
-        {"tokens": 270, "top_k": 2, "experts": 2, "width": 40, "out": 24, "neurons": 17},
-        {"tokens": 40, "top_k": 16, "experts": 3, "width": 8, "out": 8, "neurons": 100},
+        case(65, 2, 64, width=16, out=100, neurons=8),
+        case(130, 2, 6, width=7, out=31, neurons=64, none_share=0.5),
+        case(270, 2, 2, width=40, out=24, neurons=17),
+        case(40, 16, 3, width=8, out=8, neurons=100),
     ],
 }
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -84,7 +76,7 @@ def test_against_reference(backend, number, gated, dtype):
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_two_dtypes
 @pytest.mark.parametrize("top_k, experts, neurons", [(16, 1024, 8), (3, 4, 512)])
 def test_the_largest_sizes(backend, dtype, top_k, experts, neurons):
     require(backend, "neuron_experts", dtype)
@@ -173,7 +165,7 @@ THREADS = [  # the neurons of one expert are shared out too
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_two_dtypes
 @pytest.mark.parametrize("op, options", THREADS)
 def test_native_bits_do_not_depend_on_threads(op, options, dtype):
     require("native", op, dtype)
@@ -229,7 +221,7 @@ def test_what_neurons_gather_at_once(elements, tokens, sizes, monkeypatch):
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@in_half_precision
 def test_sums_of_half_precision_are_wide(backend, dtype):
     """Of eight experts whose terms cancel but for what half precision would lose, and of a gate's
     gradient."""
@@ -290,7 +282,7 @@ def test_shared_blocks_need_no_axis_of_groups():
             (None, by_eager._ELEMENTS),
             *product(["gather", "pairs", "rebuild"], [1, by_eager._ELEMENTS]),
         ],
-        ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"],
+        "light padded one_core centre_last seven_cores separable".split(),
         [0, 1, 5, 400],
     ),
 )

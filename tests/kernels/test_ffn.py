@@ -17,7 +17,7 @@ from mpoe_kernels.linear.eager import candidates
 from mpoe_kernels.linear.eager.library import Library
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from tests.assertions import poisoned_memory
-from tests.cases import SMALL_SHAPES, pairwise
+from tests.cases import SMALL_SHAPES, either, in_two_dtypes, pairwise
 from tests.linear_problem import KernelProblem, check_ffn, leaves
 from tests.linear_scenarios import LinearScenarios
 
@@ -82,7 +82,7 @@ def test_one_graph(backend, name):
 
 
 @on_every_backend
-@pytest.mark.parametrize("gated", [False, True])
+@either("gated")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_ffn_on_every_backend(backend, dtype, gated):
     shape = SMALL_SHAPES["padded_separable"]
@@ -120,9 +120,9 @@ def test_every_token_has_one_slot(backend, capacity):
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@in_two_dtypes
 @pytest.mark.parametrize("name", ["separable", "padded", "paper"])
-@pytest.mark.parametrize("biased", [False, True])
+@either("biased")
 def test_the_bits_of_combine(name, backend, dtype, biased):
     shape = SMALL_SHAPES[name]
     able = require_strategies(backend, shape, dtype)

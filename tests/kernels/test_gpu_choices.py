@@ -17,7 +17,7 @@ from mpoe_kernels.contract import STRATEGIES, BlockDims, may_round_to_tf32
 from mpoe_kernels.contract.autotune import _key
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.triton import architecture
-from tests.cases import SMALL_SHAPES, pairwise
+from tests.cases import SMALL_SHAPES, either, pairwise
 
 from .test_ffn import Problem as Product
 
@@ -109,7 +109,7 @@ class NothingIsRead(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("gather", [False, True])
+@either("gather")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_calls_read_no_numbers(strategy, gather):
     """With library products in place of grouped ones, which on a CPU do read their offsets."""

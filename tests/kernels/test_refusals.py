@@ -33,7 +33,7 @@ from mpoe_kernels.contract import BlockDims, Contraction
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.linear.reference import activation_reference
 from tests.assertions import refuses
-from tests.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES, either, every_refusal
 from tests.expert_problems import HiddenProblem, NeuronProblem
 
 ONES = torch.ones
@@ -120,50 +120,6 @@ CASES = {
         "right must have no axis of size 0": without_an_axis("right", (1, 5, 2, 2)),
         r"top_k_weights must be .*\[T, K\].* \[?3, (1\]|K = 1)": both(ONES(3, 2)),
         r"top_k_weights must be .*\[T, K\].*; got .* \[3\]": both(ONES(3)),
-        # shapes
-        "in_factors and out_factors must have the same length": lambda: shape(out_factors=(2,)),
-        "in_factors must hold at least one factor": lambda: shape(in_factors=(), out_factors=()),
-        r"in_factors\[1\] must be at least 1; got 0": lambda: shape(in_factors=(2, 0)),
-        "max_bond must be at least 1; got 0": lambda: shape(max_bond=0),
-        "one entry per inner bond": lambda: shape(max_bond=(1, 2)),
-        "central must lie between 0 and the last of 2 cores = 1; got 2": lambda: shape(central=2),
-        r"product of its factors \[2, 2\] = 4; got 5": lambda: shape(in_features=5),
-        "out_features must lie between 1": lambda: shape(out_features=0),
-        "left must divide in_features = 768; got 100": lambda: MPOShape.separable(
-            768, 3072, left=100
-        ),
-        r"unknown: \['ranks'\]": lambda: MPOShape.from_dict({**shape().to_dict(), "ranks": 3}),
-        "num_experts must be at least 1": lambda: MPOShape.paper(8, 8).parameters(0),
-        "must be at least 1; got 0": lambda: MPOShape.paper(0, 3),
-        "out_features must lie between 1 and 1099511627776; got 922337203685477": lambda: (
-            MPOShape.separable(16, 2**63)
-        ),
-        "out_features must lie between 1 and 1099511627776; got 9223372036854775808": lambda: (
-            MPOShape.light(16, 2**63)
-        ),
-        "name must be 'separable', .*; got 'paper_x'": lambda: workload_shape("paper_x", 6, 6),
-        # decompositions
-        r"weight must be \[I, F\]": lambda: decompose(ONES(3, 3, 3), LIGHT),
-        "weight must be finite": [
-            lambda: decompose(torch.full((12, 12), torch.nan), LIGHT),
-            lambda: decompose(torch.full((12, 12), torch.inf), LIGHT),
-        ],
-        "gauge must be one of .*did you mean 'symmetric'": lambda: decompose(
-            ONES(12, 12), LIGHT, "symetric"
-        ),
-        r"weight must have values to decompose; .* on meta": lambda: decompose(
-            ONES(6, 6, device="meta"), SHAPE
-        ),
-        "weight must be a dense tensor; .* torch.sparse_coo": lambda: decompose(
-            torch.eye(6).to_sparse(), SHAPE
-        ),
-        "weight must hold its values": lambda: decompose(lost(ONES(6, 6)), SHAPE),
-        r"gauge 'identity' needs bonds equal .* core 0 of .* has 8, not 12": lambda: decompose(
-            ONES(96, 192), MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=8), "identity"
-        ),
-        "too large: with the gauge 'orthogonal' its": lambda: decompose(
-            ONES(6, 6) * 3e38, SHAPE, "orthogonal"
-        ),
         # cores and blocks
         r"cores\[0\] and cores\[1\] must share a bond": lambda: fold([CORES[0], CORES[1][1:]]),
         "central must lie between 0 and the last of 2 cores = 1; got 3": lambda: fold(
@@ -253,23 +209,9 @@ CASES = {
         ),
     },
     TypeError: {
+        "central must be an integer; got str 'x'": lambda: fold(CORES, "x"),
         "top_k_weights must (have|be of) a floating dtype": both(PAIRS),
         "top_k_weights must be a tensor": both([1.0] * 3),
-        # shapes
-        r"in_factors\[0\] must be an integer; got float 2.5": lambda: shape(in_factors=(2.5, 2)),
-        "in_factors must be a sequence of integers; got 3": lambda: shape(in_factors=3),
-        "max_bond must be None, an integer": lambda: shape(max_bond="big"),
-        r"max_bond\[0\] must be an integer; got float 1\.5": lambda: shape(max_bond=[1.5]),
-        "central must be an integer; got str 'x'": [
-            lambda: shape(central="x"),
-            lambda: fold(CORES, "x"),
-        ],
-        "in_features must be an integer; got str 'x'": lambda: shape(in_features="x"),
-        "an MPOShape is described by a mapping; got str 'x'": lambda: MPOShape.from_dict("x"),
-        "must be an integer; got str 'x'": lambda: MPOShape.paper("x", 3),
-        # decompositions
-        "weight must have a floating dtype": lambda: decompose(ONES(12, 12).long(), LIGHT),
-        "shape must be an MPOShape": lambda: decompose(ONES(12, 12), (12, 12)),
         # cores and blocks
         "cores must be a non-empty sequence": [lambda: fold(None), lambda: reconstruct(None)],
         "num_experts must be an integer; got str '2'": lambda: fold(CORES, 1, num_experts="2"),
@@ -382,12 +324,9 @@ def contracted(strategy, phase="forward"):
     return Contraction(strategy, dims, 1, 1, torch.float32, phase)
 
 
-@pytest.mark.parametrize(
-    "kind, message", [(kind, message) for kind, calls in CASES.items() for message in calls]
-)
-def test_refused(kind, message):
-    calls = CASES[kind][message]
-    for call in calls if isinstance(calls, list) else [calls]:
+@every_refusal(CASES)
+def test_refused(kind, message, calls):
+    for call in calls:
         refuses(kind, message, call)
 
 
@@ -404,7 +343,7 @@ def test_wrong_experts(kind):
         refuses((TypeError, ValueError), message, problem.OP, **fitting | change)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@either("autocast")
 def test_tensors_on_two_devices(autocast):
     blocks, where, rows, elsewhere = TWO, OFFSETS, torch.arange(3), route(PAIRS.to("meta"), 2)
     calls = {
@@ -433,10 +372,30 @@ def test_tensors_on_two_devices(autocast):
 def test_ops_called_directly_with_tensors_on_two_devices():
     """PyTorch sends such a call to the op's fake, which must not return uninitialised memory."""
     tensors = (X, ONE.left, ONE.central, ONE.right, OFFSETS[:2].to("meta"))
-    with pytest.raises(ValueError, match="needs its tensors on one device"):
-        torch.ops.mpoe.grouped_mpo_linear(*tensors, None, None, 6, 6, "none", "auto", "auto", False)
-    with pytest.raises(ValueError, match="needs its tensors on one device"):
-        torch.ops.mpoe.dispatch(X, OFFSETS[:2], torch.arange(3).to("meta"), PAIRS, "auto")
+    refuses(
+        ValueError,
+        "needs its tensors on one device",
+        torch.ops.mpoe.grouped_mpo_linear,
+        *tensors,
+        None,
+        None,
+        6,
+        6,
+        "none",
+        "auto",
+        "auto",
+        False,
+    )
+    refuses(
+        ValueError,
+        "needs its tensors on one device",
+        torch.ops.mpoe.dispatch,
+        X,
+        OFFSETS[:2],
+        torch.arange(3).to("meta"),
+        PAIRS,
+        "auto",
+    )
 
 
 def test_tracing_a_fold_is_refused_in_words():

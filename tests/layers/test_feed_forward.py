@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
 from mpoe import convert_to_mpoe
@@ -26,6 +27,7 @@ from mpoe.layers import (
 from mpoe.layers.cores import _grouped_mm_runs
 from mpoe.layers.feed_forward import _say_that_nothing_balances
 from tests.assertions import refuses
+from tests.cases import either
 
 # Covers eager PyTorch's own error in these dtypes, for sums of at most 2 x 60 products and two
 # gates.
@@ -104,9 +106,7 @@ def test_the_layer_is_the_loop(drawn):
         expected = by_hand(layer, x, mask)
     assert y.dtype == x.dtype
     scale = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-3)
-    torch.testing.assert_close(
-        y.double() / scale, expected / scale, rtol=0, atol=TOLERANCE[x.dtype]
-    )
+    assert_close(y.double() / scale, expected / scale, rtol=0, atol=TOLERANCE[x.dtype])
     valid = x.shape[0] if mask is None else int(mask.sum())
     load = routing.records[0].expert_load
     assert int(load.sum()) <= valid * layer.router.config.top_k
@@ -131,14 +131,14 @@ def test_gradients_are_those_of_the_loop(drawn):
         ["x", *dict(layer.named_parameters())], found, expected, strict=True
     ):
         scale = max(float(want.abs().max()) if want.numel() else 0.0, 1.0)
-        torch.testing.assert_close(
+        assert_close(
             got / scale, want / scale, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
     if mask is not None:
         assert bool((found[0][~mask] == 0).all())
 
 
-@pytest.mark.parametrize("own_bias", [False, True])
+@either("own_bias")
 @pytest.mark.parametrize(
     "rows, columns, dtype",
     [(10, 8, torch.float32), (8, 10, torch.float32), (8, 12, torch.float32), (8, 8, torch.float64)],
@@ -153,12 +153,12 @@ def test_grouped_dense_linear(own_bias, rows, columns, dtype):
     y = grouped_dense_linear(x, weight, torch.tensor([0, 3, 3, 8, 8], dtype=torch.int32), bias)
     of_expert = bias if own_bias else bias.expand(4, -1)
     expected = torch.cat([x[:3] @ weight[0] + of_expert[0], x[3:8] @ weight[2] + of_expert[2]])
-    torch.testing.assert_close(y[:8], expected)
+    assert_close(y[:8], expected)
     assert torch.equal(y[8:], torch.zeros(2, columns, dtype=dtype))
     grad = torch.randn_like(expected)
     found = torch.autograd.grad(y, inputs, torch.cat([grad, torch.ones_like(y[8:])]))
     for got, want in zip(found, torch.autograd.grad(expected, inputs, grad), strict=True):
-        torch.testing.assert_close(got, want)
+        assert_close(got, want)
 
 
 def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
@@ -194,14 +194,14 @@ def test_compiles_fullgraph_inside_and_outside_a_context(expert_type):
     whole = torch.compile(call, backend="aot_eager", fullgraph=True)
     y, load = call(x, mask)
     compiled_y, compiled_load = whole(x, mask)
-    torch.testing.assert_close(compiled_y, y)
+    assert_close(compiled_y, y)
     assert torch.equal(compiled_load, load)
     compiled_y.sum().backward()
     assert ffn.router.weight.grad is not None
     if torch.__version__ >= "2.13":  # torch 2.11 compiles whole models, not a layer inside a call
         layer = torch.compile(ffn, backend="aot_eager", fullgraph=True)
         with routing_context({"main": mask}) as routing:
-            torch.testing.assert_close(layer(x), y)
+            assert_close(layer(x), y)
         assert len(routing.records) == 1
     assert current_routing() is None
 
@@ -213,7 +213,7 @@ def test_autocast_with_float32_parameters():
         with torch.autocast("cpu", torch.bfloat16):
             y = ffn(x)
         assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y.float(), ffn(x), rtol=0.05, atol=0.02)
+        assert_close(y.float(), ffn(x), rtol=0.05, atol=0.02)
         y.float().sum().backward()
         assert ffn.experts.up.bias.grad.dtype == torch.float32
 
@@ -238,7 +238,7 @@ def test_random_weights_have_the_scale_of_their_projection(kind):
     assert [each.init_std for each in experts.children()] == [0.5, 0.02]
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@either("gated")
 def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated):
     config = MPOEConfig(num_experts=3)
     layer = MPOEFeedForward(
@@ -267,7 +267,7 @@ def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated):
         if gated
         else nn.functional.silu(layer.up(x))
     )
-    torch.testing.assert_close(layer(x), layer.down(u))  # experts begin as identities
+    assert_close(layer(x), layer.down(u))  # experts begin as identities
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(again(x), layer(x))
 
@@ -277,7 +277,7 @@ def test_one_expert_without_a_router_is_a_dense_network():
         MPOEFeedForward(8, 16, MPOEConfig(num_experts=1, moe_type="none", shape="hidden")),
         torch.randn(2, 3, 8),
     )
-    torch.testing.assert_close(layer(x), layer.down(layer.up(x).relu()))
+    assert_close(layer(x), layer.down(layer.up(x).relu()))
 
 
 def test_a_layer_that_trains_alone_says_that_nothing_balances_it():

@@ -8,7 +8,7 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
-from torch import Tensor, func, nn
+from torch import func, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +18,6 @@ from mpoe_kernels import available_backends, use_backend
 from tests.assertions import in_threads, refuses, torch_threads
 
 from .test_native_calls import I, made
-
-Layer = nn.Module
 
 
 def fused_step(layer):
@@ -147,7 +145,7 @@ def in_modes(layer, x):
 
 
 @torch.inference_mode()
-def in_inference(layer: Layer, x: Tensor) -> Tensor:
+def in_inference(layer, x):
     return layer(x).clone()
 
 
@@ -160,7 +158,6 @@ def in_a_fork(layer, x):
         )
         child.start()
         child.join()
-    assert child.exitcode is not None
     assert child.exitcode >= 0, f"signal {-child.exitcode} in a fork"
     return plainly(layer, x) if child.exitcode else y  # which refuses here too
 

@@ -9,11 +9,13 @@ import re
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward, TopKRouter, routing_context
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
+from tests.cases import either
 
 # What raises the error -> fields, and what the message says.
 REFUSED = {
@@ -230,7 +232,7 @@ def gshard(**values):
 
 
 @pytest.mark.parametrize("policy", ["all", "none", "threshold"])
-@pytest.mark.parametrize("raw", [False, True])
+@either("raw")
 def test_gating_by_hand(policy, raw):
     """Gates of the kept choices sum to 1, a lone one has the gradient of log p; dropped ones take
     no slot."""
@@ -247,12 +249,12 @@ def test_gating_by_hand(policy, raw):
     assert torch.equal(decision.top_k_index, index)
     assert torch.equal(decision.kept, kept)
     assert policy != "threshold" or 0 < int(second.sum()) < TOKENS
-    torch.testing.assert_close(decision.top_k_weights, gates)
+    assert_close(decision.top_k_weights, gates)
     found, wanted = (
         torch.autograd.grad((g * factors).sum(), router.weight)
         for g in (decision.top_k_weights, gates)
     )
-    torch.testing.assert_close(found, wanted)
+    assert_close(found, wanted)
     routing, used = router.route(decision, mask), kept & mask[:, None]
     assert torch.equal(routing.expert_load.long(), torch.bincount(index[used], minlength=EXPERTS))
     assert torch.equal(routing.slot_of_token >= 0, used)
@@ -302,7 +304,7 @@ def test_equal_experts_compute_one_network_whatever_is_kept(expert_type, policy)
         projection.load_weight_(alone.experts.projections()[kind].weight[0])
     x = torch.randn(3, 7, 24, requires_grad=True)
     y, expected = ffn(x), alone(x)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert_close(y, expected, rtol=1e-4, atol=1e-5)
     weights = torch.randn_like(y)
     (got,) = torch.autograd.grad((ffn(x) * weights).sum(), x)
     assert torch.isfinite(got).all()
@@ -331,7 +333,7 @@ def test_without_a_router(expert_type):
         torch.relu(x @ weights["up"] + ffn.experts.up.bias) @ weights["down"]
         + ffn.experts.down.bias
     )
-    torch.testing.assert_close(y, expected * mask[:, None], rtol=1e-4, atol=1e-5)
+    assert_close(y, expected * mask[:, None], rtol=1e-4, atol=1e-5)
     assert routing.records == []
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.testing import assert_close
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
@@ -14,6 +15,7 @@ from mpoe.layers.context import routing_context
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe_kernels import available_backends, experts, mixture, use_backend
 from tests.assertions import refuses
+from tests.cases import either
 
 pytestmark = pytest.mark.skipif(
     "native" not in available_backends(), reason="the native kernels are not built"
@@ -144,7 +146,7 @@ def test_the_same_bits_as_the_ops(
         want = by_ops(layer, x, mask)
         if kind == "hidden":
             close = 1e-5 if dtype == F32 else 3e-2
-            torch.testing.assert_close(layer(x, mask), want, rtol=close, atol=close)
+            assert_close(layer(x, mask), want, rtol=close, atol=close)
             return
         assert torch.equal(layer(x, token_mask=mask), want)
         with ExpertCache(10**9, [layer.experts] * (kind != "neurons")).in_use():
@@ -173,7 +175,7 @@ def test_what_runs(kind, calls):
 
 
 @every_kind
-@pytest.mark.parametrize("masked", [False, True])
+@either("masked")
 def test_records_are_those_of_the_ops(kind, masked):
     layer, x = made(kind), torch.randn(7, I)
     mask = torch.tensor([True] * 5 + [False] * 2) if masked else None
@@ -260,12 +262,12 @@ def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch):
 
     monkeypatch.setattr(mixture, "chosen_for", eager_for_down)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), by_ops(layer, x))
+        assert_close(layer(x), by_ops(layer, x))
     assert calls == []
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 300])
-@pytest.mark.parametrize("gated", [False, True])
+@either("gated")
 def test_the_result_takes_the_place_of_what_nobody_needs(gated, tokens):
     """Of a plain projection's rows; those that a hook, another module's result or a caller might
     hold stay."""
@@ -280,11 +282,11 @@ def test_the_result_takes_the_place_of_what_nobody_needs(gated, tokens):
         assert o.data_ptr() == u.data_ptr()
         handle = layer.up.register_forward_hook(lambda *_: None)
         before = layer.up(x)
-        torch.testing.assert_close(layer(x), want)
+        assert_close(layer(x), want)
         assert torch.equal(kept.pop()[0], before)
         handle.remove()
         layer.up = nn.Sequential(layer.up)
-        torch.testing.assert_close(layer(x), want)
+        assert_close(layer(x), want)
         assert torch.equal(kept.pop()[0], before)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
@@ -19,6 +20,7 @@ from mpoe.layers import (
 )
 from mpoe_kernels import MPOShape, neuron_experts
 from tests.assertions import refuses
+from tests.cases import either
 
 from ..models.tiny_models import dense_model
 from .test_native_calls import Dense, E, F, I, made
@@ -60,7 +62,7 @@ def added(module, x):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@either("gated")
 @pytest.mark.parametrize("latent", [None, 4])
 @pytest.mark.parametrize("top_k", [1, 2, E])
 @pytest.mark.parametrize(
@@ -80,12 +82,12 @@ def test_the_definition(gated, latent, top_k, gates):
         assert bool((module.router(torch.randn(4, I)).top_k_index == 3).any(1).all())
     x = torch.randn(2, 4, I, requires_grad=True)
     found, want = module(x), Dense.forward(module, x) + added(module, x.view(-1, I)).view(x.shape)
-    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    assert_close(found, want, rtol=1e-4, atol=1e-5)
     inputs, weight = [x, *module.parameters()], torch.randn(2, 4, I)
     mine, theirs = (
         torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (found, want)
     )
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_has_no_expert_and_is_not_counted():
@@ -245,9 +247,7 @@ def rms(tensor):
 def test_load_weight_copies_to_every_expert_and_measures(shape, gauge):
     cores, weight = MPOCores(shape, 3), torch.randn(24, 48)
     result = cores.load_weight_(weight, gauge)
-    torch.testing.assert_close(
-        cores.dense_weights(), weight.expand(3, 24, 48), rtol=1e-4, atol=1e-5
-    )
+    assert_close(cores.dense_weights(), weight.expand(3, 24, 48), rtol=1e-4, atol=1e-5)
     assert result.relative_error_bound < 1e-5
     assert len(result.local_errors) == shape.num_cores - 1
     for ratio, name in zip(cores.rate_ratios, cores.core_names(), strict=True):
@@ -274,7 +274,7 @@ def test_random_weights_have_the_wanted_scale_and_expected_ratios(shape):
     for k, core in enumerate(cores.cores()):
         if k != shape.central:  # an isometry
             columns = core[0].flatten(0, 2) if k < shape.central else core[0].flatten(1).T
-            torch.testing.assert_close(columns.T @ columns, torch.eye(columns.shape[1]))
+            assert_close(columns.T @ columns, torch.eye(columns.shape[1]))
     parametrize.register_parametrization(
         cores.auxiliary, "1", nn.Identity()
     )  # no parameter of the list any more
@@ -286,9 +286,9 @@ def test_mpo_linear_is_a_drop_in(shape):
     x = torch.randn(2, 5, 24)
     for linear in (nn.Linear(24, 48), nn.Linear(24, 48, bias=False), Conv1D(48, 24)):
         module = MPOLinear.from_linear(linear, shape)
-        torch.testing.assert_close(module(x), linear(x), rtol=1e-4, atol=1e-5)
+        assert_close(module(x), linear(x), rtol=1e-4, atol=1e-5)
         weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
-        torch.testing.assert_close(module.weight, weight, rtol=1e-4, atol=1e-5)
+        assert_close(module.weight, weight, rtol=1e-4, atol=1e-5)
         assert (module.in_features, module.out_features) == (24, 48)
         assert (module.bias is None) == (linear.bias is None)
 
@@ -298,11 +298,11 @@ def test_mpo_embedding_is_a_drop_in_with_a_padded_vocabulary():
     module = MPOEmbedding.from_embedding(embedding)
     assert (module.num_embeddings, module.embedding_dim) == (101, 24)
     ids = torch.randint(0, 101, (3, 7))
-    torch.testing.assert_close(module(ids), embedding(ids), rtol=1e-4, atol=1e-5)
+    assert_close(module(ids), embedding(ids), rtol=1e-4, atol=1e-5)
     x = torch.randn(3, 24)
-    torch.testing.assert_close(module.logits(x), x @ embedding.weight.T, rtol=1e-4, atol=1e-4)
+    assert_close(module.logits(x), x @ embedding.weight.T, rtol=1e-4, atol=1e-4)
     assert module.logits(x).shape == (3, 101)
-    torch.testing.assert_close(module.weight, embedding.weight, rtol=1e-4, atol=1e-5)
+    assert_close(module.weight, embedding.weight, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_row_gets_no_gradient():
@@ -337,7 +337,7 @@ def test_called_as_nn_linear(values, named):
     assert (layer.in_features, layer.out_features) == (like.in_features, like.out_features)
     assert layer.weight.shape == like.weight.shape
     assert (layer.bias is None) == (like.bias is None)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_random_weights_are_as_large_as_those_of_nn_linear():

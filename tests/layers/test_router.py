@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe.config import RouterConfig
@@ -17,6 +18,7 @@ from mpoe.layers.losses import count_choices
 from mpoe.layers.router import float32_logits, logits_of_low_precision
 from mpoe_kernels import available_backends, use_backend
 from tests.assertions import refuses
+from tests.cases import either, in_two_dtypes
 
 
 def test_top1_gate_is_one_with_the_gradient_of_log_p():
@@ -28,12 +30,12 @@ def test_top1_gate_is_one_with_the_gradient_of_log_p():
     got = router.weight.grad.clone()
     router.weight.grad = None
     torch.log_softmax(router(x).logits, -1).max(-1).values.sum().backward()
-    torch.testing.assert_close(got, router.weight.grad)
+    assert_close(got, router.weight.grad)
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("raw", [True, False])
-@pytest.mark.parametrize("corrected", [True, False])
+@either("recorded")
+@either("raw")
+@either("corrected")
 @pytest.mark.parametrize("factor", [None, 2.5])
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_scores_scales_and_corrections_by_hand(scoring, factor, corrected, raw, recorded):
@@ -46,22 +48,22 @@ def test_scores_scales_and_corrections_by_hand(scoring, factor, corrected, raw, 
         router.e_score_correction_bias.copy_(correction)
     with torch.set_grad_enabled(recorded):
         found = router(x)
-    torch.testing.assert_close(found.logits, x @ router.weight.T)
+    assert_close(found.logits, x @ router.weight.T)
     scores = found.logits.sigmoid() if scoring == "sigmoid" else found.logits.softmax(-1)
     assert torch.equal(found.top_k_index, (scores + correction).topk(2).indices)
     chosen = scores.gather(-1, found.top_k_index)
     wanted = chosen if raw else chosen / chosen.sum(-1, keepdim=True)
-    torch.testing.assert_close(found.top_k_weights, wanted * (factor or 1.0))
+    assert_close(found.top_k_weights, wanted * (factor or 1.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_two_dtypes
 def test_router_computes_in_float32_under_autocast(dtype):
     router = TopKRouter(64, 4)
     x = torch.randn(20, 64).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         out = router(x)
     assert out.logits.dtype == out.top_k_weights.dtype == torch.float32
-    torch.testing.assert_close(out.logits, x.float() @ router.weight.T)
+    assert_close(out.logits, x.float() @ router.weight.T)
     assert router.bfloat16()(x.bfloat16()).logits.dtype == torch.float32
 
 
@@ -117,10 +119,10 @@ def test_losses_by_hand(valid, padding):
         (load_balancing_loss(given, index, mask), balance),
         (router_z_loss(given, mask), z),
     ):
-        torch.testing.assert_close(found, want if valid else torch.zeros(2))
+        assert_close(found, want if valid else torch.zeros(2))
         (gradient,) = torch.autograd.grad(found.sum(), given)
         assert not gradient[:, ~mask].any()
-        torch.testing.assert_close(gradient[:, mask], torch.autograd.grad(want.sum(), kept)[0])
+        assert_close(gradient[:, mask], torch.autograd.grad(want.sum(), kept)[0])
 
 
 def test_bad_shapes():
@@ -142,7 +144,7 @@ def test_losses_of_parts_with_the_choices_of_all_average_to_the_whole():
     for part in (slice(0, 3), slice(3, 9)):
         share = mask[part].sum() / mask.sum()
         total += share * load_balancing_loss(logits[:, part], index[:, part], mask[part], whole)
-    torch.testing.assert_close(total, load_balancing_loss(logits, index, mask))
+    assert_close(total, load_balancing_loss(logits, index, mask))
     local = [
         load_balancing_loss(logits[:, part], index[:, part], mask[part])
         for part in (slice(0, 3), slice(3, 9))
@@ -186,15 +188,13 @@ def test_a_router_decides_as_pytorch_does(sizes, top_k, raw, dtypes, seed):
         found = router(x)
     with use_backend("eager"):
         wanted = router(x)
-    torch.testing.assert_close(found.logits, wanted.logits.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        found.top_k_weights, wanted.top_k_weights.detach(), rtol=1e-5, atol=1e-6
-    )
+    assert_close(found.logits, wanted.logits.detach(), rtol=1e-5, atol=1e-5)
+    assert_close(found.top_k_weights, wanted.top_k_weights.detach(), rtol=1e-5, atol=1e-6)
     chosen, theirs = (
         found.logits.gather(-1, found.top_k_index),
         wanted.logits.gather(-1, wanted.top_k_index),
     )
-    torch.testing.assert_close(chosen, theirs.detach(), rtol=1e-5, atol=1e-5)
+    assert_close(chosen, theirs.detach(), rtol=1e-5, atol=1e-5)
     assert all(len(set(row)) == len(row) for row in found.top_k_index.tolist())
 
 
@@ -202,14 +202,14 @@ def test_a_router_decides_as_pytorch_does(sizes, top_k, raw, dtypes, seed):
 def test_equal_and_infinite_logits():
     found = TopKRouter(5, 6, RouterConfig(top_k=3, init_scale=0.0))(torch.randn(4, 5))
     assert found.top_k_index.tolist() == [[0, 1, 2]] * 4  # the first of equals
-    torch.testing.assert_close(found.top_k_weights, torch.full((4, 3), 1 / 3))
+    assert_close(found.top_k_weights, torch.full((4, 3), 1 / 3))
     router = TopKRouter(1, 3, RouterConfig(top_k=2))
     router.weight.copy_(torch.tensor([[-float("inf")], [1.0], [-float("inf")]]))
     found = router(torch.ones(1, 1))
     assert (found.top_k_index.tolist(), found.top_k_weights.tolist()) == ([[1, 0]], [[1.0, 0.0]])
 
 
-@pytest.mark.parametrize("raw", [False, True])
+@either("raw")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("top_k", [1, 3])
 @torch.no_grad()
@@ -285,7 +285,7 @@ def test_native_products_and_gradients(tokens, features, experts, dtypes, frozen
     logits = float32_logits(x, weight, "native")
     logits.backward(grad)
     want = x.detach().double() @ weight.detach().double().t()
-    torch.testing.assert_close(logits.detach().double(), want, rtol=1e-5, atol=1e-5)
+    assert_close(logits.detach().double(), want, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(float32_logits(x, weight, "native"), logits)
     assert (x.grad is None) == (frozen == "tokens")
@@ -295,18 +295,18 @@ def test_native_products_and_gradients(tokens, features, experts, dtypes, frozen
         (weight.grad, grad.double().t() @ x.double()),
     ):
         if got is not None:
-            torch.testing.assert_close(
+            assert_close(
                 got, value.to(got.dtype), rtol=2e-2 if got.dtype in LOW else 1e-5, atol=1e-4
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@in_two_dtypes
 def test_second_derivatives_and_transforms(dtype):
     x, weight = problem(dtype, dtype)
     first = torch.autograd.grad(float32_logits(x, weight).square().sum(), x, create_graph=True)[0]
     assert torch.autograd.grad(first.float().square().sum(), weight)[0].isfinite().all()
     each = torch.func.vmap(lambda rows: float32_logits(rows, weight))(torch.stack([x, x]))
-    torch.testing.assert_close(each[1], float32_logits(x, weight))
+    assert_close(each[1], float32_logits(x, weight))
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "tokens"])
@@ -334,7 +334,7 @@ class Recorded(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@either("grad")
 @pytest.mark.parametrize(
     "dtype, weight_dtype, copies",
     [
@@ -372,7 +372,7 @@ def test_what_a_gpu_computes_is_as_exact_as_float32(weight_dtype, monkeypatch):
     grad = torch.randn(TOKENS, EXPERTS)
     wanted = x.double() @ weight.double().T
     (of_weight,) = torch.autograd.grad(wanted, weight, grad.double())
-    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close = partial(assert_close, rtol=1e-5, atol=1e-5)
     close(logits_of_low_precision(x, weight).double(), wanted)
     monkeypatch.setattr(router_module, "_on_gpu", lambda _: True)
     close(torch.autograd.grad(float32_logits(x, weight, "eager"), weight, grad)[0], of_weight)

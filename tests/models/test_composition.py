@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from mpoe import MPOEConfig, RouterConfig, compose
 from mpoe.models.composition import (
@@ -62,7 +63,7 @@ def test_dense_experts_are_the_fine_tunes(family):
             inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
         with forced(mixture, number):
             sent = outputs(mixture, inputs)
-        torch.testing.assert_close(sent, outputs(fine_tune, inputs), rtol=1e-4, atol=1e-5)
+        assert_close(sent, outputs(fine_tune, inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_what_lies_outside_the_experts_is_the_mean():
@@ -71,7 +72,7 @@ def test_what_lies_outside_the_experts_is_the_mean():
     mixture = compose(base, [one, two])
     name = "model.layers.0.self_attn.q_proj.weight"
     of = [dict(model.named_parameters())[name] for model in (mixture, one, two)]
-    torch.testing.assert_close(of[0], (of[1] + of[2]) / 2)
+    assert_close(of[0], (of[1] + of[2]) / 2)
     assert torch.equal(compose(base, [one, one, one]).get_parameter(name), of[1])
 
 
@@ -124,7 +125,7 @@ def test_a_router_is_the_discriminant_of_the_statistics():
     means = torch.stack([x.mean(0) for x in rows])
     found = router_weight([statistics_of(x) for x in rows], "h")
     wanted = 9 * (means - means.mean(0)) @ every.inverse()
-    torch.testing.assert_close(found, wanted)
+    assert_close(found, wanted)
 
 
 def test_the_preferred_class_gets_as_much_more():
@@ -137,11 +138,9 @@ def test_the_preferred_class_gets_as_much_more():
         for preference in (0.0, 2.0)
     }
     more = rows[2] @ (routers[2.0] - routers[0.0]).mT / 3  # one of three classes
-    torch.testing.assert_close(
-        more, torch.tensor([0.0, 0.0, 2.0]).double().expand(50, 3), atol=0.1, rtol=0
-    )
+    assert_close(more, torch.tensor([0.0, 0.0, 2.0]).double().expand(50, 3), atol=0.1, rtol=0)
     without_none = solve_routers(classes, ["h"], none=False, preference=2.0)["h"]
-    torch.testing.assert_close(without_none, router_weight(classes, "h", LOGITS / 3**1.5))
+    assert_close(without_none, router_weight(classes, "h", LOGITS / 3**1.5))
 
 
 def test_pooled_statistics_weigh_texts_alike():
@@ -149,13 +148,9 @@ def test_pooled_statistics_weigh_texts_alike():
     texts."""
     rows = [(torch.randn(count, 6) + number).double() for number, count in enumerate((50, 400))]
     pooled = pooled_statistics([statistics_of(x) for x in rows])
-    torch.testing.assert_close(
-        pooled["h.mean"].double(), torch.stack([x.mean(0) for x in rows]).mean(0)
-    )
+    assert_close(pooled["h.mean"].double(), torch.stack([x.mean(0) for x in rows]).mean(0))
     moment = torch.stack([x.mT @ x / len(x) for x in rows]).mean(0)
-    torch.testing.assert_close(
-        _second_moment(pooled, "h"), moment, rtol=2e-3, atol=2e-3
-    )  # vectors in 16 bits
+    assert_close(_second_moment(pooled, "h"), moment, rtol=2e-3, atol=2e-3)  # vectors in 16 bits
 
 
 def test_a_mask_of_other_tokens_hides_none():

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from mpoe import (
@@ -155,13 +156,11 @@ def test_statistics_of_full_rank_are_exact_and_without_padding():
     hook.remove()
     assert model.training
     x = seen["x"][inputs["attention_mask"].bool()].double()
-    torch.testing.assert_close(statistics[f"{name}.mean"].double(), x.mean(0), rtol=1e-5, atol=1e-5)
+    assert_close(statistics[f"{name}.mean"].double(), x.mean(0), rtol=1e-5, atol=1e-5)
     moment = _second_moment(statistics, name)
-    torch.testing.assert_close(
-        moment, x.T @ x / len(x), rtol=2e-3, atol=2e-3 * float(moment.abs().max())
-    )
+    assert_close(moment, x.T @ x / len(x), rtol=2e-3, atol=2e-3 * float(moment.abs().max()))
     sketch = _second_moment(collect_statistics(model, [inputs], rank=3), name)
-    torch.testing.assert_close(sketch.diagonal(), moment.diagonal(), rtol=2e-3, atol=2e-3)
+    assert_close(sketch.diagonal(), moment.diagonal(), rtol=2e-3, atol=2e-3)
     one = {f"{name}.{part}": statistics[f"{name}.{part}"] for part in ("mean", "vectors", "values")}
     refuses(
         ValueError,
@@ -247,7 +246,7 @@ def test_gates_sum_to_one(domains):
     mixture = compose_experts(domains.base, [expert, twin], none=False, top_k=2)
     ids = domain(0)[0]["input_ids"]
     want = start_expert(domains.base, expert=expert).eval()(input_ids=ids).logits
-    torch.testing.assert_close(mixture(input_ids=ids).logits, want, rtol=1e-3, atol=1e-3)
+    assert_close(mixture(input_ids=ids).logits, want, rtol=1e-3, atol=1e-3)
 
 
 def test_an_encoder_decoders_background_is_the_packaged_text(

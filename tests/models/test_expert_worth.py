@@ -4,6 +4,7 @@ refusals."""
 import copy
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -287,37 +288,13 @@ def test_held_out_texts_are_not_fitted(adapter, monkeypatch):
 
 def test_fits_that_are_refused(adapter):
     base, merged = adapter.base, adapter.merged
-    refuses(
-        ValueError,
-        r"'law' must keep 80% of its gain as 1 neurons; it keeps -?\d+%: base",
-        fit_adapter,
-        base,
-        merged,
-        texts(),
-        "law",
-        neurons=1,
-        steps=2,
-    )
-    refuses(
-        ValueError,
-        "'law' must be better than the base on its texts",
-        fit_adapter,
-        base,
-        copy.deepcopy(base),
-        texts(),
-        "law",
-        neurons=1,
-    )
-    refuses(
-        ValueError,
-        "batches must be at least two, of which one is held out; got 1",
-        fit_adapter,
-        base,
-        merged,
-        texts()[:1],
-        "law",
-        neurons=1,
-    )
+    for message, model, given in (
+        (r"'law' must keep 80% of its gain as 1 neurons; it keeps -?\d+%: base", merged, texts()),
+        ("'law' must be better than the base on its texts", copy.deepcopy(base), texts()),
+        ("batches must be at least two, of which one is held out; got 1", merged, texts()[:1]),
+    ):
+        fit_one = partial(fit_adapter, base, model, given, "law", neurons=1, steps=2)
+        refuses(ValueError, message, fit_one)
 
 
 def saved(base, folder, **config):
@@ -385,48 +362,27 @@ def test_other_bases_are_refused(domains):
 
 def test_compositions_that_are_refused(domains, tmp_path):
     def compose(experts, **options):
-        return compose_experts(
-            domains.base, experts, **{"background": domains.background, **options}
-        )
+        given = {"background": domains.background, **options}
+        return compose_experts(domains.base, experts, **given)
 
-    refuses(
-        ValueError,
-        "experts must differ; 'domain0' is there twice",
-        compose,
-        [domains.files[0], domains.files[1], domains.files[0]],
-    )
+    files = domains.files
+    repeated = "experts must differ; 'domain0' is there twice"
+    refuses(ValueError, repeated, compose, [*files, files[0]])
     for experts in ([], "ab", None):
         refuses(ValueError, "experts must be a list", compose, experts)
-    refuses(
-        ValueError,
-        "one tokenizer; the vocabularies of the tokenizer and expert 'domain0'",
-        compose,
-        domains.files,
-        tokenizer=tokenizer(7),
-    )
-    refuses(TypeError, "tokenizer must be", compose, domains.files, tokenizer=3)
     save_expert(stirred(start_expert(domains.base, 4)), tmp_path / "bare.expert")
-    refuses(
-        ValueError,
-        "'bare' must hold statistics",
-        compose,
-        [*domains.files, tmp_path / "bare.expert"],
-    )
-    refuses(
-        ValueError,
-        "background must be batches or statistics, or tokenizer",
-        compose,
-        domains.files,
-        background=None,
-    )
-    refuses(ValueError, "top_k must be at most", compose, domains.files, top_k=4)
-    refuses(
-        ValueError,
-        "background must hold mean",
-        compose,
-        domains.files,
-        background={"x": torch.ones(2)},
-    )
+    bare = [*files, tmp_path / "bare.expert"]
+    refuses(ValueError, "'bare' must hold statistics", compose, bare)
+    refuses(TypeError, "tokenizer must be", compose, files, tokenizer=3)
+    for message, options in {
+        "one tokenizer; the vocabularies of the tokenizer and expert 'domain0'": {
+            "tokenizer": tokenizer(7)
+        },
+        "background must be batches or statistics, or tokenizer": {"background": None},
+        "top_k must be at most": {"top_k": 4},
+        "background must hold mean": {"background": {"x": torch.ones(2)}},
+    }.items():
+        refuses(ValueError, message, compose, files, **options)
 
 
 def test_saves_that_are_refused(tmp_path):
@@ -440,35 +396,16 @@ def test_saves_that_are_refused(tmp_path):
         refuses(TypeError, "model must have one expert", save_expert, odd, file)
     refuses(TypeError, "path must be the path of a file", save_expert, model, 3)
     for path in (tmp_path, tmp_path / "absent/an.expert"):
-        refuses(
-            ValueError, "path must be of a file in a folder that is there", save_expert, model, path
-        )
-    refuses(
-        TypeError,
-        "training must hold what JSON can",
-        save_expert,
-        model,
-        file,
-        training={"x": base},
-    )
-    refuses(
-        TypeError,
-        "training must hold what JSON can",
-        save_expert,
-        model,
-        file,
-        training={"loss": float("nan")},
-    )
-    refuses(
-        TypeError,
-        "training must be a mapping of facts; got int",
-        save_expert,
-        model,
-        file,
-        training=3,
-    )
-    refuses(TypeError, "statistics must be a mapping", save_expert, model, file, statistics=[1])
-    refuses(TypeError, "tokenizer must be a tokenizer", save_expert, model, file, tokenizer="a")
+        message = "path must be of a file in a folder that is there"
+        refuses(ValueError, message, save_expert, model, path)
+    for message, options in (
+        ("training must hold what JSON can", {"training": {"x": base}}),
+        ("training must hold what JSON can", {"training": {"loss": float("nan")}}),
+        ("training must be a mapping of facts; got int", {"training": 3}),
+        ("statistics must be a mapping", {"statistics": [1]}),
+        ("tokenizer must be a tokenizer", {"tokenizer": "a"}),
+    ):
+        refuses(TypeError, message, save_expert, model, file, **options)
     next(iter(neuron_modules(model).values())).experts.up.data[0, 0, 0] = float("nan")
     refuses(ValueError, "finite weights", save_expert, model, file)
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@ be exact."""
 
 import math
 import os
+import re
 import sys
 
 import pytest
@@ -18,6 +19,7 @@ from mpoe.data.stand_in_models import load_stand_in
 from mpoe.models.export import as_stock, check_export, padded_size, server_notes
 from mpoe.models.walk import neuron_modules
 from tests.assertions import differing, refuses, run_python
+from tests.cases import in_two_dtypes
 
 from .tiny_models import tiny_model
 
@@ -147,7 +149,7 @@ def test_the_stock_class_computes_the_same(model_type, to, changes, options, tmp
     assert torch.equal(model(IDS).logits, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_two_dtypes
 @torch.no_grad()
 def test_every_number_of_neurons(dtype):
     """The stock class's default kernels take rows of certain sizes alone."""
@@ -380,9 +382,9 @@ WHOLE = {"shape": "separable"}
     ],
 )
 def test_what_would_not_be_exact_is_refused(model_type, to, changes, options, words):
-    with pytest.raises(ValueError) as caught:
-        merge_experts(neurons(model_type, changes, **options), as_=to)
-    assert words in str(caught.value)
+    refuses(
+        ValueError, re.escape(words), merge_experts, neurons(model_type, changes, **options), as_=to
+    )
 
 
 def test_projections_that_are_no_plain_linear_layers():

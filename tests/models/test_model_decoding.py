@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from mpoe_bench.cases import relative_error
+from torch.testing import assert_close
 
 from mpoe import MPOEConfig, RouterConfig, load_mpoe
 from mpoe.layers import MPOEFeedForward, MPOExperts, current_routing, routing_context
@@ -18,7 +19,7 @@ from mpoe.layers.expert_cache import ExpertCache, full_weights_pay
 from mpoe.models.kept_weights import dense_bytes, kept_while_generating
 from mpoe_kernels import MPOShape
 from tests.assertions import in_threads, refuses
-from tests.cases import pairwise
+from tests.cases import either, in_two_dtypes, pairwise
 
 from .tiny_models import FAMILIES, MASK, batch, stirred
 
@@ -234,7 +235,7 @@ def test_nothing_of_weights_that_may_not_be_kept(change, converted, made):
     assert made == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_two_dtypes
 def test_the_bound_is_the_size_of_the_dense_layers(dtype, converted):
     assert (
         dense_bytes(experts(converted("llama", **LIGHT).to(dtype)))
@@ -282,7 +283,7 @@ def plain(ffn, x, mask=None):
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gated", [False, True])
+@either("gated")
 @pytest.mark.parametrize("shape", ["paper", "separable"])
 def test_same_results(shape, gated, dtype):
     ffn = feed_forward(shape, gated, top_k=2).to(dtype)
@@ -312,7 +313,7 @@ def test_layers_share_the_bound_and_the_first_one_stays():
             for ffn in (first, second, first, other):
                 x = torch.randn(40, 24)
                 found, want = ffn(x), plain(ffn, x)
-                torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+                assert_close(found, want, rtol=1e-4, atol=1e-5)
                 assert (ffn is first and not short) or torch.equal(found, want)
                 assert cache.reserved <= cache.max_bytes
             assert built(cache) == (0 if short else EXPERTS)
@@ -365,17 +366,17 @@ def test_dropout_another_dtype_and_compiled_graphs_use_the_cores():
         torch._dynamo.reset()
         found = torch.compile(ffn, backend="aot_eager", fullgraph=True)(x)
         assert cache.layers == {}
-        torch.testing.assert_close(found, plain(ffn, x))
+        assert_close(found, plain(ffn, x))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             lowered = ffn(x)
         assert lowered.dtype == torch.bfloat16
         reserved = cache.reserved
-        torch.testing.assert_close(ffn(x), plain(ffn, x))
+        assert_close(ffn(x), plain(ffn, x))
         assert cache.reserved == reserved
         assert relative_error(lowered, plain(ffn, x)) < 4 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_two_dtypes
 def test_where_full_weights_pay(dtype):
     """Costly to rebuild: yes. Contracted at no more than a dense layer's cost: no, at any size."""
     costly = [MPOShape.paper(768, 3072), MPOShape.light(768, 3072, 64)]

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mpoe import RouterConfig
@@ -36,9 +37,9 @@ def test_padding_is_neither_routed_nor_counted(family, shape, converted):
     other = dict(inputs, input_ids=torch.where(MASK.bool(), inputs["input_ids"], 7))
     again = model(**other)
     assert torch.equal(again.expert_load, out.expert_load)
-    torch.testing.assert_close(again.aux_loss, out.aux_loss, rtol=1e-6, atol=0)
+    assert_close(again.aux_loss, out.aux_loss, rtol=1e-6, atol=0)
     rows, more = (text_rows(result(o), inputs) for o in (out, again))
-    torch.testing.assert_close(rows, more, rtol=1e-5, atol=1e-5)
+    assert_close(rows, more, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -68,8 +69,8 @@ def test_auxiliary_loss_by_hand(converted):
         valid = logits[mask.reshape(-1)]
         index = valid.topk(2).indices
         expected = expected + 0.03 * load_balancing_loss(valid, index) + 0.2 * router_z_loss(valid)
-    torch.testing.assert_close(out.aux_loss, expected)
-    torch.testing.assert_close(out.loss, out.task_loss + out.aux_loss)
+    assert_close(out.aux_loss, expected)
+    assert_close(out.loss, out.task_loss + out.aux_loss)
     out.loss.backward()
     assert all(
         m.router.weight.grad.abs().sum() > 0 for m in model.modules() if hasattr(m, "router")
@@ -79,7 +80,7 @@ def test_auxiliary_loss_by_hand(converted):
 def test_tuple_output_starts_like_the_dense_one(converted):
     dense, model, inputs = dense_model("gpt2"), converted("gpt2"), batch("gpt2")
     a, b = dense(**inputs, return_dict=False), model(**inputs, return_dict=False)
-    torch.testing.assert_close(a[1][MASK.bool()], b[1][MASK.bool()], rtol=1e-4, atol=1e-4)
+    assert_close(a[1][MASK.bool()], b[1][MASK.bool()], rtol=1e-4, atol=1e-4)
     positional = model(inputs["input_ids"], None, inputs["attention_mask"])
     assert positional.expert_load.sum(1).tolist() == [int(MASK.sum())] * 2
 
@@ -95,7 +96,7 @@ def test_auxiliary_loss_is_averaged_over_micro_batches(converted):
     model, inputs = converted("gpt2"), batch("gpt2")
     items = int(inputs["labels"][:, 1:].ne(-100).sum())
     out = model(**inputs, num_items_in_batch=torch.tensor(2 * items))
-    torch.testing.assert_close(out.loss - out.task_loss, out.aux_loss / 2)
+    assert_close(out.loss - out.task_loss, out.aux_loss / 2)
     assert converted("t5").accepts_loss_kwargs is False
     assert model.accepts_loss_kwargs is True
 
@@ -156,9 +157,7 @@ def test_checkpointing_gives_the_same_gradients(family, reentrant, converted):
     assert len(out.router_logits) == len(plain.router_logits)
     for name, parameter in model.named_parameters():
         if name in expected:
-            torch.testing.assert_close(
-                parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name
-            )
+            assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_users_checkpoint_contexts_run_too(converted):
@@ -206,12 +205,12 @@ def test_training_steps_compile_fullgraph(family, backend, converted):
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, twin)]
     for _ in range(2):
         expected, found = model(**inputs), compiled(**inputs)
-        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-4)
+        assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.expert_load, expected.expert_load)
         for output in (expected, found):
             output.loss.backward()
         for (name, eager), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(
+            assert_close(
                 other.grad, eager.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
         for optimizer in optimizers:
@@ -243,9 +242,7 @@ def test_decoding_steps_compile(family, shape, converted):
     model.forward = torch.compile(model.forward, fullgraph=True)
     found = model.generate(**call)
     assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(
-        torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4
-    )
+    assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
@@ -261,7 +258,7 @@ def test_concurrent_calls_keep_their_masks_apart(converted):
     for results, expected in zip(in_threads(3, work), alone, strict=True):
         for found in results:
             assert torch.equal(found.expert_load, expected.expert_load)
-            torch.testing.assert_close(found.logits, expected.logits)
+            assert_close(found.logits, expected.logits)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from mpoe import load_mpoe, merge_experts
 from mpoe.layers import MPOEFeedForward
@@ -53,7 +54,7 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
     adapted = peft.get_peft_model(
         copy.deepcopy(base), core_config(family, modules_to_save=["router"])
     )
-    torch.testing.assert_close(logits(adapted, inputs), before)
+    assert_close(logits(adapted, inputs), before)
     losses = fit(adapted, [inputs] * 3)
     assert losses[-1] < losses[0]
     after = logits(adapted, inputs)
@@ -66,7 +67,7 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
         stem = name.removesuffix(".base_layer")
         assert sum(m.startswith(f"{stem}.") for m in moved) == cores.shape.num_cores
     with adapted.disable_adapter():
-        torch.testing.assert_close(logits(adapted, inputs), before)
+        assert_close(logits(adapted, inputs), before)
 
     adapted.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter/model.safetensors").exists()
@@ -76,7 +77,7 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
     merged = loaded.merge_and_unload(safe_merge=True)
     assert type(merged) is type(base)
     assert list(merged.state_dict()) == list(state)
-    torch.testing.assert_close(logits(merged, inputs), after, rtol=1e-4, atol=1e-4)
+    assert_close(logits(merged, inputs), after, rtol=1e-4, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(load_mpoe(tmp_path / "merged"), inputs), logits(merged, inputs))
 
@@ -102,11 +103,11 @@ def test_an_adapted_expert_is_its_cores_plus_the_product(rooted, scale, converte
         a, b = layer.lora_A["default"][key], layer.lora_B["default"][key]
         d, i, j, d_next = plain.shape[-4:]
         assert b.shape[-2:] == (d * i, min(3, d * i, j * d_next))
-        torch.testing.assert_close(core, plain + (scale * b @ a).reshape(plain.shape))
+        assert_close(core, plain + (scale * b @ a).reshape(plain.shape))
     layer.merge()
     merged = layer.dense_weights()
     layer.unmerge()
-    torch.testing.assert_close(merged, layer.dense_weights(), rtol=1e-4, atol=1e-4)
+    assert_close(merged, layer.dense_weights(), rtol=1e-4, atol=1e-4)
     refuses(
         ValueError,
         "r must be at least 1; got 0",
@@ -139,7 +140,7 @@ def test_dense_experts_are_parameters_that_peft_knows(converted, tmp_path):
         target_parameters=[f"experts.{k}.weight" for k in ("up", "gate_proj", "down")],
     )
     adapted = peft.get_peft_model(copy.deepcopy(base), config)
-    torch.testing.assert_close(logits(adapted, inputs), before, rtol=1e-4, atol=1e-4)
+    assert_close(logits(adapted, inputs), before, rtol=1e-4, atol=1e-4)
     losses = fit(adapted, [inputs] * 3)
     assert losses[-1] < losses[0]
     moved = [
@@ -151,10 +152,8 @@ def test_dense_experts_are_parameters_that_peft_knows(converted, tmp_path):
     after = logits(adapted, inputs)
     adapted.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    torch.testing.assert_close(logits(loaded, inputs), after, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        logits(loaded.merge_and_unload(), inputs), after, rtol=1e-4, atol=1e-4
-    )
+    assert_close(logits(loaded, inputs), after, rtol=1e-4, atol=1e-4)
+    assert_close(logits(loaded.merge_and_unload(), inputs), after, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

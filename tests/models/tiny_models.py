@@ -3,7 +3,6 @@ of domains."""
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
@@ -223,7 +222,7 @@ KEPT = {
 }
 every_kind = pytest.mark.parametrize("kind", KEPT)
 # With a gate and without by turns, so that by default every kind meets both.
-KEPT_FAMILIES = ("t5", "t5_gated", "gpt2", "llama", "bert_mlm", "phi3")
+KEPT_FAMILIES = "t5 t5_gated gpt2 llama bert_mlm phi3".split()
 every_model = pytest.mark.parametrize("family, kind", pairwise(KEPT_FAMILIES, list(KEPT)))
 
 
@@ -253,7 +252,7 @@ def stirred(model):
     return model
 
 
-def fit(model: Any, batches: list[dict[str, torch.Tensor]], rate: float = 0.02) -> list[float]:
+def fit(model, batches, rate=0.02):
     """A step of AdamW for each batch; returns the losses."""
     optimizer, losses = (
         torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], rate),
@@ -279,7 +278,7 @@ few_records = functools.cache(
 )
 
 
-def shorten_documentation(patch: pytest.MonkeyPatch) -> None:
+def shorten_documentation(patch):
     """Reading all of it takes seconds, which tests/data spends."""
     patch.setattr(documentation, "_corpus", few_records)
     patch.setattr(embedded_tasks, "_modules", embedded_tasks._modules.__wrapped__)
@@ -289,15 +288,15 @@ DOMAIN = 15  # tokens of each domain, from its number times this on
 M = 32
 
 
-def tokenizer(words: int = VOCABULARY) -> Any:
-    def encode(text: str, verbose: bool = True) -> dict[str, list[int]]:
+def tokenizer(words=VOCABULARY):
+    def encode(text, verbose=True):
         return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
 
     encode.get_vocab = lambda: {f"w{i}": i for i in range(words)}
     return encode
 
 
-def domain(number: int, seed: int = 0, rows: int = 32) -> list[dict[str, torch.Tensor]]:
+def domain(number, seed=0, rows=32):
     """Texts of one domain: every token is followed by a fixed one of the same domain, or, one in
     five, by any."""
     generator = torch.Generator().manual_seed(100 * number + seed)
@@ -310,12 +309,12 @@ def domain(number: int, seed: int = 0, rows: int = 32) -> list[dict[str, torch.T
     return [{"input_ids": part, "labels": part} for part in ids.split(16)]
 
 
-def lessons(number: int, rounds: int) -> list[dict[str, torch.Tensor]]:
+def lessons(number, rounds):
     """What an expert of a domain is trained on."""
     return [each for turn in range(rounds) for each in domain(number, seed=turn % 8)]
 
 
-def language_model() -> Any:
+def language_model():
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 32,
@@ -335,5 +334,5 @@ def language_model() -> Any:
 
 
 @torch.no_grad()
-def loss(model: Any, number: int) -> float:
+def loss(model, number):
     return sum(float(model.eval()(**each).loss) for each in domain(number, seed=9)) / 2

@@ -6,6 +6,7 @@ from itertools import permutations
 import pytest
 import torch
 from mpoe_bench.cases import random_blocks
+from torch.testing import assert_close
 
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, route
 from mpoe_kernels.contract import BlockDims
@@ -20,6 +21,7 @@ from mpoe_kernels.routing import native as routing
 from mpoe_kernels.routing.gating import best_experts, native_gating
 from mpoe_kernels.routing.op import RouteCall
 from tests.assertions import refuses
+from tests.cases import in_half_precision, in_two_dtypes
 from tests.expert_problems import HiddenProblem
 
 SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
@@ -203,7 +205,7 @@ def test_a_chain_takes_the_order_that_it_is_given(order, monkeypatch):
     kernels._sizes.cache_clear()
     monkeypatch.setattr(BlockDims, "chain_order", order)
     y, *_ = linear_forward(call)
-    torch.testing.assert_close(y, planned)
+    assert_close(y, planned)
     assert torch.equal(y, planned) == (order == was)
 
 
@@ -291,7 +293,7 @@ def test_addresses_are_integers():
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_two_dtypes
 def test_few_rows_of_hidden_experts(dtype):
     """Whole vectors of columns, single ones and the rest."""
     wide = {"top_k": 2, "experts": 4, "groups": 1, "block": 84, "per_group": True, "gated": True}
@@ -303,7 +305,7 @@ def test_few_rows_of_hidden_experts(dtype):
 # ------------------------------------------------------------------ rounding, ties, NaN
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@in_half_precision
 def test_every_value_of_two_bytes_survives(dtype):
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
     routing = route(torch.zeros(values.shape[0], 1, dtype=torch.int64), 1)
@@ -313,7 +315,7 @@ def test_every_value_of_two_bytes_survives(dtype):
     assert bool(got[nan].isnan().all())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@in_half_precision
 def test_rounding_is_that_of_torch(dtype):
     """A gate times one is rounded as torch rounds that float32: also ties, overflow, subnormals and
     NaN."""
@@ -366,9 +368,9 @@ def test_ties_at_top_k_3_go_to_the_first_experts():
     index, gates = decided(logits, 3)
     assert index.tolist() == [[0, 1, 2], [1, 3, 4], [0, 4, 1], [2, 1, 3], [0, 1, 3]]
     want = torch.softmax(logits.gather(1, index), 1)
-    torch.testing.assert_close(gates, want)
+    assert_close(gates, want)
     _, raw = decided(logits, 3, raw=True)
-    torch.testing.assert_close(raw, torch.softmax(logits, 1).gather(1, index))
+    assert_close(raw, torch.softmax(logits, 1).gather(1, index))
 
 
 @pytest.mark.parametrize("expert", range(4))

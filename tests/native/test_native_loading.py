@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mpoe_kernels import native_library as load
 from mpoe_kernels.compiled import load_library
 from mpoe_kernels.native_library import NATIVE_LIBRARY
+from tests.cases import ROOT
 
 
 def loaded(path, content):
@@ -112,7 +112,6 @@ def test_one_pool_of_threads_and_one_openmp():
 # ------------------------------------------------------------------ guard pages
 
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools/native_guard.sh"
 CHILD = """
 import ctypes

@@ -10,9 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,12 +56,10 @@ EMBEDDING = {"target_modules": ["ffn", "embedding"]}
 MANY = {"num_experts": 32}  # more than a rank has tokens in a layer: some get none
 
 
-def by_trainer(
-    folder: Path, ranks: int, family: str, config: dict[str, Any], **options: Any
-) -> dict[str, Any]:
+def by_trainer(folder, ranks, family, config, **options):
     """`MPOETrainer`: DDP with two ranks; two micro-batches a step, clipping, decay and warm-up."""
     resume = options.pop("resume", None)
-    arguments: dict[str, Any] = {
+    arguments = {
         "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": BATCH // 2 // ranks,
         "gradient_accumulation_steps": 2,
@@ -94,17 +90,17 @@ def by_trainer(
     }
 
 
-def centrals(watch: Watch) -> list[set[str]]:
+def centrals(watch):
     """Central cores that each step changed."""
     return [{name for name in names if name.endswith(".central")} for names in watch.changed]
 
 
-def diverged(folder: Path) -> dict[str, Any]:
+def diverged(folder):
     """The loss of rank 1 alone is infinite at the second step; its gradient is not."""
     trainer = make_trainer(folder, "t5", max_steps=STEPS)
     original = trainer.compute_loss
 
-    def compute_loss(*arguments: Any, **options: Any) -> torch.Tensor:
+    def compute_loss(*arguments, **options):
         bad = trainer.args.process_index == 1 and trainer.state.global_step == 1
         return original(*arguments, **options) + (float("inf") if bad else 0.0)
 
@@ -117,15 +113,15 @@ def diverged(folder: Path) -> dict[str, Any]:
 
 
 def _plain_loop(
-    model: Any,
-    family: str,
-    step: Callable[[torch.Tensor], None],
-    optimizer: Any,
-    bf16: bool = False,
-    numbers: range = range(STEPS),
-    seed: int = MASK["seed"],
-    after: Callable[[int], None] = lambda number: None,
-) -> dict[str, Any]:
+    model,
+    family,
+    step,
+    optimizer,
+    bf16=False,
+    numbers=range(STEPS),
+    seed=MASK["seed"],
+    after=lambda number: None,
+):
     """The loop of a user: mask, loss over the global batch, backward, optimizer."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = Rows(family, rows=numbers.stop * BATCH)
@@ -163,11 +159,11 @@ def _plain_loop(
     }
 
 
-def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+def _optimizer(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-def by_accelerate(folder: Path, ranks: int, family: str, config: dict[str, Any]) -> dict[str, Any]:
+def by_accelerate(folder, ranks, family, config):
     """A plain loop of Accelerate: DDP with two ranks."""
     AcceleratorState._reset_state()  # of an earlier run, whose precision would be kept
     find_unused = DistributedDataParallelKwargs(
@@ -184,14 +180,14 @@ def by_accelerate(folder: Path, ranks: int, family: str, config: dict[str, Any])
 
 
 def by_sharding(
-    folder: Path,
-    ranks: int,
-    family: str,
-    config: dict[str, Any],
-    checkpointing: bool = False,
-    bf16: bool = False,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
+    folder,
+    ranks,
+    family,
+    config,
+    checkpointing=False,
+    bf16=False,
+    dtype=None,
+):
     """A plain loop; with two ranks sharded (FSDP2), gathered and saved at the end."""
     model = mpoe_model(
         family, seed=dist.get_rank() if ranks > 1 else 0, **config
@@ -219,7 +215,7 @@ LOOP_STEPS, SAVED = 6, 2
 LOOP_SEED = 0
 
 
-def kept_loop(folder: Path, kill_after: int | None = None) -> list[float]:
+def kept_loop(folder, kill_after=None):
     """A sharded loop that keeps checkpoints: losses of the steps from the last one in the folder
     on, or of all."""
     checkpoint = find_last_checkpoint(folder)
@@ -230,22 +226,20 @@ def kept_loop(folder: Path, kill_after: int | None = None) -> list[float]:
         optimizer, lambda step: 0.8**step, last_epoch=start - 1
     )
 
-    def after(step: int) -> None:
+    def after(step):
         schedule.step()
         if step == SAVED:
             save_sharded_checkpoint(model, optimizer, folder, step)
         if step == kill_after and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    options: Any = {"numbers": range(start, LOOP_STEPS), "seed": LOOP_SEED, "after": after}
-    losses: list[float] = _plain_loop(model, "t5", torch.Tensor.backward, optimizer, **options)[
-        "losses"
-    ]
+    options = {"numbers": range(start, LOOP_STEPS), "seed": LOOP_SEED, "after": after}
+    losses = _plain_loop(model, "t5", torch.Tensor.backward, optimizer, **options)["losses"]
     return losses
 
 
 # name: (loop, family, MPOEConfig, options)
-RUNS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, Any], dict[str, Any]]] = {
+RUNS = {
     "trainer": (by_trainer, "t5", {}, {"save_strategy": "steps", "save_steps": 2}),
     "trainer, checkpointing": (by_trainer, "gpt2", EMBEDDING, {CHECKPOINTING: True}),
     "accelerate, idle experts": (by_accelerate, "t5", MANY, {}),
@@ -270,7 +264,7 @@ MORE_RUNS = {
 }
 
 
-def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
+def run(name, folder, ranks):
     loop, family, config, options = (RUNS | MORE_RUNS)[name]
     return loop(folder / name, ranks, family, config, **options)
 
@@ -287,7 +281,7 @@ SIZES = {
 }
 
 
-def mixture(**config: Any) -> Any:
+def mixture(**config):
     """A gated model whose experts differ and contribute, the same one on every rank."""
     torch.manual_seed(0)
     model = convert_to_mpoe(
@@ -300,11 +294,11 @@ def mixture(**config: Any) -> Any:
     return model
 
 
-def whole(tensor: Any) -> torch.Tensor:
+def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-def one_step(model: Any, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+def one_step(model, rows=slice(None)):
     """Gradients, and weights after one optimizer step, by name."""
     ids = torch.randint(0, 40, (4, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -317,7 +311,7 @@ def one_step(model: Any, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
     return {**found, **{name: whole(p.detach()) for name, p in named.items()}}
 
 
-def check(one: dict[str, torch.Tensor], found: dict[str, torch.Tensor], kind: str) -> None:
+def check(one, found, kind):
     assert one.keys() == found.keys()
     for name, value in one.items():
         torch.testing.assert_close(
@@ -325,7 +319,7 @@ def check(one: dict[str, torch.Tensor], found: dict[str, torch.Tensor], kind: st
         )
 
 
-def kept(folder: Path) -> None:
+def kept(folder):
     """Experts beside dense networks, under DDP, FSDP2 and Transformers' tensor parallelism."""
     own = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     router = RouterConfig(top_k=2, scoring_func="sigmoid", bias_update_rate=0.01)
@@ -351,9 +345,9 @@ def kept(folder: Path) -> None:
             check(one, one_step(model, rows), f"{kind}, {options}")
 
 
-def routes(model: Any) -> dict[str, Any]:
+def routes(model):
     """Tokens that the model generates, and the experts of each, by layer."""
-    found: dict[str, list[Any]] = {}
+    found = {}
     hooks = [
         layer.router.register_forward_hook(
             lambda _, __, routed, name=name: found.setdefault(name, []).append(
@@ -371,7 +365,7 @@ def routes(model: Any) -> dict[str, Any]:
     return {"experts": found, "tokens": tokens.tolist(), "logits": logits.flatten().tolist()}
 
 
-def choices(folder: Path) -> None:
+def choices(folder):
     """Ranks whose clocks disagree write what each computed: the same tokens of a model whose
     experts are replicated, first alone, then a training."""
     rank = int(os.environ["RANK"])
@@ -387,7 +381,7 @@ def choices(folder: Path) -> None:
         if "auxiliary" in name or "router" in name:
             torch.nn.init.normal_(parameter, std=0.4)
     model.save_pretrained(folder / f"model-{rank}")
-    result: dict[str, Any] = {"alone": routes(model), "chosen alone": autotune.choices()}
+    result = {"alone": routes(model), "chosen alone": autotune.choices()}
     dist.init_process_group("gloo")
     split = type(model).from_pretrained(folder / f"model-{rank}", tp_plan="auto").eval()
     assert any(hasattr(parameter, "to_local") for parameter in split.parameters()), (
@@ -407,7 +401,7 @@ def choices(folder: Path) -> None:
 # ------------------------------------------------------------------ processes
 
 
-def torchrun(name: str, *arguments: Any, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def torchrun(name, *arguments, timeout=300):
     """`torchrun` with a module of this folder, its output in `stdout`."""
     launcher = [
         sys.executable,
@@ -429,7 +423,7 @@ def torchrun(name: str, *arguments: Any, timeout: float = 300) -> subprocess.Com
     )
 
 
-def main() -> None:
+def main():
     """`torchrun -m tests.training.ranks FOLDER NAME ...` writes what came out of these runs into
     FOLDER.
 
@@ -446,9 +440,7 @@ def main() -> None:
     if names == ["kill"]:
         kept_loop(folder / "killed", kill_after=SAVED + 1)
     if names == ["loop"]:
-        results: dict[str, Any] = {
-            name: kept_loop(folder / name) for name in ("straight", "killed", "from one")
-        }
+        results = {name: kept_loop(folder / name) for name in ("straight", "killed", "from one")}
     else:
         results = {name: run(name, folder / "two", 2) for name in names}
     if (folder / "resume").is_dir():  # with a checkpoint of one process

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.testing import assert_close
 
 from mpoe import load_mpoe, shard_model
 from mpoe.training import find_last_checkpoint, load_sharded_optimizer, save_sharded_checkpoint
@@ -49,7 +50,7 @@ def check_alike(name, one, ranks):
     assert [rank.get("loads") for rank in ranks] == [one.get("loads")] * 2, name
     for parameter, value in ranks[0].get("weights", {}).items():
         assert torch.equal(value, ranks[1]["weights"][parameter]), (name, parameter)
-        torch.testing.assert_close(value, one["weights"][parameter], rtol=1e-3, atol=10 * relative)
+        assert_close(value, one["weights"][parameter], rtol=1e-3, atol=10 * relative)
 
 
 def do_both(names, folder):
@@ -81,10 +82,8 @@ def check_saved(folder, sharded, alone, relative):
     with torch.no_grad():
         logits = loaded(**inputs).logits
     assert type(loaded) is type(mpoe_model(family))
-    torch.testing.assert_close(
-        logits, sharded.float(), rtol=0, atol=1e-5 if relative < BFLOAT16 else 0.1
-    )
-    torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4 if relative < BFLOAT16 else 0.1)
+    assert_close(logits, sharded.float(), rtol=0, atol=1e-5 if relative < BFLOAT16 else 0.1)
+    assert_close(logits, alone, rtol=0, atol=1e-4 if relative < BFLOAT16 else 0.1)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@ one."""
 
 import math
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +17,7 @@ from mpoe.training.callbacks import MOST_SKIPPED, check_weights
 from mpoe.training.rates import TRIED, _search, find_rate, kind_of, recommended_rate
 from mpoe.training.run_log import one_sided
 from tests.assertions import differing, refuses
+from tests.cases import ROOT
 
 from .tiny import Rows, make_trainer, mpoe_model, weights
 
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_under_scaling_is_one(tmp_path):
 # ------------------------------------------------------------------ rates
 
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 
 
 @pytest.mark.parametrize(

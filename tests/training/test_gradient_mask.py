@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 from mpoe.training import GradientMask, GradientMaskCallback
 from mpoe.training.freezing import mask_draw
 from tests.assertions import refuses
+from tests.cases import either
 
 from .tiny import (
     CHECKPOINTING,
@@ -115,7 +116,7 @@ def test_refusals():
     GradientMask(nn.Linear(2, 2), 0.0)  # off: nothing to refuse
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@either("checkpointing")
 def test_masked_steps_change_everything_but_the_centrals(tmp_path, checkpointing):
     """Also where the backward pass computes activations again."""
     watch = Watch()

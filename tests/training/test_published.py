@@ -26,7 +26,7 @@ from mpoe.training.published import (
     written_files,
 )
 from mpoe.training.run_lock import FolderInUseError, hold
-from tests.assertions import refuses
+from tests.assertions import read_json, refuses
 
 OLD = {
     "config.json": '{"mpoe_experts": ["law", "none"]}',
@@ -85,7 +85,7 @@ def test_a_model_replaces_another(folder):
     refuses(CommandError, "holds a model; give --overwrite", save, folder, NEW, overwrite=False)
     save(folder, {**NEW, "README.md": "generated"})
     assert contents(folder) == {**NEW, "README.md": "mine", ".incomplete-of-a-killed-save": "mine"}
-    assert json.loads((folder / MANIFEST).read_text()) == {"files": sorted(NEW)}
+    assert read_json(folder / MANIFEST) == {"files": sorted(NEW)}
     save(folder, {"config.json": "{}"})
     assert contents(folder).keys() == {"config.json", "README.md", ".incomplete-of-a-killed-save"}
 
@@ -153,7 +153,7 @@ def test_a_link_is_replaced_and_not_written_through(folder):
     assert (folder.parent / "elsewhere").read_text() == "old"
 
 
-CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")  # of `os`
+CALLS = "fsync mkdir rename replace rmdir unlink".split()  # of `os`
 
 
 def left_by_kills(folder, patch):
@@ -329,7 +329,7 @@ def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path):
     publish(tmp_path, keep=True)
     every = {"config.json": "{}", "law.expert": "law", "med.expert": "med"}
     assert contents(tmp_path) == {"notes.txt": "mine", **every}
-    assert json.loads((tmp_path / MANIFEST).read_text())["files"] == sorted(every)
+    assert read_json(tmp_path / MANIFEST)["files"] == sorted(every)
 
 
 def end_run(folder, files):

@@ -3,7 +3,6 @@ products as that did."""
 
 import json
 import shutil
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ from transformers import TrainerCallback
 from mpoe.training import checkpoints, find_last_checkpoint, read_metrics
 from mpoe.training.checkpoints import MANIFEST, go_on_with_choices
 from mpoe_kernels.contract import autotune
-from tests.assertions import differing, refuses
+from tests.assertions import differing, read_json, refuses
 
 from .ranks import torchrun
 from .tiny import (
@@ -178,7 +177,7 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
     ]
     assert trainer.state.best_model_checkpoint == str(best)
     for folder in ("checkpoint-2", "checkpoint-4"):
-        state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
+        state = read_json(tmp_path / folder / "trainer_state.json")
         assert state["best_model_checkpoint"] == str(best)
 
 
@@ -253,9 +252,6 @@ def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(tmp_path, mon
 # ------------------------------------------------------------------ how products are computed
 
 
-Machine = Callable[[int], None]
-
-
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A new process on a new machine, on which the n-th candidate of those that are timed is the
@@ -314,7 +310,7 @@ def test_ranks_whose_clocks_disagree_compute_the_same(tmp_path):
     set of choices."""
     answer = torchrun("ranks", tmp_path, "choices")
     assert answer.returncode == 0, answer.stdout
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    first, second = (read_json(tmp_path / f"rank-{rank}.json") for rank in range(2))
     assert first["chosen alone"].keys() == second["chosen alone"].keys()
     assert not set(first["chosen alone"].items()) & set(second["chosen alone"].items())
     assert first["alone"]["logits"] != second["alone"]["logits"], "the test can fail"

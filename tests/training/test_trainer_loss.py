@@ -12,6 +12,8 @@ from tests.assertions import refuses
 
 from .tiny import PAD, Rows, dense_model, make_trainer, mpoe_model
 
+every_family = pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+
 
 class Gradients(TrainerCallback):
     """Keeps a copy of all gradients of every optimizer step."""
@@ -66,7 +68,7 @@ def repeated(family):
     return rows
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+@every_family
 def test_16x1_equals_4x4_with_auxiliary_loss(tmp_path, family):
     rows = repeated(family)
     whole = one_step(tmp_path / "a", family, rows, 16, 1)
@@ -148,7 +150,7 @@ def test_counting_targets():
     refuses(ValueError, "the model returned no loss", split_loss, {"logits": 1})
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+@every_family
 def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(tmp_path, family):
     model = mpoe_model(family)
     rows = Rows(family, rows=11, seed=5)
@@ -193,7 +195,7 @@ def test_t5_is_evaluated_on_generated_text(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+@every_family
 def test_predictions_are_the_logits_alone(tmp_path, family):
     trainer = make_trainer(tmp_path, family, compute_metrics=lambda prediction: {})
     predictions = trainer.predict(trainer.eval_dataset).predictions
@@ -220,10 +222,13 @@ def test_logs(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(
-        TypeError, match="args must be MPOETrainingArguments; got TrainingArguments"
-    ):
-        MPOETrainer(model=mpoe_model("t5"), args=TrainingArguments(output_dir=str(tmp_path)))
+    refuses(
+        TypeError,
+        "args must be MPOETrainingArguments; got TrainingArguments",
+        MPOETrainer,
+        model=mpoe_model("t5"),
+        args=TrainingArguments(output_dir=str(tmp_path)),
+    )
     refuses(
         ValueError,
         "predict_with_generate needs an encoder-decoder",

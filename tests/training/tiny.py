@@ -4,14 +4,12 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward
@@ -32,7 +30,7 @@ VOCABULARY = 40
 PAD, EOS = 0, 1
 
 
-def dense_model(family: str, dropout: float = 0.0) -> PreTrainedModel:
+def dense_model(family, dropout=0.0):
     name, rates, sizes = {
         "t5": (
             "T5ForConditionalGeneration",
@@ -54,9 +52,7 @@ def dense_model(family: str, dropout: float = 0.0) -> PreTrainedModel:
     return getattr(transformers, name)(config)
 
 
-def mpoe_model(
-    family: str, dropout: float = 0.0, jitter: float = 0.0, seed: int = 0, **config: Any
-) -> PreTrainedModel:
+def mpoe_model(family, dropout=0.0, jitter=0.0, seed=0, **config):
     torch.manual_seed(seed)
     router = RouterConfig(jitter=jitter, balance_loss_weight=0.05, z_loss_weight=0.01)
     options = {"num_experts": 4, "shape": "separable", "router": router, **config}
@@ -66,11 +62,9 @@ def mpoe_model(
 class Rows(torch.utils.data.Dataset):
     """Random sequences of different lengths, padded to one; targets have different lengths too."""
 
-    def __init__(
-        self, family: str, rows: int = 48, seed: int = 1, equal_lengths: bool = False
-    ) -> None:
+    def __init__(self, family, rows=48, seed=1, equal_lengths=False):
         generator = torch.Generator().manual_seed(seed)
-        self.rows: list[dict[str, torch.Tensor]] = []
+        self.rows = []
         for _ in range(rows):
             ids = torch.randint(3, VOCABULARY, (12,), generator=generator)
             length = 12 if equal_lengths else int(torch.randint(4, 13, (1,), generator=generator))
@@ -88,15 +82,15 @@ class Rows(torch.utils.data.Dataset):
                 row["labels"] = ids[0] % 2
             self.rows.append(row)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index):
         return self.rows[index]
 
 
-def arguments(output_dir: Path | str, **options: Any) -> MPOETrainingArguments:
-    defaults: dict[str, Any] = {
+def arguments(output_dir, **options):
+    defaults = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 8,
         "max_steps": 6,
@@ -111,9 +105,7 @@ def arguments(output_dir: Path | str, **options: Any) -> MPOETrainingArguments:
     return MPOETrainingArguments(**{**defaults, **options})
 
 
-def make_trainer(
-    output_dir: Path | str, family: str = "t5", model: PreTrainedModel | None = None, **options: Any
-) -> MPOETrainer:
+def make_trainer(output_dir, family="t5", model=None, **options):
     names = ("callbacks", "compute_metrics", "train_dataset", "eval_dataset", "previous_optimizer")
     given = {name: options.pop(name) for name in names if name in options}
     given.setdefault("train_dataset", Rows(family))
@@ -126,11 +118,11 @@ class Watch(TrainerCallback):
     """Names of the parameters that every optimizer step changes, or whose Adam state it does; when
     they are masked."""
 
-    def __init__(self) -> None:
-        self.changed: list[set[str]] = []
-        self.masked: list[bool] = []  # in every micro-batch
+    def __init__(self):
+        self.changed = []
+        self.masked = []  # in every micro-batch
 
-    def held(self, model: Any, optimizer: Any) -> dict[str, list[torch.Tensor]]:
+    def held(self, model, optimizer):
         """Of a sharded model, this rank's part."""
         state = getattr(optimizer, "optimizer", optimizer).state
         own = {
@@ -163,30 +155,30 @@ class Watch(TrainerCallback):
         )
 
 
-def all_masked(model: Any) -> bool:
+def all_masked(model):
     states = {cores.central_masked for _, cores in mpo_modules(model)}
     assert len(states) < 2, "central cores are masked alike"
     return states == {True}
 
 
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 LAST = -1
 
 
-def preferring(place: int) -> Callable[[list[Any], str], list[float]]:
+def preferring(place):
     """In place of `autotune._seconds`: the candidate at ``place`` of those that are timed is the
     fastest."""
 
-    def seconds(runs: list[Any], device: str) -> list[float]:
+    def seconds(runs, device):
         return [0.001 if k == place % len(runs) else 1.0 for k in range(len(runs))]
 
     return seconds
 
 
-def main() -> None:
+def main():
     """A run for tests that kill processes: `python -m tests.training.tiny OUTPUT_DIR FAMILY STEPS
     KILL_AT [resume]`.
 
@@ -208,7 +200,7 @@ def main() -> None:
         torch.save(dict(trainer.model.state_dict()), Path(output_dir) / "final.pt")
 
 
-def resume_options(family: str, steps: int) -> dict[str, Any]:
+def resume_options(family, steps):
     """A run in which everything random takes part: dropout, jitter, shuffling, the gradient mask,
     accumulation."""
     return {
@@ -231,20 +223,20 @@ if __name__ == "__main__":
 class Toy(nn.Module):
     """Two MPOE layers of width 32 and a linear head."""
 
-    def __init__(self, shape: str = "separable", expert_type: str = "mpo") -> None:
+    def __init__(self, shape="separable", expert_type="mpo"):
         super().__init__()
         config = MPOEConfig(num_experts=4, shape=shape, light_p=8, expert_type=expert_type)
         self.layers = nn.ModuleList(MPOEFeedForward(32, 64, config, bias=True) for _ in range(2))
         self.layer_norm = nn.LayerNorm(32)
         self.head = nn.Linear(32, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         for layer in self.layers:
             x = x + layer(x)
         return self.head(self.layer_norm(x)).square().mean()
 
-    def centrals(self) -> list[nn.Parameter]:
+    def centrals(self):
         return [p for n, p in self.named_parameters() if n.endswith(".central")]
 
-    def others(self) -> list[nn.Parameter]:
+    def others(self):
         return [p for n, p in self.named_parameters() if not n.endswith(".central")]

@@ -7,7 +7,6 @@ import pkgutil
 from collections import Counter
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 
 import gpu_compile
 import pytest
@@ -23,12 +22,13 @@ from mpoe_kernels.linear.triton import MOST_EXPERTS, grouped
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.testing.launches import Launch, recorded
 from mpoe_kernels.triton.architecture import ARCHITECTURES
+from tests.assertions import refuses
+from tests.cases import ROOT, in_two_dtypes
 
 from . import planted_kernels
 
 pytestmark = pytest.mark.emulated
 
-ROOT = Path(__file__).resolve().parents[2]
 GOOD = Binary(128, 0, 0, 65536, 0, 16, True)
 
 
@@ -100,7 +100,7 @@ def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@in_two_dtypes
 def test_every_tile_of_experts_is_compiled(architecture, dtype):
     """Of both tables for blocks, with the tile that the architecture may have of its own."""
     tables = {"hidden": (hidden.TILES, hidden.LARGE_TILES), "neurons": (neurons.TILES,)}
@@ -190,8 +190,13 @@ def test_jobs_are_what_triton_would_specialise():
     assert job.constants == (("SIZE", 32), ("STAGES", 1))
     assert job.aligned == ("a", "out"), "an odd element is not a multiple of 16 bytes"
     assert job.options == (("num_warps", 4),)
-    with pytest.raises(TypeError, match="a must be a tensor, an integer or a float; got str"):
-        job_of(Launch(planted_kernels.product_kernel, (1,), {**arguments, "a": "x"}), "sm_90")
+    refuses(
+        TypeError,
+        "a must be a tensor, an integer or a float; got str",
+        job_of,
+        Launch(planted_kernels.product_kernel, (1,), {**arguments, "a": "x"}),
+        "sm_90",
+    )
 
 
 def test_numbers_that_grow_with_the_tokens_are_not_specialised():
@@ -340,7 +345,7 @@ def test_every_source_is_compiled():
     assert {ROOT / job.kernel for job in jobs} == set((ROOT / "csrc").rglob("*.cu"))
 
 
-OURS = ["triton", "--quick", "--only", "collect_kernel", "--arch", "sm_90"]
+OURS = "triton --quick --only collect_kernel --arch sm_90".split()
 
 
 @pytest.mark.usefixtures("forks")

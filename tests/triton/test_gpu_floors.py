@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import gpu_floors as floors
@@ -14,8 +13,9 @@ from mpoe_bench.layers import PHASES
 from shipped_kernels import bytes_of
 
 from mpoe_kernels.testing.launches import Launch
+from tests.assertions import read_json, refuses
+from tests.cases import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # A loop in a loop, the endless one behind the end, and what runs once.
 CODE = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;   /* 0x00000a00ff017624 */
@@ -38,11 +38,14 @@ def test_instructions_count_as_often_as_their_loops_run():
     assert machine_code.executed("some_kernel", CODE, (2, 5, 4)) == found, (
         "the innermost was unrolled"
     )
-    with pytest.raises(
+    refuses(
         ValueError,
-        match=r"some_kernel has loops of \[5, 3\] instructions; tools/gpu_floors.py says",
-    ):
-        machine_code.executed("some_kernel", CODE, (2,))
+        r"some_kernel has loops of \[5, 3\] instructions; tools/gpu_floors.py says",
+        machine_code.executed,
+        "some_kernel",
+        CODE,
+        (2,),
+    )
 
 
 def code_of(*lines):
@@ -161,13 +164,13 @@ def test_a_launch_s_floor_counts_barriers_and_loads(monkeypatch):
 
 
 def test_the_table_has_every_call():
-    calls = json.loads(floors.TABLE.read_text())
+    calls = read_json(floors.TABLE)
     assert set(calls) == {f"{name} {phase}" for name, phase in product(floors.CASES, PHASES)}
 
 
 def test_the_page_says_the_tables_figures_and_which_miss_their_limits():
     calls, page = (
-        json.loads(floors.TABLE.read_text()),
+        read_json(floors.TABLE),
         (ROOT / "docs/kernels_triton.md").read_text(),
     )
     wanted = []

@@ -95,10 +95,12 @@ def test_of_amds_cards_others_than_the_mi300_are_refused_by_name(name, reasons, 
 def test_with_an_old_triton(found, forgetful):
     forgetful.setattr(architecture, "find_spec", lambda _: object())
     forgetful.setattr(architecture, "version", lambda _: found)
-    with pytest.raises(
-        BackendError, match=rf"it needs triton 3\.6 or newer; found {found.replace('+', '.')}"
-    ):
-        run_on_triton("grouped_mpo_linear")
+    refuses(
+        BackendError,
+        rf"it needs triton 3\.6 or newer; found {found.replace('+', '.')}",
+        run_on_triton,
+        "grouped_mpo_linear",
+    )
 
 
 @pytest.mark.parametrize("found", ["3.6.0", "3.6.0+git1234", "3.10.1", "4.0.0"])
@@ -138,5 +140,4 @@ def test_what_triton_finds_out_too_late_is_said_in_our_words():
             return launch
 
     message = r"grouped_rows_kernel with {'BM': 64}: it needs 262144 of shared memory; .* 101376"
-    with pytest.raises(BackendError, match=message):
-        start(TooLarge(), (1,), BM=64)
+    refuses(BackendError, message, start, TooLarge(), (1,), BM=64)

@@ -7,15 +7,14 @@ here.
 """
 
 import inspect
-from typing import Any
 
 import triton.language as tl
 from triton.runtime import interpreter
 
 
-def _keep_types_of_numbers() -> None:
+def _keep_types_of_numbers():
     plain = interpreter._get_np_dtype
-    kept: dict[str, Any] = {}
+    kept = {}
 
     def get(type):
         if type.name not in kept:
@@ -25,9 +24,9 @@ def _keep_types_of_numbers() -> None:
     interpreter._get_np_dtype = get
 
 
-def _keep_block_types() -> None:
+def _keep_block_types():
     plain = tl.block_type.__init__
-    kept: dict[tuple[Any, ...], tuple[tuple[int, ...], int, str]] = {}
+    kept = {}
 
     def __init__(self, element_ty, shape):
         key = (element_ty.name, *shape)
@@ -42,9 +41,9 @@ def _keep_block_types() -> None:
     tl.block_type.__init__ = __init__
 
 
-def _keep_shapes_of_tensors() -> None:
+def _keep_shapes_of_tensors():
     plain = tl.tensor.__init__
-    kept: dict[str, tuple[Any, Any]] = {}
+    kept = {}
 
     def __init__(self, handle, type):
         found = kept.get(type.name)
@@ -58,7 +57,7 @@ def _keep_shapes_of_tensors() -> None:
     tl.tensor.__init__ = __init__
 
 
-def _keep_names_of_builtins() -> None:
+def _keep_names_of_builtins():
     """Otherwise every launch searches all members of the language for those that it replaces while
     it runs."""
     plain = interpreter._patch_builtin
@@ -81,7 +80,7 @@ def _keep_names_of_builtins() -> None:
     interpreter._patch_builtin = patch
 
 
-def keep() -> None:
+def keep():
     """Patch this process's interpreter; to be called once, before any kernel is launched."""
     _keep_types_of_numbers()
     _keep_block_types()

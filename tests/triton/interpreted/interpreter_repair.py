@@ -11,8 +11,6 @@ launch has already patched it.
 """
 
 import os
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import triton.language as tl
@@ -23,12 +21,12 @@ from . import interpreter_memory
 _Builder, _Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
 
-def to_float(bits: np.ndarray) -> np.ndarray:
+def to_float(bits):
     """Bit patterns of bfloat16 -> float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def to_bits(values: np.ndarray) -> np.ndarray:
+def to_bits(values):
     """float32 -> bit patterns of the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     odd = (bits >> 16) & 1
@@ -39,16 +37,16 @@ def to_bits(values: np.ndarray) -> np.ndarray:
 class _Scope:
     """A scope of patches, undone by `restore`, which the interpreter calls after a launch."""
 
-    def __init__(self, restore: Callable[[], None]) -> None:
+    def __init__(self, restore):
         self.restore = restore
 
 
-def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _patched_once(patch):
     """Runs ``patch`` once per launch, and within it only for functions that see a language module
     not yet patched."""
-    patched: set[int] = set()
+    patched = set()
 
-    def patch_lang(function: Any) -> Any:
+    def patch_lang(function):
         seen = {
             id(value) for value in function.__globals__.values() if value is tl or value is tl.core
         }
@@ -58,7 +56,7 @@ def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
         scope = patch(function)
         patched.update(seen)
 
-        def restore() -> None:
+        def restore():
             scope.restore()
             if is_launch:
                 patched.clear()
@@ -68,7 +66,7 @@ def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return patch_lang
 
 
-def repair() -> None:
+def repair():
     """Patch this process's interpreter; a second call changes nothing."""
     if getattr(_Builder, "_mpoe_repaired", False):
         return

@@ -15,7 +15,7 @@ from mpoe_kernels.routing.triton import SortedSlots
 from mpoe_kernels.testing.launches import recorded
 from mpoe_kernels.triton import start
 from mpoe_kernels.triton.start import Tile
-from tests.cases import pairwise
+from tests.cases import either, pairwise
 from tests.expert_problems import HiddenProblem, NeuronProblem
 from tests.expert_scenarios import CASES, ExpertScenarios
 
@@ -213,8 +213,8 @@ def names(problem, *need):
     return [one.name for one in started(problem, *need)]
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("per_group", [False, True])
+@either("gated")
+@either("per_group")
 def test_launches_of_the_hidden_side(per_group, gated):
     sizes = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
     problem = HiddenProblem(
@@ -232,7 +232,7 @@ def test_launches_of_the_hidden_side(per_group, gated):
     ]
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@either("gated")
 def test_launches_of_neurons(gated):
     sizes = {"experts": 4, "top_k": 2, "gated": gated, "dtype": torch.float32}
     problem = NeuronProblem(tokens=50, with_bias=True, **sizes)

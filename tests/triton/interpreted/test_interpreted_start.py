@@ -7,6 +7,7 @@ import torch
 from mpoe_kernels.experts import hidden_triton as hidden
 from mpoe_kernels.experts import neurons_triton as neurons
 from mpoe_kernels.triton import start
+from tests.assertions import refuses
 from tests.expert_problems import HiddenProblem
 
 TILES = (start.Tile(16, 16, 16, 4), start.Tile(32, 16, 16, 4))
@@ -85,8 +86,7 @@ def test_a_tile_that_does_not_fit_is_passed_over(timed, monkeypatch):
     forward()
     assert [way["BM"] for way in start._FASTEST.values()] == [16]
     refused += [16]
-    with pytest.raises(start.BackendError, match="it needs 262144 of shared memory"):
-        forward(90)
+    refuses(start.BackendError, "it needs 262144 of shared memory", forward, 90)
 
 
 @pytest.mark.parametrize("why", ["deterministic", "setting", "ranks", "captured"])

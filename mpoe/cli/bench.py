@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.outputs import RESULTS_FILE, check_output, write_json
-from mpoe.cli.short_help import SHORT
 from mpoe.models.weight_files import write_text
 
 REPORT_FILE = "report.md"
@@ -40,7 +39,7 @@ class BenchOptions:
     LEAST: ClassVar[dict[str, int]] = {"minutes": 0}
 
 
-@as_command(SHORT["bench"].usage, BenchOptions)
+@as_command(BenchOptions)
 def command(request: Request) -> dict[str, Any]:
     """Measure as the options say; returns what ``results.json`` holds."""
     (options,) = request.options

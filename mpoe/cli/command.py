@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from mpoe.cli.short_help import SHORT
+
 _PACKAGE_FOLDERS = tuple(
     str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels")
 )
@@ -299,36 +301,33 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
 
 
 def as_command(
-    usage: str,
-    *groups: type,
-    words: tuple[int, int] = (0, 0),
-    config: bool = False,
-    first: Mapping[str, str] | None = None,
+    *groups: type, words: tuple[int, int] = (0, 0), config: bool = False, usage: str = ""
 ) -> Callable[[Callable[[Request], T]], Callable[[Sequence[str]], T | None]]:
     """A decorator: a function of a `Request` becomes a command of tokens, whose help is its
     module's docstring.
 
     Args:
-        usage: the usage line; its second word is the command.
         groups: dataclasses whose fields are the options.
         words: the fewest and the most words that are no option's, such as the name of a model.
-        config: the first word may be a configuration file.
-        first: the options that a call without arguments shows, with a few words about each
-            (`mpoe.cli.short_help`).
+        config: the first word may be a configuration file; a call without arguments then shows the
+            options that matter first (`mpoe.cli.short_help`).
+        usage: the usage line, whose second word is the command; default: that of the module's name.
 
     The command raises `CommandError`: see `parse`; also for too few words. It returns None if it
     printed its help.
     """
-    name = usage.split()[1]
 
     def declare(body: Callable[[Request], T]) -> Callable[[Sequence[str]], T | None]:
+        line = usage or SHORT[body.__module__.rpartition(".")[2]].usage
+        name = line.split()[1]
+        first = SHORT[name].options if config else None
         about = str(sys.modules[body.__module__].__doc__ or "").strip().split("\n\n")[0]
 
         @functools.wraps(body)
         def run(arguments: Sequence[str]) -> T | None:
             alone = not arguments and (words[0] or config)  # nothing that the command could do
             if alone or any(token in ("-h", "--help") for token in arguments):
-                show_help(usage, about, groups, None if "all" in arguments else first)
+                show_help(line, about, groups, None if "all" in arguments else first)
                 return None
             if not arguments:  # without Transformers, whose import takes a second
                 return body(Request(tuple(kind() for kind in groups), set()))
@@ -336,7 +335,7 @@ def as_command(
             request = parse(groups, arguments[file is not None :], file, words[1])
             if len(request.words) < words[0]:
                 needed = "a model first" if words[0] == 1 else "two arguments"
-                raise CommandError(f"{name} needs {needed}: {usage} (see mpoe {name} --help)")
+                raise CommandError(f"{name} needs {needed}: {line} (see mpoe {name} --help)")
             return body(request._replace(typed=shlex.join(["mpoe", name, *arguments])))
 
         return run

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from mpoe.cli.evaluate import metrics_of, score_table
 from mpoe.cli.options import BASELINES
 from mpoe.cli.outputs import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.cli.report import Table
-from mpoe.cli.short_help import SHORT
 from mpoe.data.mappings import flatten
 from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, is_neutral, read_metrics, read_record
 
@@ -73,7 +71,7 @@ class CompareOptions:
     overwrite: bool = option(False, "replace the report in the output folder")
 
 
-@as_command(SHORT["compare"].usage, CompareOptions, words=(1, MOST_RUNS))
+@as_command(CompareOptions, words=(1, MOST_RUNS))
 def command(request: Request) -> None:
     """Compare the runs in the folders; prints tables and writes the report."""
     (options,), paths = request.options, request.words
@@ -111,6 +109,15 @@ class RunFolder:
     settings: dict[str, Any]
     results: dict[str, Any]
     records: list[dict[str, Any]]
+
+    @property
+    def seeds(self) -> dict[str, Any]:
+        """The settings that are seeds, by dotted name."""
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name.rpartition(".")[2] in _SEEDS
+        }
 
     @property
     def mixture(self) -> str:
@@ -216,14 +223,7 @@ def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     tables = [Table(["", *arms], _arm_rows(arms, metrics_of(scores.values())), "Arms", _ARMS)]
     every = [_facts(run, len(runs) == 1) for run in runs]
     tables += [_side_by_side(title, runs, [facts[title] for facts in every]) for title in every[0]]
-    names = sorted(
-        {
-            name
-            for run in runs
-            for name in run.settings
-            if name != "command" and not is_neutral(name)
-        }
-    )
+    names = sorted({name for run in runs for name in run.settings if not is_neutral(name)})
     differ = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
     settings = [{name: run.settings.get(name) for name in differ} for run in runs]
     tables.append(_side_by_side("Settings that differ", runs, settings))
@@ -278,16 +278,13 @@ def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     where several arms have the same, the name of their first run is added."""
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
-        settings = {key: value for key, value in run.settings.items() if not is_neutral(key)}
-        key = repr(
-            sorted(
-                (name, str(v))
-                for name, v in settings.items()
-                if name.rpartition(".")[2] not in _SEEDS
-            )
-        )
+        settings = {
+            name: str(value)
+            for name, value in run.settings.items()
+            if not is_neutral(name) and name not in run.seeds
+        }
         if run.results:
-            groups.setdefault(key, []).append(run)
+            groups.setdefault(repr(sorted(settings.items())), []).append(run)
     kinds = [alike[0].mixture for alike in groups.values()]
     return {
         kind if kinds.count(kind) == 1 else f"{kind} ({alike[0].name})": alike
@@ -298,11 +295,11 @@ def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
 def mean_and_half_width(values: Sequence[float]) -> str:
     """The mean, and half the width of its 95% interval (Student's t) if there are several
     values."""
-    from scipy.stats import t
+    from scipy.stats import sem, t
 
     if len(values) < 2:
         return f"{values[0]:.4f}" if values else "-"
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = t.ppf(0.975, len(values) - 1) * sem(values)
     return f"{statistics.fmean(values):.4f} ± {half:.4f}"
 
 
@@ -312,30 +309,22 @@ def _arm_rows(
     """Means over seeds; none if no arm has several runs."""
     if all(len(alike) < 2 for alike in arms.values()):
         return []
-    rows = [["runs", *(str(len(alike)) for alike in arms.values())]]
-    seeds = {
-        run.name: tuple(
-            value for name, value in run.settings.items() if name.rpartition(".")[2] in _SEEDS
-        )
-        for run in itertools.chain(*arms.values())
-    }
-    rows.append(
-        ["parameters", *(f"{alike[0].results['parameters']['total']:,}" for alike in arms.values())]
-    )
+    totals = [alike[0].results["parameters"]["total"] for alike in arms.values()]
+    rows = [
+        ["runs", *(str(len(alike)) for alike in arms.values())],
+        ["parameters", *(f"{total:,}" for total in totals)],
+    ]
     for task, metric in metrics:
-        scores = [
-            {
-                run.name: v
-                for run in alike
-                if (v := run.results["validation"].get(task, {}).get(metric)) is not None
-            }
-            for alike in arms.values()
-        ]
-        cells = [mean_and_half_width([*by_run.values()]) for by_run in scores]
+        scores = []  # of every arm: (seeds, score) of its runs
+        for alike in arms.values():
+            by_run = [
+                (run.seeds, run.results["validation"].get(task, {}).get(metric)) for run in alike
+            ]
+            scores.append([(seeds, score) for seeds, score in by_run if score is not None])
+        cells = [mean_and_half_width([score for _, score in by_run]) for by_run in scores]
         rows.append([f"{task}: {metric}", *cells])
-        first = {seeds[name]: value for name, value in scores[0].items()}
         less = [
-            [v - first[seeds[name]] for name, v in by_run.items() if seeds[name] in first]
+            [score - first for seeds, score in by_run for like, first in scores[0] if seeds == like]
             for by_run in scores[1:]
         ]
         if less:

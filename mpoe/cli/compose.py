@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
+
+import yaml
 
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, close_matches, option
@@ -22,9 +25,10 @@ from mpoe.cli.outputs import Output, check_model_output, model_folder
 from mpoe.cli.quiet import background_beside, show_composition
 from mpoe.cli.short_help import SHORT
 from mpoe.config import RouterConfig
-from mpoe.config.checks import quoted
+from mpoe.config.checks import quoted, refusing
 from mpoe.data.batches import read_batches
-from mpoe.data.mappings import read_mapping
+from mpoe.data.encode import Item
+from mpoe.data.mappings import read_mapping, read_utf8
 from mpoe.models import expert_mixture, lora_fit
 from mpoe.models.background import pooled_background
 from mpoe.models.composition import NONE, ROUTER_STEPS, compose, train_routers
@@ -87,7 +91,8 @@ def recipe_words(file: str) -> list[str]:
     """A recipe, a YAML mapping of ``base``, ``experts`` and options, as words of a command line.
 
     Raises:
-        CommandError: an unknown key, or a value that is no text, number or list of texts.
+        CommandError: an unknown key, one that is there twice, or a value that is no text, number or
+            list of texts.
         ValueError: a file that cannot be read.
     """
     recipe = read_mapping(file, "recipe")
@@ -98,17 +103,23 @@ def recipe_words(file: str) -> list[str]:
     for key, value in recipe.items():
         if key not in known:
             raise CommandError(f"{file}: unknown key {key!r}{close_matches(str(key), known)}")
-        is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
-        if key in lists and not (is_list and value):
-            raise CommandError(f"{file}: {key} must be a list of texts; got {quoted(value)}")
-        is_flag = kinds.get(key) is bool
-        if key not in lists and (
-            not isinstance(value, str | int | float) or isinstance(value, bool) != is_flag
-        ):
-            wanted = "true or false" if is_flag else "a text or a number"
+        wanted = ""
+        if key in lists:
+            is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
+            wanted = "" if is_list and value else "a list of texts"
+        elif kinds.get(key) is bool:
+            wanted = "" if isinstance(value, bool) else "true or false"
+        elif not isinstance(value, str | int | float) or isinstance(value, bool):
+            wanted = "a text or a number"
+        if wanted:
             raise CommandError(f"{file}: {key} must be {wanted}; got {quoted(value)}")
     if "base" not in recipe:
         raise CommandError(f"{file}: base must name the model of the experts; it is missing")
+    tree: Any = yaml.compose(read_utf8(file, Path(file)), yaml.SafeLoader)
+    keys = [key.value for key, _ in tree.value]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:  # of which the last would count
+        raise CommandError(f"{file}: {twice} must be there once; got it {keys.count(twice)} times")
     words = [str(recipe["base"]), *recipe.get("experts", [])]
     for word in [*words, *(part for key in lists[1:] for part in recipe.get(key, []))]:
         if word.startswith("-"):
@@ -130,19 +141,19 @@ def command(arguments: Sequence[str]) -> None:
     _compose(arguments)
 
 
-@as_command(USAGE, ComposeOptions, words=(1, MOST))
+@as_command(ComposeOptions, words=(1, MOST))
 def _compose(request: Request) -> None:
     """Compose the experts or fine-tunes of the base, and save the mixture or the merged network."""
     (options,), (base, *names) = request.options, request.words
     # About experts: it names files of some, or a mixture of them, or adapters to be neurons.
-    of_experts = options.neurons is not None or any(name.endswith(".expert") for name in names)
-    of_experts = of_experts or (bool(names) and not options.texts and all(map(is_adapter, names)))
-    of_experts = of_experts or (
-        options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir()
+    of_experts = (
+        options.neurons is not None
+        or any(name.endswith(".expert") for name in names)
+        or (bool(names) and not options.texts and all(map(is_adapter, names)))
+        or (options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir())
     )
-    for wrong, message in (_faults_of_experts if of_experts else _faults_of_fine_tunes)(
-        names, options
-    ):
+    faults_of = _faults_of_experts if of_experts else _faults_of_fine_tunes
+    for wrong, message in faults_of(names, options):
         if wrong:
             raise CommandError(message)
     for kind, files in (("texts", options.texts), ("background", options.background)):
@@ -152,9 +163,8 @@ def _compose(request: Request) -> None:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
     out = check_model_output("output_dir", options.output_dir, options.overwrite)
     source = models.find_to_copy(base)
-    if source.is_mpoe or (
-        source.style != CAUSAL and (not of_experts or any(map(is_adapter, names)))
-    ):
+    needs_causal = not of_experts or any(map(is_adapter, names))
+    if source.is_mpoe or (needs_causal and source.style != CAUSAL):
         raise CommandError(
             "compose takes the dense model that the experts were trained beside, of others a "
             f"causal language model; {base} is a {source.model_type} (mpoe.compose in Python takes "
@@ -168,10 +178,17 @@ def _compose(request: Request) -> None:
             f"max_length must be at most {most}, the positions of {base}; got {options.max_length}"
         )
     options.max_length = min(options.max_length, most)
-    texts = [_batches_of(text, tokenizer, options, "texts") for text in options.texts]
-    (compose_files if of_experts else compose_fine_tunes)(
-        dense, tokenizer, names, texts, options, out
-    )
+    with refusing("texts: ", ValueError):
+        texts = [read_texts(text, tokenizer, options) for text in options.texts]
+    if of_experts:
+        compose_files(dense, tokenizer, names, texts, options, out)
+        return
+    fine_tunes = [load_fine_tune(name, dense) for name in names]
+    routing = RouterConfig(top_k=options.top_k or 1)
+    mixture = compose(dense, fine_tunes, texts, routing, router=options.router, steps=options.steps)
+    with model_folder(out, mixture, tokenizer):
+        pass
+    print(f"saved to {out.folder}")
 
 
 def load_fine_tune(name: str, base: Any) -> Any:
@@ -187,22 +204,15 @@ def load_fine_tune(name: str, base: Any) -> Any:
     except ImportError as error:
         raise CommandError('a LoRA adapter needs PEFT: pip install "mpoe[peft]"') from error
     check_links(Path(name))
-    try:
+    unfit = f"fine-tune: the adapter {name} does not fit the base: "
+    with refusing(unfit, (ValueError, RuntimeError, OSError)):
         adapted: Any = PeftModel.from_pretrained(copy.deepcopy(base), name)
         return adapted.merge_and_unload().eval()
-    except (ValueError, RuntimeError, OSError) as error:
-        raise CommandError(
-            f"fine-tune: the adapter {name} does not fit the base: {error}"
-        ) from error
 
 
-def _batches_of(
-    file: str, tokenizer: Any, options: ComposeOptions, name: str
-) -> list[dict[str, Any]]:
-    try:
-        return read_batches(file, tokenizer, options.max_length, options.max_texts)
-    except ValueError as error:
-        raise CommandError(f"{name}: {error}") from error
+def read_texts(file: str, tokenizer: Any, options: ComposeOptions) -> list[Item]:
+    """A text file as batches."""
+    return read_batches(file, tokenizer, options.max_length, options.max_texts)
 
 
 # ---------------------------------------------------------------------------------- fine-tunes
@@ -214,30 +224,16 @@ def _faults_of_fine_tunes(
     """What must not be, and the message."""
     count = len(names)
     texts = len(options.texts)
-    wrong = options.add is not None or options.preference is not None or options.merge
-    message = "add, remove, merge, background and preference are for experts' files; got fine-tunes"
-    yield wrong or options.remove or options.background, message
+    yield (
+        options.add is not None
+        or options.preference is not None
+        or options.merge
+        or options.remove
+        or options.background,
+        "add, remove, merge, background and preference are for experts' files; got fine-tunes",
+    )
     yield not names, f"compose needs a base and at least one expert: {USAGE}"
     yield texts != count, f"texts must name a file for each of {count} fine-tunes; got {texts}"
-
-
-def compose_fine_tunes(
-    base: Any,
-    tokenizer: Any,
-    names: Sequence[str],
-    texts: Sequence[Any],
-    options: ComposeOptions,
-    out: Output,
-) -> None:
-    """Compose the fine-tunes ``names`` of ``base``, each with the batches of its text, and save the
-    mixture."""
-    fine_tunes = [load_fine_tune(name, base) for name in names]
-    routing = RouterConfig(top_k=options.top_k or 1)
-    steps = options.steps or ROUTER_STEPS
-    mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=steps)
-    with model_folder(out, mixture, tokenizer):
-        pass
-    print(f"saved to {out.folder}")
 
 
 # ------------------------------------------------------- experts' files, and adapters fitted as
@@ -264,29 +260,32 @@ def _faults_of_experts(
         texts not in (0, count),
         f"texts must name a file for each of {count} experts, or none; got {texts}",
     )
-    trained = options.router == "train" and (not texts or options.add is not None)
-    yield trained, "router train needs --texts for every expert of the mixture, and no --add"
-    others = options.top_k is not None or options.background or options.router == "train"
-    others = others or options.preference is not None
-    unused = options.merge and (others or (texts and not adapters))
     yield (
-        unused,
+        options.router == "train" and (not texts or options.add is not None),
+        "router train needs --texts for every expert of the mixture, and no --add",
+    )
+    of_routers = (
+        options.top_k is not None
+        or options.background
+        or options.router == "train"
+        or options.preference is not None
+    )
+    yield (
+        options.merge and (of_routers or (texts and not adapters)),
         "merge makes one network without routers: no top_k, router, background, preference, or "
         "texts but of adapters",
     )
     neurons = options.neurons
-    wrong = neurons is not None and (neurons < 1 or not adapters)
-    yield wrong, f"neurons must be at least 1, of experts fitted to adapters; got {neurons}"
+    yield (
+        neurons is not None and (neurons < 1 or not adapters),
+        f"neurons must be at least 1, of experts fitted to adapters; got {neurons}",
+    )
 
 
 def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOptions) -> Any:
     """The expert for the adapter in a folder; says what was lost."""
     as_large = lora_fit.check_adapter(base, name)
-    fit = {
-        "neurons": options.neurons or as_large,
-        "steps": options.steps or FIT_STEPS,
-        "tokenizer": tokenizer,
-    }
+    neurons = options.neurons or as_large
     adapted = load_fine_tune(name, base)
     if texts is None:
         print(
@@ -296,10 +295,18 @@ def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOp
         )
         texts, about = lora_fit.own_samples(base, adapted, tokenizer)
         print(f"{name}: fitted to {about}")
-    expert = lora_fit.fit_adapter(base, adapted, texts, Path(name).resolve().name, **fit)
+    expert = lora_fit.fit_adapter(
+        base,
+        adapted,
+        texts,
+        Path(name).resolve().name,
+        neurons=neurons,
+        steps=options.steps or FIT_STEPS,
+        tokenizer=tokenizer,
+    )
     facts = expert.facts["training"]
     print(
-        f"{expert.name}: {fit['neurons']} neurons keep {facts['kept']:.0%} of the adapter's gain "
+        f"{expert.name}: {neurons} neurons keep {facts['kept']:.0%} of the adapter's gain "
         f"(held-out nats per token: base {facts['base']:.3f}, adapter {facts['adapter']:.3f}, "
         f"neurons {facts['expert']:.3f})"
     )
@@ -337,11 +344,15 @@ def compose_files(
             top_k = config.top_k
         preference = own_preference if preference is None else preference
     by_name: dict[str, Any] = {}
-    for name, read in zip(names, texts or [None] * len(names), strict=True):
-        experts.append(
-            _fitted(base, name, read, tokenizer, options) if is_adapter(name) else load_expert(name)
-        )
-        by_name |= {} if read is None else {experts[-1].name: read}
+    for place, name in enumerate(names):
+        read = texts[place] if texts else None
+        if is_adapter(name):
+            expert = _fitted(base, name, read, tokenizer, options)
+        else:
+            expert = load_expert(name)
+        experts.append(expert)
+        if read is not None:
+            by_name[expert.name] = read
     if options.merge:
         merged = merge_expert(base, experts, weight=1 / max(1, len(experts)))
         with model_folder(out, merged, tokenizer):
@@ -357,9 +368,8 @@ def compose_files(
     if none and (background is None or options.background):
         print("background: sampling what the base itself says ...", flush=True)
         parts = expert_mixture.background_batches(base, tokenizer)
-        parts += [
-            _batches_of(file, tokenizer, options, "background") for file in options.background
-        ]
+        with refusing("background: ", ValueError):
+            parts += [read_texts(file, tokenizer, options) for file in options.background]
         background = pooled_background(base, parts)
     mixture = expert_mixture.compose_experts(
         base,
@@ -372,7 +382,7 @@ def compose_files(
         preference=preference,
     )
     if options.router == "train":
-        of_none = [batch for part in parts for batch in part]
+        of_none = list(itertools.chain(*parts))
         train_routers(mixture, [*texts, of_none], options.steps or ROUTER_STEPS)
     with model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)

@@ -12,7 +12,6 @@ from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.options import ExpertOptions
 from mpoe.cli.outputs import check_model_output, model_folder
-from mpoe.cli.short_help import SHORT
 from mpoe.models import convert_to_mpoe, import_original
 
 
@@ -26,7 +25,7 @@ class ConvertOptions:
     )
 
 
-@as_command(SHORT["convert"].usage, ConvertOptions, ExpertOptions, words=(2, 2))
+@as_command(ConvertOptions, ExpertOptions, words=(2, 2))
 def command(request: Request) -> None:
     """Convert the model IN into the folder OUT."""
     (options, experts), (name, out) = request.options, request.words

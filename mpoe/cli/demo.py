@@ -30,7 +30,6 @@ from mpoe.cli.outputs import (
     write_json,
 )
 from mpoe.cli.report import Table, bars_html, expert_colours, section, tokens_html, write_page
-from mpoe.cli.short_help import SHORT
 from mpoe.config.checks import check_seed
 from mpoe.data.documentation import load_documentation
 from mpoe.data.domains import DOMAINS, domain_text
@@ -75,7 +74,7 @@ class DemoOptions:
         check_seed("seed", self.seed)
 
 
-@as_command(SHORT["demo"].usage, DemoOptions)
+@as_command(DemoOptions)
 def command(request: Request) -> None:
     """Train and compose the experts, or compare the arms, in the output folder."""
     (options,) = request.options

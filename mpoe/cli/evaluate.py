@@ -5,7 +5,7 @@ For a run, settings without an option are as in training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,14 +16,14 @@ from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.outputs import check_writable_file, write_json
 from mpoe.cli.report import Table
-from mpoe.cli.short_help import SHORT
 from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment, resolve
 from mpoe.data.encode import (
+    Item,
+    as_batches,
     encode_labels,
     encode_language_modeling,
     encode_responses,
     encode_text_to_text,
-    padding_collator,
 )
 from mpoe.data.metrics import average_score
 from mpoe.data.predict import evaluate_task, evaluation_mode
@@ -32,7 +32,6 @@ from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
 AT_ONCE = 64  # items of a batch whose expert load is counted, at most
 LOGITS = 1 << 25  # numbers of a batch's logits, at most: 128 MiB in float32
-Items = Sequence[dict[str, list[int]]]
 Scores = Mapping[str, Mapping[str, float]]  # by task and metric
 
 
@@ -43,7 +42,7 @@ def encode_task(
     limit: int | None = None,
     style: str = SEQ2SEQ,
     labels: Sequence[str] = (),
-) -> list[dict[str, Any]]:
+) -> list[Item]:
     """A task's items as token ids for a model of this ``style``; for language modelling blocks of
     ``max_source_length`` tokens. ``labels``: what an encoder's head tells apart, in its order."""
     examples = task.examples(split)
@@ -55,25 +54,22 @@ def encode_task(
     return encode(examples[:limit], tokenizer, task.max_source_length, task.max_target_length)
 
 
-def padded_batches(model: Any, items: Items, tokenizer: Any) -> Iterator[Any]:
+def padded_batches(model: Any, items: Sequence[Item], tokenizer: Any) -> list[Item]:
     """Batches of items, so large that a forward pass's logits stay within `LOGITS` numbers."""
-    collate = padding_collator(tokenizer)
     longest = max((len(item["input_ids"]) for item in items), default=1)
     at_once = max(1, min(AT_ONCE, LOGITS // (longest * model.config.vocab_size)))
-    for start in range(0, len(items), at_once):
-        yield collate(items[start : start + at_once])
+    return list(as_batches(items, tokenizer, at_once))
 
 
-def expert_load(model: Any, items: Items, tokenizer: Any) -> list[list[int]]:
+def expert_load(model: Any, items: Sequence[Item], tokenizer: Any) -> list[list[int]]:
     """Tokens per expert on teacher-forced items, [layers][E]; empty for a dense model. Padding is
     not counted."""
     parts = []
     with torch.inference_mode(), evaluation_mode(model):
-        for collated in padded_batches(model, items, tokenizer):
-            batch = collated.to(model.device)
-            output = model(
-                **{name: value for name, value in batch.items() if value is not None}
-            )  # no labels: encoders
+        for batch in padded_batches(model, items, tokenizer):
+            # encoders have no labels
+            given = {name: value for name, value in batch.items() if value is not None}
+            output = model(**{name: value.to(model.device) for name, value in given.items()})
             if getattr(output, "expert_load", None) is None:
                 return []
             parts.append(output.expert_load)
@@ -142,27 +138,23 @@ def score_table(
     rows: list[list[str]] = []
     best: set[tuple[int, int]] = set()
     for task, metric in metrics_of(columns.values()):
-        values = [scores.get(task, {}).get(metric) for scores in columns.values()]
-        there = [value for value in values if value is not None]
-        winner = (min if metric in _LOWER_IS_BETTER else max)(there)
+        values = [scores.get(task, {}).get(metric) for scores in (*columns.values(), constants)]
+        there = [value for value in values[:-1] if value is not None]
         if min(there) < max(there):
-            best |= {
-                (len(rows), column)
-                for column, value in enumerate(values, start=1)
-                if value == winner
-            }
-        shown = (
-            "-" if value is None else f"{value:.4f}"
-            for value in [*values, constants.get(task, {}).get(metric)]
-        )
-        rows.append([f"{task}: {metric}", *shown])
+            winner = (min if metric in _LOWER_IS_BETTER else max)(there)
+            places = range(1, len(values))
+            best |= {(len(rows), place) for place in places if values[place - 1] == winner}
+        rows.append([f"{task}: {metric}", *map(_shown, values)])
     if len(constants) > 1:
-        means = (
-            f"{average_score(column_scores):.4f}" if column_scores else "-"
-            for column_scores in (*columns.values(), constants)
-        )
-        rows.append(["average over tasks, of the first of each", *means])
+        means = [
+            average_score(scores) if scores else None for scores in (*columns.values(), constants)
+        ]
+        rows.append(["average over tasks, of the first of each", *map(_shown, means)])
     return Table(["", *columns, "constant"], rows, title, words, best=best)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def show_scores(evaluated: Mapping[str, Any], title: str) -> None:
@@ -170,12 +162,9 @@ def show_scores(evaluated: Mapping[str, Any], title: str) -> None:
     items = ", ".join(
         f"{score['items']:,} of {task}" for task, score in evaluated["scores"].items()
     )
-    score_table(
-        {"value": evaluated["scores"]},
-        evaluated["constant"],
-        title,
-        f"Items: {items}. {SCORE_NOTE}",
-    ).show()
+    columns = {"value": evaluated["scores"]}
+    words = f"Items: {items}. {SCORE_NOTE}"
+    score_table(columns, evaluated["constant"], title, words).show()
     for remark in evaluated["remarks"]:
         print(f"note: {remark}")
 
@@ -197,7 +186,7 @@ class EvaluateOptions:
     LEAST: ClassVar[dict[str, int]] = {"batch_size": 1}
 
 
-@as_command(SHORT["evaluate"].usage, EvaluateOptions, DataOptions, words=(0, 1))
+@as_command(EvaluateOptions, DataOptions, words=(0, 1))
 def command(request: Request) -> dict[str, dict[str, float]]:
     """Print and return the scores by task."""
     (options, data), words = request.options, request.words
@@ -223,7 +212,6 @@ def command(request: Request) -> dict[str, dict[str, float]]:
     evaluated = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
     show_scores(evaluated, f"{folder} on {options.split}")
     if options.output_file:
-        write_json(
-            Path(options.output_file), {"model": folder, "split": options.split, **evaluated}
-        )
+        written = {"model": folder, "split": options.split, **evaluated}
+        write_json(Path(options.output_file), written)
     return evaluated["scores"]

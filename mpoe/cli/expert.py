@@ -3,7 +3,6 @@ losses beside the base's, and the expert's file."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from mpoe.cli.quiet import (
 )
 from mpoe.cli.report import Table
 from mpoe.config.checks import is_file_name
-from mpoe.data.batches import as_batches
+from mpoe.data.encode import as_batches
 from mpoe.data.metrics import average_score
 from mpoe.models import collect_statistics, save_expert
 from mpoe.models.composition import NONE
@@ -91,8 +90,7 @@ def limit_measuring(
     """
     most = int(MEASURED * trained)
     statistics = min(MOST_STATISTICS, trained, max(LEAST_STATISTICS, int(0.4 * most)))
-    often = (most - statistics) // (OFTEN + 1) >= ENOUGH
-    points = OFTEN if often else 1
+    points = OFTEN if (most - statistics) // (OFTEN + 1) >= ENOUGH else 1
     if not given & {"eval_steps", "eval_strategy", "do_eval"}:
         arguments.eval_steps = math.ceil(arguments.max_steps / points)
     if "n_val" not in given:
@@ -122,26 +120,22 @@ def losses_beside_base(trainer: Any, sizes: Mapping[str, Mapping[str, int]]) -> 
     step = trainer.state.global_step
 
     def logged() -> dict[str, float]:
-        records = (record for record in trainer.state.log_history if record["step"] == step)
-        return {
-            name: value
-            for record in records
-            for name, value in record.items()
-            if name.startswith("eval_")
-        }
+        """All that was logged of the last step."""
+        records = [record for record in trainer.state.log_history if record["step"] == step]
+        return {name: value for record in records for name, value in record.items()}
 
-    if not logged():
+    if not any(name.startswith("eval_") for name in logged()):
         trainer.evaluate()
-    measured_last = logged()
+    last = logged()
     evaluated = [task for task, counts in sizes.items() if "validation" in counts]
     scores: dict[str, dict[str, float]] = {}
     for task in evaluated:
         prefix = "eval_" if len(evaluated) == 1 else f"eval_{task}_"
-        losses = {
-            "loss": measured_last[f"{prefix}loss"],
-            "base_loss": measured_last[f"{prefix}base_loss"],
+        scores[task] = {
+            "loss": last[f"{prefix}loss"],
+            "base_loss": last[f"{prefix}base_loss"],
+            "items": sizes[task]["validation"],
         }
-        scores[task] = {**losses, "items": sizes[task]["validation"]}
     return {"scores": scores, "mean": average_score(scores), "constant": {}, "remarks": []}
 
 
@@ -151,8 +145,8 @@ def show_losses(evaluated: Mapping[str, Any], title: str) -> None:
     for task, score in evaluated["scores"].items():
         losses = (score["base_loss"], score["loss"], score["loss"] - score["base_loss"])
         rows.append([task, f"{score['items']:,}", *(f"{loss:.4f}" for loss in losses)])
-    note = "In nats per predicted token."
-    Table(("", "items", "base", "with its expert", "difference"), rows, title, note).show()
+    header = ("", "items", "base", "with its expert", "difference")
+    Table(header, rows, title, "In nats per predicted token.").show()
 
 
 def stage_expert(
@@ -174,11 +168,12 @@ def stage_expert(
     statistics = collect_statistics(
         trainer.model, DataLoader(items, AT_ONCE, collate_fn=trainer.data_collator)
     )
-    facts: dict[str, Any] = {
+    facts = {
         "steps": trainer.state.global_step,
         "learning_rate": plan.arguments.learning_rate,
+        "tasks": plan.data.tasks,
+        "data": sizes,
     }
-    facts |= {"tasks": plan.data.tasks, "data": sizes}
     staging = staging_folder(Path(str(plan.arguments.output_dir)))
     staging.mkdir(exist_ok=True)
     expert = save_expert(
@@ -189,10 +184,11 @@ def stage_expert(
         training=facts,
     )
     collected = time.perf_counter() - begun
-    records = trainer.state.log_history
-    logged = [pair for record in records for pair in record.items()]
     validated = sum(
-        value for name, value in logged if name.startswith("eval_") and name.endswith("_runtime")
+        value
+        for record in trainer.state.log_history
+        for name, value in record.items()
+        if name.startswith("eval_") and name.endswith("_runtime")
     )
     training = seconds - validated
     if training > 0:
@@ -223,11 +219,10 @@ def show_expert(
         print(f"the expert alone is {file} (mpoe compose)")
         return
     background = made_background(base, tokenizer, folder)
-    batches = as_batches(held_out, tokenizer)
+    batches = list(as_batches(held_out, tokenizer))
     changes = changes_of_expert(base, tokenizer, model, expert, batches, background)
-    training = expert.facts["training"] | facts_of_changes(changes)
-    facts = {**expert.facts, "training": training}
-    write_expert(dataclasses.replace(expert, facts=facts), file)
+    expert.facts["training"] |= facts_of_changes(changes)
+    write_expert(expert, file)
     table_of_changes(f"What {expert.name} changes", changes).show()
     print(
         f"the expert alone is {file}; the model with it: mpoe compose {source.path} {file} "

@@ -15,7 +15,6 @@ from pathlib import Path
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.outputs import check_model_output, model_folder
-from mpoe.cli.short_help import SHORT
 from mpoe.models import merge_experts, push_expert
 from mpoe.models.expert_files import expert_repository
 from mpoe.models.export import TARGETS, check_export, server_notes
@@ -35,7 +34,7 @@ class ExportOptions:
     overwrite: bool = option(False, "replace a model in OUT")
 
 
-@as_command(SHORT["export"].usage, ExportOptions, words=(2, 2))
+@as_command(ExportOptions, words=(2, 2))
 def command(request: Request) -> None:
     """Export the model IN into the folder OUT, or an expert's file IN to the repository OUT of the
     hub."""
@@ -45,6 +44,8 @@ def command(request: Request) -> None:
             raise CommandError(f"local is of --to hub; got --to {options.to}")
         if options.overwrite:
             raise CommandError("overwrite is for models; --local writes a new folder")
+        if options.private:
+            raise CommandError("private is for a repository of the hub; --local writes a folder")
         write_repository(name, out)
         print(f"{out} is ready: hf upload USER/REPO {out}")
         return

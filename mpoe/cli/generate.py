@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mpoe.cli.command import CommandError, Request, as_command, option
-from mpoe.cli.short_help import SHORT
 from mpoe.config.checks import check_number, check_seed
 
 
@@ -32,7 +31,7 @@ class GenerateOptions:
         check_seed("seed", self.seed)
 
 
-@as_command(SHORT["generate"].usage, GenerateOptions, words=(1, 1))
+@as_command(GenerateOptions, words=(1, 1))
 def command(request: Request) -> None:
     """Print the model's text for every prompt; that of a language model begins with it."""
     (options,), (name,) = request.options, request.words

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.cli.command import CommandError, Request, as_command, option
-from mpoe.cli.short_help import SHORT
 from mpoe.data.mappings import flatten, read_mapping
 from mpoe_kernels import info
 
@@ -37,7 +36,7 @@ class InfoOptions:
     json: bool = option(False, "print JSON instead of tables")
 
 
-@as_command(SHORT["info"].usage, InfoOptions, words=(0, MOST))
+@as_command(InfoOptions, words=(0, MOST))
 def command(request: Request) -> None:
     """Show the facts of this machine, or of experts."""
     (options,), files = request.options, request.words

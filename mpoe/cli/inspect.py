@@ -20,9 +20,9 @@ from mpoe.cli import models, report
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.evaluate import encode_task, expert_load, padded_batches
 from mpoe.cli.outputs import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
-from mpoe.cli.short_help import SHORT
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.batches import read_batches
+from mpoe.data.encode import Item, encoded_item
 from mpoe.data.task import Task
 from mpoe.inspection import Batches, Route, Worth, bond_spectra, composed_worth, route_text
 from mpoe.models.card import facts
@@ -32,10 +32,9 @@ from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.models.walk import mpo_modules, routed_layers, short_name
 
 NUMBERS_FILE = "inspect.json"
-ITEMS, SENTENCES = (
-    "the items",
-    "the sentences",
-)  # that tell what experts are worth, where no file does
+# that tell what experts are worth, where no file does
+ITEMS = "the items"
+SENTENCES = "the sentences"
 NUM_TOKENS = 2048  # of the pass that plans of MPO weights are for
 # of the pass that counts the load, about: ten seconds of one core; smaller models read `MOST_ITEMS`
 FLOPS = 6e11
@@ -102,7 +101,7 @@ class InspectOptions:
             raise ValueError("text must hold words; got an empty one")
 
 
-@as_command(SHORT["inspect"].usage, InspectOptions, DataOptions, words=(1, 1))
+@as_command(InspectOptions, DataOptions, words=(1, 1))
 def command(request: Request) -> None:
     """Inspect the model; write the numbers and, last, the report."""
     (options, data), (name,) = request.options, request.words
@@ -131,20 +130,32 @@ def command(request: Request) -> None:
     model = models.load_model(source)
     texts: dict[str, Batches] = {}
     if options.texts:
-        texts = _batches_of_texts(options, tokenizer, model)
+        # every expert is tried alone and left out on every item
+        passes = len(options.texts) * (2 * model.mpoe_config.num_experts + 1)
+        most = options.num_items or _fitting(model, FLOPS_OF_WORTH, passes, MOST_ITEMS_OF_TEXT)
+        texts = {file: read_batches(file, tokenizer, LENGTH, most) for file in options.texts}
         items = [{"input_ids": batches[0]["input_ids"][0].tolist()} for batches in texts.values()]
-        counted = f"{sum(map(num_items, texts.values()))} items of {', '.join(texts)}"
+        rows = sum(len(batch["input_ids"]) for batches in texts.values() for batch in batches)
+        counted = f"{rows} items of {', '.join(texts)}"
     else:
-        most = options.num_items or max(
-            1, min(MOST_ITEMS, int(FLOPS / (2 * LENGTH * model.num_parameters())))
-        )
+        most = options.num_items or _fitting(model, FLOPS, 1, MOST_ITEMS)
         items = _items(source.style, options.split, most, tasks, tokenizer) if tokenizer else []
         counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
     print(f"{name}: counting {counted}, following tokens, reading bonds", flush=True)
     if is_composed and tokenizer and source.style != ENCODER and not texts:
-        is_data_given = bool(data.data_dir or data.tasks or data.task_file)
-        texts = _other_texts(model, tokenizer, items if is_data_given else [], options.text)
-    worth = _worths(Path(name), model, texts) if texts else {}
+        # what experts are worth on the sentences, or on the items that were asked for
+        if options.text and not model.config.is_encoder_decoder:
+            sentences = [encoded_item(ids, ids) for ids in tokenizer(options.text)["input_ids"]]
+            texts = {SENTENCES: padded_batches(model, sentences, tokenizer)}
+        elif items and (data.data_dir or data.tasks or data.task_file):
+            texts = {ITEMS: padded_batches(model, items, tokenizer)}
+    worth: dict[str, Worth] = {}
+    if texts:
+        experts, background = experts_in(Path(name))
+        classes = [expert.statistics for expert in experts]
+        worth = composed_worth(
+            model, classes if background is None else [*classes, background], texts
+        )
     text = options.text or [
         tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True)
         for item in items[:2]
@@ -162,19 +173,16 @@ def command(request: Request) -> None:
     _report(folder, name, model, routes, load, counted, worth)
     for text_name, result in worth.items():
         worth_table(result, text_name).show()
-        over = result.loss - result.oracle
         print(
             f"on {result.tokens} tokens the mixture has {result.loss:.3f} nats per token, "
-            f"{over:.3f} more than the oracle"
+            f"{result.loss - result.oracle:.3f} more than the oracle"
         )
     if is_composed and not worth:
         print("what each expert is worth: give --texts FILE ..., a file of each domain")
     print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
 
 
-def _items(
-    style: str, split: str, most: int, tasks: Sequence[Task], tokenizer: Any
-) -> list[dict[str, Any]]:
+def _items(style: str, split: str, most: int, tasks: Sequence[Task], tokenizer: Any) -> list[Item]:
     """Encoded items on which the expert load is counted; an encoder reads only the inputs."""
     share = -(-most // len(tasks))
     if style != ENCODER:
@@ -188,41 +196,9 @@ def _items(
     ]
 
 
-def _batches_of_texts(options: InspectOptions, tokenizer: Any, model: Any) -> dict[str, Batches]:
-    """Of every file of ``texts``; every expert is tried alone and left out on every item."""
-    files = options.texts
-    passes = len(files) * (2 * model.mpoe_config.num_experts + 1)
-    item = 2 * LENGTH * model.num_parameters()
-    fitting = max(1, min(MOST_ITEMS_OF_TEXT, int(FLOPS_OF_WORTH / (passes * item))))
-    most = options.num_items or fitting
-    return {file: read_batches(file, tokenizer, LENGTH, most) for file in files}
-
-
-def _other_texts(
-    model: Any, tokenizer: Any, items: list[dict[str, Any]], sentences: Sequence[str]
-) -> dict[str, Batches]:
-    """What says what experts are worth where no file does: the sentences, or the items."""
-    if sentences and not model.config.is_encoder_decoder:
-        rows = tokenizer(list(sentences))["input_ids"]
-        items = [
-            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows
-        ]
-        return {SENTENCES: list(padded_batches(model, items, tokenizer))}
-    return {ITEMS: list(padded_batches(model, items, tokenizer))} if items else {}
-
-
-def _worths(folder: Path, model: Any, texts: Mapping[str, Batches]) -> dict[str, Worth]:
-    """What the experts of a composed mixture are worth on each of the texts."""
-    experts, background = experts_in(folder)
-    classes = [expert.statistics for expert in experts]
-    if background is not None:
-        classes.append(background)
-    return composed_worth(model, classes, texts)
-
-
-def num_items(batches: Batches) -> int:
-    """Rows of all batches."""
-    return sum(len(batch["input_ids"]) for batch in batches)
+def _fitting(model: Any, flops: float, passes: int, most: int) -> int:
+    """Items of `LENGTH` tokens, at most so many, with which these passes take about ``flops``."""
+    return max(1, min(most, int(flops / (passes * 2 * LENGTH * model.num_parameters()))))
 
 
 def worth_table(worth: Worth, text: str) -> report.Table:
@@ -231,13 +207,10 @@ def worth_table(worth: Worth, text: str) -> report.Table:
     rows = [
         [n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts
     ]
-    rows += [
-        ["the mixture", "", f"{worth.loss:.3f}", "", ""],
-        ["oracle", "", f"{worth.oracle:.3f}", "", ""],
-    ]
-    return report.Table(
-        ("expert", "weight", "alone", "without", "removed"), rows, f"{text}, {worth.tokens} tokens"
-    )
+    rows.append(["the mixture", "", f"{worth.loss:.3f}", "", ""])
+    rows.append(["oracle", "", f"{worth.oracle:.3f}", "", ""])
+    header = ("expert", "weight", "alone", "without", "removed")
+    return report.Table(header, rows, f"{text}, {worth.tokens} tokens")
 
 
 def _spectra(model: Any) -> dict[str, dict[str, list[Any]]]:
@@ -264,19 +237,20 @@ def _report(
     config = model.mpoe_config
     layers = [short_name(layer) for layer, _ in routed_layers(model)]
     parts = [report.Table((), list(facts(model).items()), kind="text").html()]
-    numbers: dict[str, Any] = {
+    spectra = _spectra(model)
+    numbers = {
         "model": name,
         "parameters": model.parameter_report(),
         "layers": layers,
-    }
-    numbers |= {
         "counted_on": counted,
         "expert_load": load,
         "worth": {text: vars(result) for text, result in worth.items()},
+        "routes": [{"text": text, "streams": list(map(vars, streams))} for text, streams in routes],
+        "bonds": {  # effective rank as a share of every bond
+            kind: {layer: [bond.used for bond in bonds] for layer, bonds in layers_of_kind.items()}
+            for kind, layers_of_kind in spectra.items()
+        },
     }
-    numbers["routes"] = [
-        {"text": text, "streams": [vars(route) for route in streams]} for text, streams in routes
-    ]
 
     def add(heading: str, *contents: Any, words: object = "") -> None:
         parts.append(report.section(heading, *contents, note=_WORDS[heading].format(words)))
@@ -290,13 +264,8 @@ def _report(
         add("What each expert is worth", *tables)
     if load:
         add("Expert load", report.load_map(load, layers), words=counted)
-    spectra = _spectra(model)
     if spectra:
         add("What the bonds carry", report.spectrum_lines(spectra))
-    numbers["bonds"] = {  # effective rank as a share of every bond
-        kind: {layer: [bond.used for bond in bonds] for layer, bonds in layers_of_kind.items()}
-        for kind, layers_of_kind in spectra.items()
-    }
     weights = summarize(model, NUM_TOKENS, config.top_k)
     if weights:
         parts.append(report.Table(HEADER, list(weights.values()), "MPO weights", LEGEND).section())

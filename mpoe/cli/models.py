@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from transformers.utils import logging
 
 from mpoe.cli.command import CommandError, close_matches
+from mpoe.config.checks import refusing
 from mpoe.data.mappings import read_mapping
 from mpoe.data.stand_in_models import STAND_INS, stand_in_path
 from mpoe.data.task import Task
@@ -23,9 +24,7 @@ from mpoe.models import load_mpoe
 from mpoe.models.classes import STYLE_HEADS, classes_of
 from mpoe.models.table import ENCODER, TABLE, TYPE_PREFIX, known_type
 from mpoe.models.weight_files import check_links, check_weight_files
-from mpoe.training.published import (
-    finish,
-)
+from mpoe.training.published import finish
 
 ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
@@ -71,11 +70,8 @@ def find(name: str) -> Source:
         )
     names = values.get("architectures")
     architecture = str(names[0]) if isinstance(names, list) and names else ""
-    return Source(
-        str(stand_in_path(name)) if name in STAND_INS else name,
-        known_type(name, values),
-        architecture,
-    )
+    path = str(stand_in_path(name)) if name in STAND_INS else name
+    return Source(path, known_type(name, values), architecture)
 
 
 def find_to_copy(name: str) -> Source:
@@ -106,10 +102,8 @@ def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
             f"model: no such folder: {name}{close_matches(Path(name).name, _beside(name))}"
         )
     try:
-        values, _ = transformers.PreTrainedConfig.get_config_dict(
-            name, local_files_only=not _hub_answers()
-        )
-        return dict(values)
+        offline = not _hub_answers()
+        return transformers.PreTrainedConfig.get_config_dict(name, local_files_only=offline)[0]
     except (OSError, ValueError) as error:
         known = [*STAND_INS, *others, *(path.name for path in Path().iterdir() if path.is_dir())]
         reason = str(error).strip().partition("\n")[0]
@@ -163,28 +157,24 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
     if labels is not None:
         kind = "single_label_classification" if labels else "regression"
         names = dict(enumerate(labels or ("value",)))
-        options = {"num_labels": len(names), "problem_type": kind, "ignore_mismatched_sizes": True}
-        options |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-    if source.is_mpoe and options:
-        classes_of(
-            source.model_type.removeprefix(TYPE_PREFIX)
-        )  # which registers them with the Auto classes
-    elif source.is_mpoe:
+        options = {
+            "num_labels": len(names),
+            "problem_type": kind,
+            "ignore_mismatched_sizes": True,
+            "id2label": names,
+            "label2id": {name: index for index, name in names.items()},
+        }
+    if source.is_mpoe and not options:
         return load_mpoe(source.path)
-    is_head = source.is_classifier or options
-    auto = "AutoModelForSequenceClassification" if is_head else STYLE_HEADS[source.style]
-    try:
-        model = (
-            getattr(transformers, auto)
-            .from_pretrained(source.path, dtype="float32", **options)
-            .eval()
-        )
-    except (
-        Exception
-    ) as error:  # Transformers and its file readers have no common exception for damaged files
-        raise CommandError(
-            f"model: the weights of {source.path} cannot be loaded: {error}"
-        ) from error
+    if source.is_mpoe:  # so that they are registered with the Auto classes
+        classes_of(source.model_type.removeprefix(TYPE_PREFIX))
+    auto = STYLE_HEADS[source.style]
+    if source.is_classifier or options:
+        auto = "AutoModelForSequenceClassification"
+    load = getattr(transformers, auto).from_pretrained
+    # Transformers and its file readers have no common exception for damaged files
+    with refusing(f"model: the weights of {source.path} cannot be loaded: "):
+        model = load(source.path, dtype="float32", **options).eval()
     if Path(source.path).is_dir():
         check_weight_files(Path(source.path), model)
     return model
@@ -193,9 +183,8 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
 def tokenizer_if_any(source: Source) -> Any:
     """As `load_tokenizer`; None, with a line that says so, for a folder that holds the model
     alone."""
-    if Path(source.path).is_dir() and not any(
-        any(Path(source.path).glob(names)) for names in _TOKENIZER_FILES
-    ):
+    folder = Path(source.path)
+    if folder.is_dir() and not any(any(folder.glob(names)) for names in _TOKENIZER_FILES):
         print(f"{source.path} holds no tokenizer: what needs one is left out")
         return None
     return load_tokenizer(source)
@@ -206,12 +195,11 @@ def load_tokenizer(source: Source) -> Any:
     uses the end token.
 
     Raises:
-        CommandError: there is none.
+        ValueError: there is none.
     """
-    try:
+    # the tokenizers library raises bare exceptions
+    with refusing(f"model: no usable tokenizer in {source.path}: "):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
-    except Exception as error:  # the tokenizers library raises bare ones
-        raise CommandError(f"model: no usable tokenizer in {source.path}: {error}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

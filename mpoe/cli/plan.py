@@ -31,7 +31,6 @@ from mpoe.cli.models import read_configuration
 from mpoe.cli.options import ExpertOptions
 from mpoe.cli.outputs import check_writable_file, write_json
 from mpoe.cli.report import Table
-from mpoe.cli.short_help import SHORT
 from mpoe.config import MPOEConfig
 from mpoe.data.mappings import read_mapping
 from mpoe.layers import MPOEmbedding, TopKRouter
@@ -74,7 +73,7 @@ class PlanOptions:
         return 1 if self.inference else 3
 
 
-@as_command(SHORT["plan"].usage, PlanOptions, ExpertOptions, words=(1, 1))
+@as_command(PlanOptions, ExpertOptions, words=(1, 1))
 def command(request: Request) -> None:
     """Print the table, and write everything as JSON if wanted."""
     (options, experts), (name,) = request.options, request.words

@@ -16,6 +16,7 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.models import Source
 from mpoe.cli.options import DENSE, SWITCH, WIDER
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import refusing
 from mpoe.config.shapes import NEURONS, SEPARABLE
 from mpoe.data.task import multitask_batches
 from mpoe.models.table import CAUSAL, SEQ2SEQ, TABLE, TYPE_PREFIX
@@ -59,11 +60,9 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     if experts.shape is None and config.expert_type == "mpo":
         experts.shape = str(config.shape)
         if plan.arguments.process_index == 0:
-            why = (
-                "what gained most with few experts"
-                if config.is_hidden
-                else "what the model or other options need"
-            )
+            why = "what the model or other options need"
+            if config.is_hidden:
+                why = "what gained most with few experts"
             print(
                 f"shape {experts.shape}, {config.top_k} of {config.num_experts} experts per token: "
                 f"{why} (--shape)"
@@ -91,12 +90,9 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
         arguments.learning_rate = float(record["training"]["learning_rate"])
         return str(record.get("learning_rate_from", "as the run began"))
     kind = rates.kind_of(config) if plan.run.expert is None else _EXPERT_OF[source.style]
-    try:
+    # Transformers has no common exception for invalid values
+    with refusing(f"model: the configuration of {source.path} cannot be read: "):
         values = AutoConfig.from_pretrained(source.path)
-    except Exception as error:  # Transformers has no common exception for invalid values
-        raise CommandError(
-            f"model: the configuration of {source.path} cannot be read: {error}"
-        ) from error
     if source.is_mpoe:
         config = MPOEConfig.from_dict(values.mpoe)
         kind = rates.kind_of(config)
@@ -118,17 +114,12 @@ def warn_of_rate(plan: Plan, source: Source) -> None:
     arguments = plan.arguments
     chosen = "learning_rate" in plan.given or plan.run.find_rate or plan.run.resume
     kind = _EXPERT_OF[source.style] if plan.run.expert is not None else ""
-    if (
-        chosen
-        or arguments.process_index
-        or rates.is_known(source.model_type, arguments.regime, kind)
-    ):
-        return
-    family = source.model_type.removeprefix(TYPE_PREFIX)
-    print(
-        f"no learning rate is known of {family}: --find_rate searches for one, 30 steps with each "
-        "of three to five"
-    )
+    known = rates.is_known(source.model_type, arguments.regime, kind)
+    if not (chosen or known or arguments.process_index):
+        print(
+            f"no learning rate is known of {source.model_type.removeprefix(TYPE_PREFIX)}: "
+            "--find_rate searches for one, 30 steps with each of three to five"
+        )
 
 
 def search_rate(trainer: Any, items: Any) -> str:
@@ -140,6 +131,12 @@ def search_rate(trainer: Any, items: Any) -> str:
     why = f"the least loss on held-out training items after {rates.STEPS} steps of each: {tried}"
     print(f"learning_rate {arguments.learning_rate:g}: {why}")
     return why
+
+
+def items_of_step(arguments: MPOETrainingArguments) -> int:
+    """Of all processes and micro-batches together."""
+    per_device = arguments.per_device_train_batch_size
+    return per_device * arguments.world_size * arguments.gradient_accumulation_steps
 
 
 def order_items(
@@ -154,18 +151,12 @@ def order_items(
     The Trainer reads them one after the other. In this order the micro-batches of a step follow
     each other, rank by rank, so accumulation and several processes also see one task per step.
     """
-    step = (
-        arguments.per_device_train_batch_size
-        * arguments.world_size
-        * arguments.gradient_accumulation_steps
-    )
+    step = items_of_step(arguments)
     sizes = {name: len(pool) for name, pool in pools.items()}
     per_epoch = math.ceil(sum(sizes.values()) / step)
-    steps = (
-        arguments.max_steps
-        if arguments.max_steps > 0
-        else math.ceil(arguments.num_train_epochs * per_epoch)
-    )
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = math.ceil(arguments.num_train_epochs * per_epoch)
     if steps * step > MOST_ITEMS:
         raise CommandError(
             f"max_steps x items of a step must be at most {MOST_ITEMS}; got {steps} x {step}"
@@ -173,7 +164,7 @@ def order_items(
     order = multitask_batches(sizes, step, steps, temperature, seed)
     arguments.max_steps = steps
     arguments.train_sampling_strategy = "sequential"
-    everything: Any = list(itertools.chain.from_iterable(pools.values()))
+    everything: Any = list(itertools.chain(*pools.values()))
     return Subset(everything, order.ravel().tolist()), per_epoch
 
 

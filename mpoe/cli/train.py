@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import platform
 import shlex
 import sys
@@ -36,6 +37,7 @@ from mpoe.cli.models import Source
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
 from mpoe.cli.outputs import REPORT_FILE, RESULTS_FILE, write_json
 from mpoe.cli.settle import (
+    items_of_step,
     order_items,
     search_rate,
     set_intervals,
@@ -43,9 +45,8 @@ from mpoe.cli.settle import (
     settle_rate,
     warn_of_rate,
 )
-from mpoe.cli.short_help import SHORT
 from mpoe.cli.tasks import DataOptions, model_of_experiment, read_descriptions, resolve
-from mpoe.data.encode import IGNORED_LABEL, padding_collator
+from mpoe.data.encode import IGNORED_LABEL, Item, padding_collator
 from mpoe.data.predict import is_classifier
 from mpoe.data.spec import TaskSpec
 from mpoe.data.task import Task
@@ -55,7 +56,12 @@ from mpoe.models.card import write_card
 from mpoe.models.find import hidden_size_as_mixture, widened
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.models.walk import routed_layers, short_name
-from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
+from mpoe.training import (
+    MPOETrainer,
+    MPOETrainingArguments,
+    find_last_checkpoint,
+    prepare_output_dir,
+)
 from mpoe.training.callbacks import LogLineCallback
 from mpoe.training.checkpoints import step_of
 from mpoe.training.output_dir import check_output_dir, publish_run
@@ -93,7 +99,7 @@ class Plan:
         )
 
 
-@as_command(SHORT["train"].usage, *GROUPS, config=True, first=SHORT["train"].options)
+@as_command(*GROUPS, config=True)
 def command(request: Request) -> None:
     """Train as the options say."""
     options, data, experts, arguments = request.options
@@ -170,21 +176,21 @@ def run(plan: Plan) -> dict[str, Any]:
         **settings_of(plan, described),
         "command": plan.command,
         "learning_rate_from": rate_from,
+        "drawn_by": drawn_by,
     }
-    settings["drawn_by"] = drawn_by
     _check_folder(plan, settings)
     trainer = make_trainer(
         _prepare_model(source, config, plan, labels), tokenizer, items, validation, arguments
     )
     if plan.run.print_num_parameters and trainer.is_world_process_zero():
-        total = f"parameters: {sum(p.numel() for p in trainer.model.parameters()):,}"
+        total = f"parameters: {trainer.model.num_parameters():,}"
         getattr(trainer.model, "print_trainable_parameters", partial(print, total))()
     if plan.run.find_rate and not plan.run.resume:
         settings["learning_rate_from"] = search_rate(trainer, items.dataset)
         settings["training"]["learning_rate"] = arguments.learning_rate
     first = arguments.process_index == 0
-    if first:
-        show_first_items(tasks, pools, tokenizer, source.style)
+    for task in tasks if first else ():
+        show_first_item(task, pools[task.name][0], tokenizer, source.style)
     with hold(folder) if first else contextlib.nullcontext():
         with arguments.main_process_first(desc="output folder"):
             if first:
@@ -205,7 +211,12 @@ def run(plan: Plan) -> dict[str, Any]:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - begun
         spent = seconds, trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
-        sizes = _sizes(pools, items.indices, validation)
+        # Items by task: to train on, read in all steps, to validate on.
+        owners = [name for name, pool in pools.items() for _ in pool]
+        seen = Counter(owners[index] for index in items.indices)
+        sizes = {name: {"train": len(pool), "seen": seen[name]} for name, pool in pools.items()}
+        for name, held_out in validation.items():
+            sizes.setdefault(name, {})["validation"] = len(held_out)
         staging = staging_folder(folder)
         expert = None
         if plan.run.expert is None or plan.run.save_base:
@@ -218,7 +229,7 @@ def run(plan: Plan) -> dict[str, Any]:
             publish_run(folder)
         results = finish(trainer, tokenizer, eval_tasks, plan, start, spent, sizes)
         if expert is not None:
-            held_out = [item for task_items in validation.values() for item in task_items]
+            held_out = list(itertools.chain(*validation.values()))
             show_expert(trainer.model, tokenizer, expert, held_out, folder, source)
         return results
 
@@ -226,34 +237,26 @@ def run(plan: Plan) -> dict[str, Any]:
 SHOWN = 400  # characters of a first item
 
 
-def show_first_items(
-    tasks: Sequence[Task], pools: Mapping[str, Sequence[Any]], tokenizer: Any, style: str
-) -> None:
-    """Print the first training item of every task as the model reads it, special tokens
-    included."""
-    for task in tasks:
-        item = pools[task.name][0]
-        read = tokenizer.decode(item["input_ids"])[:SHOWN]
-        if style == SEQ2SEQ:
-            print(
-                f"first item of {task.name}: {read!r} -> "
-                f"{tokenizer.decode(item['labels'])[:SHOWN]!r}"
-            )
-        elif style == CAUSAL:
-            counted = sum(label != IGNORED_LABEL for label in item["labels"])
-            kind = "block" if task.kind == "language_modeling" else "item"
-            print(
-                f"first {kind} of {task.name}, {len(item['labels'])} tokens, the loss counts "
-                f"{counted}: {read!r}"
-            )
+def show_first_item(task: Task, item: Item, tokenizer: Any, style: str) -> None:
+    """Print a task's first training item as the model reads it, special tokens included."""
+    read = tokenizer.decode(item["input_ids"])[:SHOWN]
+    labels = item["labels"]
+    if style == SEQ2SEQ:
+        print(f"first item of {task.name}: {read!r} -> {tokenizer.decode(labels)[:SHOWN]!r}")
+    elif style == CAUSAL:
+        counted = sum(label != IGNORED_LABEL for label in labels)
+        kind = "block" if task.kind == "language_modeling" else "item"
+        print(
+            f"first {kind} of {task.name}, {len(labels)} tokens, the loss counts {counted}: "
+            f"{read!r}"
+        )
 
 
 def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
     """Refuse a folder with another run or nothing to resume; with ``settings``, also a run with
     other settings."""
-    if (
-        plan.arguments.process_index == 0
-    ):  # a slower process may check after the first one has claimed the folder
+    # a slower process may check after the first one has claimed the folder
+    if plan.arguments.process_index == 0:
         check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
         if plan.run.expert is not None:
             check_free_names(Path(str(plan.arguments.output_dir)), [f"{plan.run.expert}.expert"])
@@ -267,10 +270,7 @@ def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str
     if config is not None and plan.run.baseline == WIDER:
         hidden = hidden_size_as_mixture(model, config)
         model = widened(model, hidden)
-        print(
-            f"baseline wider: hidden size {hidden}, {sum(p.numel() for p in model.parameters()):,} "
-            "parameters"
-        )
+        print(f"baseline wider: hidden size {hidden}, {model.num_parameters():,} parameters")
     elif config is not None:
         transformers.set_seed(plan.arguments.seed)  # for the routers
         model = convert_to_mpoe(model, config)
@@ -280,27 +280,10 @@ def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str
 
 def take_layers(model: Any, options: RunOptions) -> None:
     """Load components of the earlier run into a newly converted model."""
-    if not options.load_layer:
-        return
-    names = load_layers(
-        model, model_of_experiment(str(options.load_experiment)), options.load_layer
-    )
-    print(f"{len(names)} modules ({', '.join(options.load_layer)}) from {options.load_experiment}")
-
-
-def _sizes(
-    pools: Mapping[str, Sequence[Any]],
-    order: Sequence[int],
-    validation: Mapping[str, Sequence[Any]],
-) -> dict[str, dict[str, int]]:
-    """Items by task: to train on, read in all steps, to validate on; ``order`` are indices into all
-    pools together."""
-    owners = [task for task, pool in pools.items() for _ in pool]
-    seen = Counter(owners[index] for index in order)
-    sizes = {task: {"train": len(pool), "seen": seen[task]} for task, pool in pools.items()}
-    for task, task_items in validation.items():
-        sizes.setdefault(task, {})["validation"] = len(task_items)
-    return sizes
+    layers = options.load_layer
+    if layers:
+        names = load_layers(model, model_of_experiment(str(options.load_experiment)), layers)
+        print(f"{len(names)} modules ({', '.join(layers)}) from {options.load_experiment}")
 
 
 def make_trainer(
@@ -311,8 +294,6 @@ def make_trainer(
     arguments: MPOETrainingArguments,
 ) -> Any:
     """An `MPOETrainer` over the items; it has its metrics and checkpoints in ``output_dir``."""
-    from mpoe.training import MPOETrainer
-
     trainer = MPOETrainer(
         model=model,
         args=arguments,
@@ -335,9 +316,8 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
     """
     training = plan.arguments.to_dict()
     # A run may continue with another number of processes if the global batch stays the same.
-    training["train_batch_size"] = (
-        training.pop("per_device_train_batch_size") * plan.arguments.world_size
-    )
+    per_device = training.pop("per_device_train_batch_size")
+    training["train_batch_size"] = per_device * plan.arguments.world_size
     return {
         "model": plan.run.model,
         "experiment": {name: getattr(plan.run, name) for name in ("load_experiment", "load_layer")},
@@ -356,11 +336,11 @@ def going_on(folder: Path, command: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         checkpoint = find_last_checkpoint(folder)
-        where = (
-            f"at {checkpoint.name}" if checkpoint else "at step 0, as there is no checkpoint yet"
-        )
+        where = checkpoint.name if checkpoint else "step 0, as there is no checkpoint yet"
         words = [word for word in shlex.split(command) if word not in ("--overwrite", "--resume")]
-        raise KeyboardInterrupt(f"go on {where} with {shlex.join([*words, '--resume'])}") from None
+        raise KeyboardInterrupt(
+            f"go on at {where} with {shlex.join([*words, '--resume'])}"
+        ) from None
 
 
 def finish(
@@ -383,7 +363,7 @@ def finish(
     """
     arguments = plan.arguments
     model = trainer.model
-    folder = Path(str(plan.arguments.output_dir))
+    folder = Path(str(arguments.output_dir))
     seconds, done = spent
     is_expert = plan.run.expert is not None
     evaluated = losses_beside_base(trainer, sizes) if is_expert else {}
@@ -394,26 +374,27 @@ def finish(
             model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4
         )
     steps = trainer.state.global_step
-    report = getattr(model, "parameter_report", None)
-    versions = {
-        "mpoe": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    name = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else None
-    threads = f"{arguments.device.type}, {torch.get_num_threads()} threads"
-    batch = (
-        arguments.per_device_train_batch_size
-        * arguments.world_size
-        * arguments.gradient_accumulation_steps
-    )
+    parameters = dict.fromkeys(("total", "trainable"), model.num_parameters())
+    device = f"{arguments.device.type}, {torch.get_num_threads()} threads"
+    if arguments.device.type == "cuda":
+        device = torch.cuda.get_device_name(arguments.device)
+    if isinstance(model, MPOEModelMixin):
+        parameters = model.parameter_report()
+        scores = {f"validation, {task}": values for task, values in evaluated["scores"].items()}
+        write_card(model, folder, scores)
     results: dict[str, Any] = {
         "model": start,
         "class": type(model).__name__,
         "mixture": mixture_of(model),
         "layers": [short_name(name) for name, _ in routed_layers(model)],
         "data": sizes,
-        "made_with": {**versions, "python": platform.python_version(), "device": name or threads},
+        "made_with": {
+            "mpoe": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "device": device,
+        },
         "steps": steps,
         "seconds": round(seconds, 2),
         "train_loss": next(
@@ -423,18 +404,10 @@ def finish(
         "mean_validation": evaluated["mean"],
         "constant": evaluated["constant"],
         "remarks": evaluated["remarks"],
-        "parameters": report()
-        if report
-        else dict.fromkeys(("total", "trainable"), model.num_parameters()),
-        **measured(plan.run, seconds, done, batch),
+        "parameters": parameters,
+        **measured(plan.run, seconds, done, items_of_step(arguments)),
     }
     write_json(folder / RESULTS_FILE, results)
-    if isinstance(model, MPOEModelMixin):
-        write_card(
-            model,
-            folder,
-            {f"validation, {task}": values for task, values in evaluated["scores"].items()},
-        )
     write_report(folder / REPORT_FILE, [read_run(str(folder))])
     (show_losses if is_expert else show_scores)(evaluated, f"validation after {steps} steps")
     model_too = "" if is_expert and not plan.run.save_base else "model, "
@@ -459,12 +432,9 @@ def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dic
         elif sys.platform != "win32":
             import resource  # of Linux and macOS alone
 
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024
-            )
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         report["memory"] = {"device": device, "peak_bytes": peak}
-        print(
-            f"most memory used ({device}): "
-            f"{'unknown' if peak is None else f'{peak / 2**20:.0f} MiB'}"
-        )
+        shown = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
+        print(f"most memory used ({device}): {shown}")
     return report

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -22,6 +23,17 @@ def shortened(text: str, most: int = 100) -> str:
 def quoted(value: object) -> str:
     """A value as messages show it."""
     return shortened(repr(value))
+
+
+@contextlib.contextmanager
+def refusing(
+    what: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Inside, errors of these kinds become a ValueError that begins with ``what``."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{what}{shortened(str(error), 1000)}") from error
 
 
 def hint(value: object, known: Sequence[str]) -> str:

@@ -111,8 +111,7 @@ def named_shape(
     from mpoe_kernels import MPOShape
 
     sizes = (in_features, out_features, light_p) if name == "light" else (in_features, out_features)
-    shape: MPOShape = getattr(MPOShape, name)(*sizes, max_bond=max_bond)
-    return shape
+    return getattr(MPOShape, name)(*sizes, max_bond=max_bond)
 
 
 def check_sizes(name: str, shape: MPOShape, in_features: int, out_features: int) -> MPOShape:

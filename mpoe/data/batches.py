@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from mpoe.data.encode import encode_language_modeling, encode_responses, padding_collator
+from mpoe.config.checks import refusing
+from mpoe.data.encode import Item, as_batches, encode_language_modeling, encode_responses
 from mpoe.data.tables import read_table
 from mpoe.data.task import Example
 from mpoe.data.tasks import detect_spec, task_name
 
-AT_ONCE = 8  # items of a batch
 CHARACTERS = 10  # of a token on average, at most: so much of a text is tokenised
 
 
-def read_batches(
-    file: str | Path, tokenizer: Any, length: int, most: int
-) -> list[dict[str, Tensor]]:
+def read_batches(file: str | Path, tokenizer: Any, length: int, most: int) -> list[Item]:
     """The start of a file as batches of at most eight items.
 
     A text file is cut into blocks as it is. So are rows with the column ``text``, each with the end
@@ -40,33 +37,24 @@ def read_batches(
         ValueError: a file that cannot be read, holds neither running text nor responses, or less
             than one block.
     """
-    return as_batches(_items(Path(file), tokenizer, length, most), tokenizer)
+    return list(as_batches(_items(Path(file), tokenizer, length, most), tokenizer))
 
 
-def as_batches(items: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str, Tensor]]:
-    """Encoded items, padded to the longest of each batch."""
-    collate = padding_collator(tokenizer)
-    parts = (list(items[start : start + AT_ONCE]) for start in range(0, len(items), AT_ONCE))
-    return [dict(collate(part)) for part in parts]
-
-
-def _items(path: Path, tokenizer: Any, length: int, most: int) -> list[dict[str, Any]]:
+def _items(path: Path, tokenizer: Any, length: int, most: int) -> list[Item]:
     rows = read_table(path)
     spec = detect_spec(rows, task_name(path.name))
     made = (spec.example(cells, place) for cells, place in rows)
     examples = (example for example in made if example is not None)
     if spec.kind == "language_modeling":
         start = _start_of(examples, CHARACTERS * most * length)
-        try:
+        with refusing(f"{path}: ", ValueError):
             return encode_language_modeling(start, tokenizer, length)[:most]
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
     if spec.kind != "generation":
         raise ValueError(
             f"{path}: expected running text, or prompts with responses; got rows for {spec.kind}"
         )
     answer = length // 2
-    first = [example for example, _ in zip(examples, range(most), strict=False)]
+    first = list(itertools.islice(examples, most))
     return encode_responses(first, tokenizer, length - answer, answer)
 
 

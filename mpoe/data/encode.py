@@ -11,6 +11,8 @@ from mpoe.config.checks import check_integer
 from mpoe.data.task import Example
 
 IGNORED_LABEL = -100
+AT_ONCE = 8  # items of a batch
+Item = dict[str, Any]  # arguments of a model by name: lists of an item, tensors of a batch
 MOST_JOINED = 1 << 20  # characters of running text that are tokenised at once
 
 
@@ -35,7 +37,15 @@ def padding_collator(tokenizer: Any, has_classes: bool = False) -> Any:
     return (DataCollatorWithPadding if has_classes else DataCollatorForSeq2Seq)(padding)
 
 
-def _item(ids: list[int], labels: Any) -> dict[str, Any]:
+def as_batches(items: Sequence[Item], tokenizer: Any, at_once: int = AT_ONCE) -> Iterator[Item]:
+    """Encoded items, padded to the longest of each batch."""
+    collate = padding_collator(tokenizer)
+    for start in range(0, len(items), at_once):
+        yield dict(collate(items[start : start + at_once]))
+
+
+def encoded_item(ids: list[int], labels: Any) -> Item:
+    """What a model reads of one item, none of it padding."""
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
@@ -44,7 +54,7 @@ def encode_text_to_text(
     tokenizer: Any,
     max_source_length: int = 96,
     max_target_length: int = 16,
-) -> list[dict[str, list[int]]]:
+) -> list[Item]:
     """Model inputs of text-to-text items.
 
     Args:
@@ -77,12 +87,12 @@ def encode_text_to_text(
             f"does; {type(tokenizer).__name__} does not (is it a tokenizer for a decoder-only "
             "model?)"
         )
-    return [_item(*pair) for pair in zip(sources, targets, strict=True)]
+    return [encoded_item(*pair) for pair in zip(sources, targets, strict=True)]
 
 
 def encode_language_modeling(
     texts: Iterable[str | Example], tokenizer: Any, block_size: int = 128
-) -> list[dict[str, list[int]]]:
+) -> list[Item]:
     """Blocks of running text for a causal language model.
 
     The texts are tokenised, each with the end token after it, and cut into blocks of ``block_size``
@@ -116,10 +126,9 @@ def encode_language_modeling(
             f"texts must give at least one block of block_size={block_size} tokens; got "
             f"{len(stream)} tokens from {len(plain)} texts"
         )
-    blocks = (
-        stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)
-    )
-    return [_item(block, list(block)) for block in blocks]
+    starts = range(0, len(stream) - block_size + 1, block_size)
+    blocks = (stream[start : start + block_size] for start in starts)
+    return [encoded_item(block, list(block)) for block in blocks]
 
 
 def _whole_texts(texts: Iterable[str | Example]) -> Iterator[tuple[str, bool]]:
@@ -141,7 +150,7 @@ def _whole_texts(texts: Iterable[str | Example]) -> Iterator[tuple[str, bool]]:
 
 def encode_labels(
     examples: Sequence[Example], tokenizer: Any, labels: Sequence[str], max_length: int = 128
-) -> list[dict[str, Any]]:
+) -> list[Item]:
     """Items for an encoder with a head: ``labels`` is the target's index in ``labels``, or without
     them its number.
 
@@ -160,7 +169,7 @@ def encode_labels(
         labels.index(e.target) if labels else float(e.target if e.number is None else e.number)
         for e in examples
     ]
-    return [_item(*pair) for pair in zip(encoded, answers, strict=True)]
+    return [encoded_item(*pair) for pair in zip(encoded, answers, strict=True)]
 
 
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
@@ -176,7 +185,7 @@ def encode_responses(
     tokenizer: Any,
     max_source_length: int = 512,
     max_target_length: int = 256,
-) -> list[dict[str, list[int]]]:
+) -> list[Item]:
     """Items of instruction data for a decoder; the loss counts responses only.
 
     A pair is the prompt, a line break, the response and the end token. A conversation is written by
@@ -200,10 +209,10 @@ def encode_responses(
             response = [
                 *tokenizer(example.target, add_special_tokens=False)["input_ids"],
                 tokenizer.eos_token_id,
-            ]
-            ids = prompt + response[:max_target_length]
-            labels = [IGNORED_LABEL] * len(prompt) + response[:max_target_length]
-        encoded.append(_item(ids, labels))
+            ][:max_target_length]
+            ids = prompt + response
+            labels = [IGNORED_LABEL] * len(prompt) + response
+        encoded.append(encoded_item(ids, labels))
     return encoded
 
 

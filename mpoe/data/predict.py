@@ -16,13 +16,16 @@ from torch import Tensor
 from mpoe.config.checks import check_integer
 from mpoe.data.encode import (
     IGNORED_LABEL,
+    Item,
+    as_batches,
     encode_language_modeling,
     encode_responses,
     encode_text_to_text,
-    padding_collator,
     prompt_ids,
 )
 from mpoe.data.task import Example, Task
+
+Batch = Mapping[str, Tensor]  # arguments of a model by name
 
 
 def is_classifier(model: Any) -> bool:
@@ -55,42 +58,34 @@ def generate_texts(
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
     check_integer("batch_size", batch_size, 1)
-    sources = [example.source for example in examples]
     if is_classifier(model):
+        sources = [example.source for example in examples]
         rows = tokenizer(sources, truncation=True, max_length=max_source_length)["input_ids"]
     elif _is_decoder(model):
         rows = [prompt_ids(example, tokenizer)[-max_source_length:] for example in examples]
     else:
-        rows = [
-            item["input_ids"]
-            for item in encode_text_to_text([*map(Example, sources)], tokenizer, max_source_length)
-        ]
+        items = encode_text_to_text(examples, tokenizer, max_source_length)
+        rows = [item["input_ids"] for item in items]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     side = "left" if _is_decoder(model) else "right"  # a decoder continues at the end
     texts = [""] * len(rows)
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids = {"input_ids": [rows[i] for i in chosen]}
             inputs = tokenizer.pad(
-                ids,
+                {"input_ids": [rows[i] for i in chosen]},
                 padding_side=side,
                 return_attention_mask=True,
                 return_tensors="pt",
                 verbose=False,
-            )
-            for i, text in zip(
-                chosen,
-                _answers(model, tokenizer, inputs.to(model.device), max_new_tokens),
-                strict=True,
-            ):
+            ).to(model.device)
+            answers = _answers(model, tokenizer, inputs, max_new_tokens)
+            for i, text in zip(chosen, answers, strict=True):
                 texts[i] = text
     return texts
 
 
-def _answers(
-    model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], max_new_tokens: int
-) -> list[str]:
+def _answers(model: Any, tokenizer: Any, inputs: Batch, max_new_tokens: int) -> list[str]:
     if is_classifier(model):
         logits = model(**inputs).logits.float().cpu()
         if model.config.problem_type == "regression":
@@ -105,7 +100,7 @@ def _answers(
 
 
 @torch.inference_mode()
-def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+def token_losses(model: Any, batches: Iterable[Batch]) -> Tensor:
     """Losses in nats of the tokens that ``labels`` name, in order: those of decoders are predicted
     one place before.
 
@@ -135,18 +130,14 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
 
 
 def language_modeling_loss(
-    model: Any, tokenizer: Any, items: Sequence[dict[str, list[int]]], batch_size: int = 32
+    model: Any, tokenizer: Any, items: Sequence[Item], batch_size: int = 32
 ) -> float:
     """Mean loss in nats per predicted token of a causal model on encoded blocks or responses
     (labels of -100 are not predicted), see `token_losses`."""
     if not items:
         raise ValueError("items must hold at least one block or response; got none")
-    collate = padding_collator(tokenizer)
     with evaluation_mode(model):
-        starts = range(0, len(items), batch_size)
-        losses = token_losses(
-            model, (collate(items[start : start + batch_size]) for start in starts)
-        )
+        losses = token_losses(model, as_batches(items, tokenizer, batch_size))
     return float(losses.double().mean())
 
 
@@ -183,14 +174,13 @@ def evaluate_task(
         return Evaluation({"perplexity": perplexity, "loss": loss}, {"perplexity": guess})
     lengths = (task.max_source_length, task.max_target_length)
     targets = [example.target for example in examples]
-    loss_of: dict[str, float] = {}
     answers = generate_texts(model, tokenizer, examples, *lengths, batch_size)
     if is_classifier(model):
         targets = [e.target if e.number is None else repr(e.number) for e in examples]
+    scores = task.score(answers, targets)
     if _is_decoder(model):
         items = encode_responses(examples, tokenizer, *lengths)
-        loss_of["loss"] = language_modeling_loss(model, tokenizer, items, max(1, batch_size // 4))
-    scores = {**task.score(answers, targets), **loss_of}
+        scores["loss"] = language_modeling_loss(model, tokenizer, items, max(1, batch_size // 4))
     return Evaluation(scores, constant_scores(task, targets), collapse(answers, targets))
 
 

@@ -118,8 +118,7 @@ class MPOExperts(_Network):
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.up.central.dtype
-        return dtype
+        return self.up.central.dtype
 
     def full_weights_pay(self, slots: int, dtype: torch.dtype) -> bool:
         """Whether full weights need much less work for this many slots, of as many experts as there
@@ -157,8 +156,7 @@ class MPOExperts(_Network):
             dtype = torch.get_autocast_dtype("cpu") if lowers else x.dtype
             dense = kept.dense(routing.token_of_slot.shape[0], dtype)
             if dense is not None:
-                y: Tensor = dense(x, routing, top_k_weights)
-                return y
+                return dense(x, routing, top_k_weights)
         chains = self._chains(kept)
         return mpo_ffn(
             x,
@@ -249,8 +247,7 @@ class DenseExperts(_Network):
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.up.weight.dtype
-        return dtype
+        return self.up.weight.dtype
 
     def forward(
         self, x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0

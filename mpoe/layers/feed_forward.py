@@ -86,18 +86,16 @@ class RoutedFeedForward(nn.Module):
         check_type("config", config, MPOEConfig, "an MPOEConfig")
         check_integer("in_features", in_features, 1)
         check_integer("hidden_features", hidden_features, 1)
-        self.in_features, self.hidden_features = in_features, hidden_features
-        self.num_experts, self.stream = config.num_experts, stream
+        self.in_features = in_features
+        self.hidden_features = hidden_features
+        self.num_experts = config.num_experts
+        self.stream = stream
         override = config.router.expert_dropout
         self.expert_dropout = dropout if override is None else override
         self.router: TopKRouter | None = None
         if config.moe_type != "none":
             self.router = TopKRouter(
-                in_features,
-                config.num_experts,
-                config.router,
-                backend=config.backend,
-                device=device,
+                in_features, self.num_experts, config.router, backend=config.backend, device=device
             )
         self.dropout = nn.Dropout(output_dropout)
         options: dict[str, Any] = {
@@ -173,14 +171,13 @@ class RoutedFeedForward(nn.Module):
         ):
             _say_that_nothing_balances()
         if call is not None and call.records is not None:
+            index = decision.top_k_index
             if expert_offsets is None:
-                expert_load = count_choices(
-                    decision.top_k_index, self.num_experts, token_mask
-                ).int()
+                expert_load = count_choices(index, self.num_experts, token_mask).int()
             else:
                 expert_load = expert_offsets.diff()
             # The balancing loss of GShard's gating counts first choices.
-            counted = decision.top_k_index if decision.kept is None else decision.top_k_index[:, :1]
+            counted = index if decision.kept is None else index[:, :1]
             call.records.append(
                 RouterRecord(self.stream, decision.logits, counted, expert_load, token_mask)
             )
@@ -188,15 +185,10 @@ class RoutedFeedForward(nn.Module):
     def skips_ops(self, kind: type[nn.Module]) -> bool:
         """Whether native calls may replace the forwards of the router and of the experts, if these
         are of this kind: without gradients, and if nobody observes them."""
-        router, experts = self.router, self.experts
-        if (
-            torch.is_grad_enabled()
-            or self.training
-            or type(experts) is not kind
-            or type(router) is not TopKRouter
-        ):
+        router = self.router
+        if torch.is_grad_enabled() or self.training or type(router) is not TopKRouter:
             return False
-        return not is_observed(router, experts)
+        return type(self.experts) is kind and not is_observed(router, self.experts)
 
     def dropped(self, y: Tensor) -> Tensor:
         """``y`` after the output dropout; a module that does nothing is not called, because that
@@ -270,7 +262,7 @@ class MPOEFeedForward(RoutedFeedForward):
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
         if self.skips_ops(MPOExperts) and not is_recorded():
-            y: Tensor | None = self.experts.routed(self.router, x, token_mask)
+            y = self.experts.routed(self.router, x, token_mask)
             if y is not None:
                 return self.dropped(y).view(hidden_states.shape)
         routing, gates = self._route(x, token_mask)
@@ -375,8 +367,8 @@ class KeptFeedForward(RoutedFeedForward):
 
     def own_parameters(self) -> int:
         """Numbers that the experts own, all together."""
-        parameters, shared = self.experts.parameters(), self.shared_parameters().values()
-        return sum(part.numel() for part in parameters) - sum(part.numel() for part in shared)
+        shared = sum(part.numel() for part in self.shared_parameters().values())
+        return sum(part.numel() for part in self.experts.parameters()) - shared
 
     def relative_flops(self, top_k: int) -> float:
         """FLOPs of a forward pass with ``top_k`` experts per token, relative to the dense
@@ -411,11 +403,8 @@ class KeptFeedForward(RoutedFeedForward):
         """
         for kind, module in self.projections().items():
             weight = getattr(module, "weight", None)
-            if (
-                not isinstance(weight, nn.Parameter)
-                or not weight.requires_grad
-                or not weight.is_floating_point()
-            ):
+            # quantised weights have no gradient
+            if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
                 raise ValueError(
                     "the gradient mask needs projections that train; "
                     f"{name}.{self.names.get(kind, kind)} ({type(module).__name__}) is frozen or "

@@ -55,19 +55,13 @@ class HiddenExperts(FromInitialValues):
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation)
-        self.hidden_features, self.num_experts, self.block_size = (
-            hidden_features,
-            num_experts,
-            block_size,
-        )
+        self.hidden_features = hidden_features
+        self.num_experts = num_experts
+        self.block_size = block_size
         self.backend = backend
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        size = (
-            num_experts,
-            hidden_features // block_size if per_group else 1,
-            block_size,
-            block_size,
-        )
+        groups = hidden_features // block_size if per_group else 1
+        size = (num_experts, groups, block_size, block_size)
         names = ("right", "left", "right_gate") if gated else ("right", "left")
         self.auxiliary = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(size, **options)) for name in names}
@@ -142,17 +136,16 @@ class HiddenExperts(FromInitialValues):
             x, u, u_gate, *blocks.values(), self.bias
         ):
             return None
-        raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
         results = routed_hidden(
             x,
             router.weight,
             router.top_k,
-            raw,
+            router.config.is_scale_prob,
             u,
             blocks,
             self.bias,
             u_gate,
-            activation,
+            ACTIVATIONS[self.activation],
             overwrites,
         )
         return None if results is None else (results[0], RouterOutput(*results[1]))
@@ -177,8 +170,8 @@ class HiddenFeedForward(KeptFeedForward):
         self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
     ) -> HiddenExperts:
         """`HiddenExperts`."""
-        size = config.hidden_block(self.hidden_features)
-        sizes = (self.hidden_features, config.num_experts, size, config.block_per_group)
+        block_size = config.hidden_block(self.hidden_features)
+        sizes = (self.hidden_features, config.num_experts, block_size, config.block_per_group)
         return HiddenExperts(*sizes, bias=config.expert_bias, backend=config.backend, **options)
 
     def relative_flops(self, top_k: int) -> float:
@@ -186,12 +179,9 @@ class HiddenFeedForward(KeptFeedForward):
         return 1 + top_k * self.experts.block_size / self.in_features
 
     def described(self) -> tuple[str, str]:
-        experts = self.experts
-        blocks = (
-            f"{self.hidden_features // experts.block_size} blocks, "
-            f"{'own' if experts.per_group else 'shared'}"
-        )
-        return blocks, str(experts.block_size)
+        size = self.experts.block_size
+        owner = "own" if self.experts.per_group else "shared"
+        return f"{self.hidden_features // size} blocks, {owner}", str(size)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token, and compute its experts between the dense products.
@@ -219,11 +209,7 @@ class HiddenFeedForward(KeptFeedForward):
             return self.dropped(o)
         down = getattr(self, self.names["down"])
         wanted = getattr(down, "weight", o).dtype  # Transformers keeps T5's `wo` in float32
-        if (
-            wanted.is_floating_point
-            and o.dtype != wanted
-            and not torch.is_autocast_enabled(o.device.type)
-        ):
+        if wanted.is_floating_point and not torch.is_autocast_enabled(o.device.type):
             o = o.to(wanted)
         y = down(o)
         if token_mask is not None:
@@ -244,7 +230,8 @@ class HiddenFeedForward(KeptFeedForward):
 
     def _hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``u [..., F]`` and, if gated, the gate's."""
-        up, gate = self.names["up"], self.names.get("gate_proj")
+        up = self.names["up"]
+        gate = self.names.get("gate_proj")
         u = getattr(self, up)(x)
         if gate is None:
             return u, None
@@ -255,39 +242,31 @@ class HiddenFeedForward(KeptFeedForward):
 
     def _between(self, u: Tensor, u_gate: Tensor | None, gates: Tensor, index: Tensor) -> Tensor:
         """``u [..., F]`` through the experts and the dropout between the projections."""
-        if not torch.is_autocast_enabled(u.device.type):
-            u, u_gate = (
-                u.to(self.experts.dtype),
-                None if u_gate is None else u_gate.to(self.experts.dtype),
-            )
+        dtype = u.dtype if torch.is_autocast_enabled(u.device.type) else self.experts.dtype
         flat = [
-            None if value is None else value.reshape(-1, value.shape[-1]) for value in (u, u_gate)
+            None if value is None else value.to(dtype).reshape(-1, value.shape[-1])
+            for value in (u, u_gate)
         ]
-        assert flat[0] is not None
         o = self.experts(flat[0], gates, index, flat[1]).view(u.shape)
-        return (
-            nn.functional.dropout(o, self.expert_dropout)
-            if self.training and self.expert_dropout
-            else o
-        )
+        if self.training and self.expert_dropout:
+            o = nn.functional.dropout(o, self.expert_dropout)
+        return o
 
     @torch.no_grad()
     def expert_weights(self, kind: str, rows: Tensor | None = None) -> Tensor:
         """Every expert's full weight ``[E, I, F]`` (``down``: ``[E, F, I]``), or what its blocks
         make of other rows ``[n, F]`` of an up or gate projection: for export and inspection."""
-        core = self.experts.auxiliary[
-            {"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]
-        ]
+        names = {"up": "right", "gate_proj": "right_gate", "down": "left"}
+        core = self.experts.auxiliary[names[kind]]
         weight = (self.central_weight(kind) if rows is None else rows).to(core.dtype)
-        groups, size = self.hidden_features // self.experts.block_size, self.experts.block_size
+        size = self.experts.block_size
+        groups = self.hidden_features // size
         blocks = core.expand(-1, groups, -1, -1)
         if kind == "down":
-            return torch.einsum("egab,gbi->egai", blocks, weight.view(groups, size, -1)).flatten(
-                1, 2
-            )
-        return torch.einsum("iga,egab->eigb", weight.reshape(-1, groups, size), blocks).flatten(
-            2, 3
-        )
+            whole = torch.einsum("egab,gbi->egai", blocks, weight.view(groups, size, -1))
+            return whole.flatten(1, 2)
+        whole = torch.einsum("iga,egab->eigb", weight.reshape(-1, groups, size), blocks)
+        return whole.flatten(2, 3)
 
 
 class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
@@ -300,9 +279,10 @@ class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
         """`HiddenExperts`; also makes the projections."""
         kinds = sizes_by_kind(self.in_features, self.hidden_features, options["gated"])
         self.keep({kind: kind for kind in kinds}, {})
-        placed: dict[str, Any] = {name: options[name] for name in ("device", "dtype")}
         made = {
-            kind: nn.Linear(*size, bias and kind != "gate_proj", **placed)
+            kind: nn.Linear(
+                *size, bias and kind != "gate_proj", options["device"], options["dtype"]
+            )
             for kind, size in kinds.items()
         }
         for kind, std in init_std.items():

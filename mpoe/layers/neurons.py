@@ -67,13 +67,12 @@ class NeuronExperts(FromInitialValues):
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation)
-        self.in_features, self.num_experts, self.neurons, self.latent = (
-            in_features,
-            num_experts,
-            neurons,
-            latent,
-        )
-        self.backend, self.init_std = backend, in_features**-0.5 if init_std is None else init_std
+        self.in_features = in_features
+        self.num_experts = num_experts
+        self.neurons = neurons
+        self.latent = latent
+        self.backend = backend
+        self.init_std = in_features**-0.5 if init_std is None else init_std
 
         def new(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -143,13 +142,17 @@ class NeuronExperts(FromInitialValues):
     def forward(self, x: Tensor, gates: Tensor, index: Tensor) -> Tensor:
         """``[T, I] -> [T, I]``, see `mpoe_kernels.neuron_experts`."""
         x = x if self.latent_in is None else x @ self.latent_in
-        weights: Any = self.up, self.down, self.bias
-        options: Any = {
-            "activation": self.activation,
-            "gate_up": self.gate_proj,
-            "backend": self.backend,
-        }
-        o: Tensor = neuron_experts(x, gates, index, *weights, **options)
+        o = neuron_experts(
+            x,
+            gates,
+            index,
+            self.up,
+            self.down,
+            self.bias,
+            activation=self.activation,
+            gate_up=self.gate_proj,
+            backend=self.backend,
+        )
         return o if self.latent_out is None else o @ self.latent_out
 
     def routed(self, router: TopKRouter, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
@@ -160,9 +163,11 @@ class NeuronExperts(FromInitialValues):
         backend or another dtype of the tokens.
         """
         parameters: Any = self._parameters  # as attributes, they would be looked for in vain before
-        if self.backend != router.backend or x.dtype != parameters["down"].dtype:
-            return None
-        if not router.can_gate_natively(x, token_mask, *parameters.values()):
+        if (
+            self.backend != router.backend
+            or x.dtype != parameters["down"].dtype
+            or not router.can_gate_natively(x, token_mask, *parameters.values())
+        ):
             return None
         latent_in, latent_out = parameters.get("latent_in"), parameters.get("latent_out")
         o = routed_neurons(
@@ -186,18 +191,12 @@ class NeuronExperts(FromInitialValues):
         rounding."""
         whole = copy.deepcopy(self)
         if self.latent_in is not None and self.latent_out is not None:
-            sides = {
-                "up": self.latent_in.t(),
-                "gate_proj": self.latent_in.t(),
-                "down": self.latent_out,
-            }
+            inward = self.latent_in.t()
+            sides = {"up": inward, "gate_proj": inward, "down": self.latent_out}
             for name, side in sides.items():
-                weight: nn.Parameter | None = getattr(self, name)
-                setattr(
-                    whole,
-                    name,
-                    None if weight is None else nn.Parameter(weight @ side, weight.requires_grad),
-                )
+                weight = getattr(self, name)
+                if weight is not None:
+                    setattr(whole, name, nn.Parameter(weight @ side, weight.requires_grad))
             whole.latent = whole.latent_in = whole.latent_out = None
         return whole
 
@@ -276,7 +275,7 @@ class NeuronFeedForward(KeptFeedForward):
             x, *others_left = others
             added = x + self._added(x, token_mask, x)
             return super().forward(hidden_states, added, *others_left)
-        y: Tensor = super().forward(hidden_states, *others)
+        y = super().forward(hidden_states, *others)
         return y + self._added(hidden_states, token_mask, y)
 
     def _added(self, hidden_states: Tensor, token_mask: Tensor | None, like: Tensor) -> Tensor:
@@ -285,7 +284,7 @@ class NeuronFeedForward(KeptFeedForward):
             return torch.zeros_like(like)
         x, token_mask = self.tokens(hidden_states, token_mask)
         if self.skips_ops(NeuronExperts) and not is_recorded():
-            routed: Tensor | None = self.experts.routed(self.router, x, token_mask)
+            routed = self.experts.routed(self.router, x, token_mask)
             if routed is not None:
                 return routed.view(hidden_states.shape).to(like.dtype)
         gates, index = self._decision(x, token_mask)
@@ -299,8 +298,7 @@ class NeuronFeedForward(KeptFeedForward):
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """P and Q, if there are any."""
-        shared: dict[str, nn.Parameter] = self.experts.shared
-        return shared
+        return self.experts.shared
 
     def relative_flops(self, top_k: int) -> float:
         """1 + k m / F; with a latent size 1 + l / F + k l m / (I F) (gated: 2 l / 3 F)."""
@@ -315,14 +313,11 @@ class NeuronFeedForward(KeptFeedForward):
         latent = self.experts.latent
         return f"{self.experts.neurons} neurons", "-" if latent is None else str(latent)
 
-    def __reduce_ex__(
-        self, protocol: Any
-    ) -> Any:  # a class that was made here has no name to be found by
-        return (
-            super().__reduce_ex__(protocol)
-            if self.dense_class is None
-            else (_bare, (self.dense_class,), vars(self))
-        )
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class that was made here has no name to be found by
+        if self.dense_class is None:
+            return super().__reduce_ex__(protocol)
+        return _bare, (self.dense_class,), vars(self)
 
 
 @contextlib.contextmanager

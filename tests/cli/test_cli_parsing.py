@@ -163,7 +163,7 @@ class Third:
     rate: float = option(0.5, "of learning", "learning_rate")
 
 
-@as_command("mpoe x MODEL", Third, words=(1, 1))
+@as_command(Third, words=(1, 1), usage="mpoe x MODEL")
 def read(request: Request) -> Request:
     """Return what was asked."""
     return request
@@ -203,7 +203,7 @@ def test_help_is_printed_wherever_it_is_asked_for(capsys):
             "hurry",
         ):
             assert words in out  # the second one is this module's docstring
-    anything = as_command("mpoe z", Third)(
+    anything = as_command(Third, usage="mpoe z")(
         lambda request: request.options
     )  # a command that takes no words runs
     assert anything([]) == (Third(),)

@@ -80,6 +80,7 @@ def test_a_recipe_is_the_same_as_words(experts, tmp_path):
         ("- base\n", "recipe"),
         ("base: yes\n", "base must be a text or a number; got True"),
         ("base: b\nmerge: 1\n", "merge must be true or false; got 1"),
+        ("base: b\ntop_k: 1\ntop_k: 2\n", "top_k must be there once; got it 2 times"),
         ("base: --overwrite\n", "names must not begin with '-'; got '--overwrite'"),
         ("base: b\nbackground: [x.txt, --merge]\n", "names must not begin with '-'"),
     ],
@@ -103,6 +104,9 @@ def test_a_folder_that_is_ready_to_upload(refused, experts, tmp_path):
     assert f"OUT must be new, or an empty folder; {out} is there" in said
     said = refused(f"export {law} {out} --to hub --local --overwrite")
     assert "overwrite is for models; --local writes a new folder" in said
+    said = refused("export", law, tmp_path / "new", "--to", "hub", "--local", "--private")
+    assert "private is for a repository of the hub; --local writes a folder" in said
+    assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
     run(f"export {law} {tmp_path}/empty --to hub --local")
     assert len(list((tmp_path / "empty").iterdir())) == 2

@@ -349,7 +349,7 @@ def test_family_shape_and_regime_decide(settle, tmp_path, capsys):
     assert not capsys.readouterr().out
     (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": "wide"}')
     refuses(
-        CommandError,
+        ValueError,
         r"the configuration of .* cannot be read",
         settle,
         source=Source(str(tmp_path), "t5"),

@@ -57,7 +57,7 @@ def _register(auto: Any) -> None:
 def teach_lora(module: Any) -> None:
     """Make LoRA (``peft.tuners.lora.model``) create our adapter for MPO weights, with any
     configuration."""
-    known: Callable[..., Any] = module.LoraModel._create_new_module
+    known: Callable = module.LoraModel._create_new_module
 
     @functools.wraps(known)
     def create(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:

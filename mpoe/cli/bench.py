@@ -40,7 +40,7 @@ class BenchOptions:
 
 
 @as_command(BenchOptions)
-def command(request: Request) -> dict[str, Any]:
+def command(request: Request) -> dict:
     """Measure as the options say; returns what ``results.json`` holds."""
     (options,) = request.options
     check_output("out", options.out, options.overwrite, "earlier results", [RESULTS_FILE])
@@ -60,7 +60,7 @@ def command(request: Request) -> dict[str, Any]:
     return results
 
 
-def _measure(options: BenchOptions) -> dict[str, Any]:
+def _measure(options: BenchOptions) -> dict:
     import pytest_benchmark  # noqa: F401 - an extra, see pyproject.toml
     from mpoe_bench.run import run_suite
     from mpoe_bench.tables import (
@@ -75,12 +75,12 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
     suite = options.suite
     out = options.out
     terminal = sys.stdout
-    sections: list[dict[str, Any]] = []
+    sections: list[dict] = []
 
     def show(table: Any) -> None:
         print(text_of(table), file=terminal, flush=True)
 
-    def finished(section: dict[str, Any]) -> None:
+    def finished(section: dict) -> None:
         sections.append(section)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / INCOMPLETE_FILE, {"suite": suite, "sections": sections})

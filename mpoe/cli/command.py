@@ -119,7 +119,7 @@ class Request(NamedTuple):
     """A parsed command line: the filled dataclasses, the names of the options that were set, the
     words that are no option's, and the whole as it was typed."""
 
-    options: tuple[Any, ...]
+    options: tuple
     given: set[str]
     words: Sequence[str] = ()
     typed: str = ""
@@ -168,7 +168,7 @@ def make_parser(dataclass_types: Sequence[type], **texts: str) -> argparse.Argum
         def error(self, message: str) -> Any:
             raise CommandError(message)
 
-    kinds: list[Any] = list(dataclass_types)
+    kinds: list = list(dataclass_types)
     for kind in kinds:
         if kind.__module__.startswith(
             __package__

@@ -106,12 +106,12 @@ class RunFolder:
     """
 
     name: str
-    settings: dict[str, Any]
-    results: dict[str, Any]
-    records: list[dict[str, Any]]
+    settings: dict
+    results: dict
+    records: list[dict]
 
     @property
-    def seeds(self) -> dict[str, Any]:
+    def seeds(self) -> dict:
         """The settings that are seeds, by dotted name."""
         return {
             name: value
@@ -180,7 +180,7 @@ def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     title = " / ".join(run.name for run in runs)
     if not others:
         title += f": {one.mixture} after {one.results.get('steps', 0):,} steps"
-        load: list[Any] = next(
+        load: list = next(
             (r["expert_load"]["share"] for r in reversed(one.records) if r.get("expert_load")), []
         )
         names = one.results.get("layers") or list(map(str, range(len(load))))
@@ -199,9 +199,7 @@ def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
 # run
 
 
-def _side_by_side(
-    title: str, runs: Sequence[RunFolder], facts: Sequence[Mapping[str, Any]]
-) -> Table:
+def _side_by_side(title: str, runs: Sequence[RunFolder], facts: Sequence[Mapping]) -> Table:
     """A row for each fact; runs that do not have it get a dash."""
 
     def cell(value: Any) -> str:
@@ -231,7 +229,7 @@ def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     return [first] + [table for table in tables if table.rows]
 
 
-def _facts(run: RunFolder, alone: bool) -> dict[str, dict[str, Any]]:
+def _facts(run: RunFolder, alone: bool) -> dict[str, dict]:
     """By table: what the run is, and how it went."""
     setting = run.settings.get
     results = run.results

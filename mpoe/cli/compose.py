@@ -30,7 +30,7 @@ from mpoe.data.batches import read_batches
 from mpoe.data.encode import Item
 from mpoe.data.mappings import read_mapping, read_utf8
 from mpoe.models import expert_mixture, lora_fit
-from mpoe.models.background import pooled_background
+from mpoe.models.background import most_tokens, pooled_background
 from mpoe.models.composition import NONE, ROUTER_STEPS, compose, train_routers
 from mpoe.models.expert_files import load_expert, merge_expert
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, default_top_k
@@ -172,12 +172,12 @@ def _compose(request: Request) -> None:
         )
     tokenizer = models.load_tokenizer(source)
     dense = models.load_model(source)
-    most = getattr(dense.config, "max_position_embeddings", None) or options.max_length
+    most = most_tokens(dense, options.max_length)
     if options.max_length > most and "max_length" in request.given:
         raise CommandError(
             f"max_length must be at most {most}, the positions of {base}; got {options.max_length}"
         )
-    options.max_length = min(options.max_length, most)
+    options.max_length = most
     with refusing("texts: ", ValueError):
         texts = [read_texts(text, tokenizer, options) for text in options.texts]
     if of_experts:
@@ -185,7 +185,8 @@ def _compose(request: Request) -> None:
         return
     fine_tunes = [load_fine_tune(name, dense) for name in names]
     routing = RouterConfig(top_k=options.top_k or 1)
-    mixture = compose(dense, fine_tunes, texts, routing, router=options.router, steps=options.steps)
+    steps = options.steps or ROUTER_STEPS
+    mixture = compose(dense, fine_tunes, texts, routing, router=options.router, steps=steps)
     with model_folder(out, mixture, tokenizer):
         pass
     print(f"saved to {out.folder}")
@@ -317,13 +318,13 @@ def compose_files(
     base: Any,
     tokenizer: Any,
     names: Sequence[str],
-    texts: Sequence[Any],
+    texts: Sequence,
     options: ComposeOptions,
     out: Output,
 ) -> None:
     """Compose or merge the experts ``names`` of ``base``; ``texts`` has batches for each of them,
     or nothing."""
-    experts: list[Any] = []
+    experts: list = []
     background: Any = None
     top_k = options.top_k
     none = True
@@ -343,7 +344,7 @@ def compose_files(
         if top_k is None and config.top_k != default_top_k(len(there) + none):
             top_k = config.top_k
         preference = own_preference if preference is None else preference
-    by_name: dict[str, Any] = {}
+    by_name: dict = {}
     for place, name in enumerate(names):
         read = texts[place] if texts else None
         if is_adapter(name):
@@ -362,7 +363,7 @@ def compose_files(
             f"1/{len(experts)}"
         )
         return
-    parts: list[Any] = []
+    parts: list = []
     if none and background is None and not options.background and options.router != "train":
         background = background_beside(base, [Path(name).parent for name in names])
     if none and (background is None or options.background):

@@ -37,15 +37,15 @@ from mpoe.data.predict import token_losses
 from mpoe.data.stand_in_models import load_stand_in
 from mpoe.inspection import route_text
 from mpoe.models import collect_statistics, compose_experts, save_expert, start_expert
-from mpoe.models.background import own_texts, pooled_background, save_background, token_batches
-from mpoe.models.expert_mixture import (
+from mpoe.models.background import (
     AT_ONCE,
-    BACKGROUND_FILE,
-    EXPERTS_FOLDER,
-    batches,
-    keep_experts,
+    own_texts,
     pieces,
+    pooled_background,
+    save_background,
+    token_batches,
 )
+from mpoe.models.expert_mixture import BACKGROUND_FILE, EXPERTS_FOLDER, batches, keep_experts
 from mpoe.training.run_lock import hold
 
 MODEL_FOLDER = "model"
@@ -184,7 +184,7 @@ _CONTINUED = (
 )
 
 
-def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
+def train_experts(output_dir: Path, steps: int, seed: int) -> dict:
     """Train experts of three domains apart, make each quiet, and compose them; returns the
     results."""
     logging.disable_progress_bar()
@@ -192,26 +192,25 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     base, tokenizer = load_stand_in("gpt2")
     tokenizer.model_max_length = 10**9  # texts are cut into pieces
 
-    def cut(text: str, most: int) -> Any:
-        return pieces(text, tokenizer, LENGTH, most, "the text")
-
     def loss(model: Any, text: str) -> float:
         return float(token_losses(model, held_out[text]).mean())
 
     foreign = "\n\n".join(record.text for record in load_documentation("test")[::7])
     texts = {name: domain_text(name, True) for name in DOMAINS} | {FOREIGN: foreign}
-    held_out = {name: batches(cut(text, TESTED)) for name, text in texts.items()}
+    held_out = {
+        name: batches(pieces(text, tokenizer, LENGTH, TESTED)) for name, text in texts.items()
+    }
     losses = {text: {"base": loss(base, text)} for text in held_out}
     lost: dict[str, dict[str, float]] = {}
     files = []
-    after: dict[str, Any] = {}
+    after: dict = {}
     (output_dir / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
     # Without the general text of the default background, which is a domain here.
     background = pooled_background(base, [token_batches(own_texts(base, tokenizer))])
     save_background(background, base, output_dir / EXPERTS_FOLDER / BACKGROUND_FILE)
     for number, name in enumerate(DOMAINS):
         started = time.perf_counter()
-        domain_pieces = cut(domain_text(name, False), MOST)
+        domain_pieces = pieces(domain_text(name, False), tokenizer, LENGTH, MOST)
         model = _train(base, domain_pieces, steps, seed + number)
         files.append(output_dir / EXPERTS_FOLDER / f"{name}.expert")
         # of all of its files
@@ -237,7 +236,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     ) as staging:
         keep_experts(mixture, staging)
     first = {text: batch[0]["input_ids"][0] for text, batch in held_out.items()}
-    results: dict[str, Any] = {
+    results: dict = {
         "steps": steps,
         "seed": seed,
         "experts": mixture.config.mpoe_experts,
@@ -289,7 +288,7 @@ def _coloured(mixture: Any, tokenizer: Any, ids: Any) -> list[tuple[str, int]]:
     return list(zip(shown, experts, strict=True))
 
 
-def _continued(models: Mapping[str, Any], tokenizer: Any, ids: Any) -> dict[str, str]:
+def _continued(models: Mapping, tokenizer: Any, ids: Any) -> dict[str, str]:
     """A prompt, and how each model goes on."""
     prompt = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
     said = {"prompt": tokenizer.decode(ids)}
@@ -311,7 +310,7 @@ def kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float
     return shares
 
 
-def conclusions(results: Mapping[str, Any]) -> list[str]:
+def conclusions(results: Mapping) -> list[str]:
     """What the numbers say, and what they do not."""
     shares = results["kept"].values()
     lost = results["lost"].values()
@@ -327,7 +326,7 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tell(file: Path, results: Mapping[str, Any]) -> None:
+def _tell(file: Path, results: Mapping) -> None:
     """Print, and write as ``report.html``: tables, coloured tokens, continuations and what they
     say."""
     losses = results["losses"]

@@ -86,7 +86,7 @@ _LOWER_IS_BETTER = ("perplexity", "loss")
 
 def evaluate_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[Task], split: str, batch_size: int = 128
-) -> dict[str, Any]:
+) -> dict:
     """Scores of every task by name, as results hold them.
 
     Returns:
@@ -157,7 +157,7 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def show_scores(evaluated: Mapping[str, Any], title: str) -> None:
+def show_scores(evaluated: Mapping, title: str) -> None:
     """Print what `evaluate_tasks` returned."""
     items = ", ".join(
         f"{score['items']:,} of {task}" for task, score in evaluated["scores"].items()

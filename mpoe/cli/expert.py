@@ -70,7 +70,7 @@ def settle_expert(plan: Plan, source: Source) -> None:
 
 def limit_measuring(
     arguments: MPOETrainingArguments,
-    validation: dict[str, list[Any]],
+    validation: dict[str, list],
     trained: int,
     given: frozenset[str],
 ) -> int:
@@ -106,14 +106,14 @@ def limit_measuring(
     return statistics
 
 
-def spread(items: list[Any], most: int) -> list[Any]:
+def spread(items: list, most: int) -> list:
     """At most so many of the items, evenly spaced."""
     if len(items) <= most:
         return items
     return [items[place * len(items) // most] for place in range(most)]
 
 
-def losses_beside_base(trainer: Any, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+def losses_beside_base(trainer: Any, sizes: Mapping[str, Mapping[str, int]]) -> dict:
     """The last evaluation of an expert's run, as `evaluate_tasks` returns scores: losses in nats
     per predicted token of the base with its expert and of the base. Every process takes part in
     it."""
@@ -139,7 +139,7 @@ def losses_beside_base(trainer: Any, sizes: Mapping[str, Mapping[str, int]]) -> 
     return {"scores": scores, "mean": average_score(scores), "constant": {}, "remarks": []}
 
 
-def show_losses(evaluated: Mapping[str, Any], title: str) -> None:
+def show_losses(evaluated: Mapping, title: str) -> None:
     """Print what `losses_beside_base` returned."""
     rows = []
     for task, score in evaluated["scores"].items():
@@ -152,9 +152,9 @@ def show_losses(evaluated: Mapping[str, Any], title: str) -> None:
 def stage_expert(
     trainer: Any,
     tokenizer: Any,
-    items: Subset[Any],
+    items: Subset,
     plan: Plan,
-    sizes: dict[str, Any],
+    sizes: dict,
     seconds: float,
 ) -> Expert:
     """Write the expert of a finished run, with statistics of some training items, into the staging
@@ -204,7 +204,7 @@ def show_expert(
     model: Any,
     tokenizer: Any,
     expert: Expert,
-    held_out: Sequence[Any],
+    held_out: Sequence,
     folder: Path,
     source: Source,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.config.checks import check_number, check_seed
@@ -59,7 +59,7 @@ def command(request: Request) -> None:
 
     model = load_model(source)
     torch.manual_seed(options.seed)
-    how: dict[str, Any] = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+    how: dict = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     how |= {
         "do_sample": options.do_sample and not options.no_do_sample,
         "pad_token_id": tokenizer.pad_token_id,

@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.data.mappings import flatten, read_mapping
@@ -52,7 +51,7 @@ def command(request: Request) -> None:
             Table((), rows, f"{name}: {described['name']}", kind="text").show()
 
 
-def facts_of(place: Path) -> Iterator[dict[str, Any]]:
+def facts_of(place: Path) -> Iterator[dict]:
     """JSON-able facts of experts, sizes in bytes: of the one in a file, or of a composed mixture's
     after its own.
 
@@ -82,7 +81,7 @@ def facts_of(place: Path) -> Iterator[dict[str, Any]]:
         yield {**expert.facts, "parameters": parameters, "bytes": sizes}
 
 
-def mixture_facts(place: Path, experts: Sequence[Any]) -> dict[str, Any]:
+def mixture_facts(place: Path, experts: Sequence) -> dict:
     """JSON-able facts of a composed mixture, of which the experts say the rest."""
     from mpoe.models.composition import NONE
     from mpoe.models.expert_mixture import BACKGROUND_FILE, mixture_config

@@ -213,9 +213,9 @@ def worth_table(worth: Worth, text: str) -> report.Table:
     return report.Table(header, rows, f"{text}, {worth.tokens} tokens")
 
 
-def _spectra(model: Any) -> dict[str, dict[str, list[Any]]]:
+def _spectra(model: Any) -> dict[str, dict[str, list]]:
     """Bonds of MPO weights by kind (up, down, an attention projection's name, ...) and layer."""
-    by_kind: dict[str, dict[str, list[Any]]] = {}
+    by_kind: dict[str, dict[str, list]] = {}
     for name, cores in mpo_modules(model):
         layer, _, kind = short_name(name).rpartition(".")
         bonds = bond_spectra(cores)

@@ -82,7 +82,7 @@ def find_to_copy(name: str) -> Source:
     return source
 
 
-def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
+def read_configuration(name: str, others: Iterable[str] = ()) -> dict:
     """The values of the ``config.json`` of a model; ``others`` are further names that a message may
     suggest.
 
@@ -153,7 +153,7 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
         ValueError: weights that are missing, damaged, or do not match the configuration.
     """
     logging.disable_progress_bar()  # of weight files; the Trainer's own bars stay
-    options: dict[str, Any] = {}
+    options: dict = {}
     if labels is not None:
         kind = "single_label_classification" if labels else "regression"
         names = dict(enumerate(labels or ("value",)))

@@ -129,7 +129,7 @@ _SIZES = {
 }
 
 
-def read_values(name: str) -> dict[str, Any]:
+def read_values(name: str) -> dict:
     """The configuration of a well-known size such as ``t5-11b``, of a ``.json`` file, or of a
     model.
 
@@ -144,7 +144,7 @@ def read_values(name: str) -> dict[str, Any]:
     return read_configuration(name, _SIZES)
 
 
-def build(name: str, values: Mapping[str, Any], config: MPOEConfig) -> Any:
+def build(name: str, values: Mapping, config: MPOEConfig) -> Any:
     """The mixture that converting a model of this configuration gives, on the meta device.
 
     Args:
@@ -200,7 +200,7 @@ class Cost:
         temporary = max(self.temporary_bytes, other.temporary_bytes)
         return Cost(self.parameters + other.parameters, self.flops + other.flops, temporary)
 
-    def values(self, work: PlanOptions, dense: Cost | None = None) -> dict[str, Any]:
+    def values(self, work: PlanOptions, dense: Cost | None = None) -> dict:
         """For JSON: with the bytes of weights and of the training's state, and FLOPs relative to
         those of ``dense``."""
         return {
@@ -214,11 +214,11 @@ class Cost:
 Costs = Mapping[str, Cost]  # by design
 
 
-def _values(part_costs: Costs, work: PlanOptions) -> dict[str, Any]:
+def _values(part_costs: Costs, work: PlanOptions) -> dict:
     return {design: cost.values(work, part_costs["dense"]) for design, cost in part_costs.items()}
 
 
-def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
+def costs(model: Any, work: PlanOptions) -> dict:
     """Costs of a mixture, for JSON.
 
     Returns:
@@ -228,7 +228,7 @@ def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
         them, with routers), ``rest`` (the same in all designs) and ``whole``. A cost has the fields
         of `Cost.values`.
     """
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict] = {}
     every: list[Costs] = []
     flops = 0
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -265,7 +265,7 @@ def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
 
 def _parts(
     model: Any, name: str, module: nn.Module, work: PlanOptions
-) -> Iterator[tuple[dict[str, Any] | None, Costs]]:
+) -> Iterator[tuple[dict | None, Costs]]:
     """What a module adds to the converted parts: facts about it (none of a router) and its costs by
     design."""
     if isinstance(module, TopKRouter):
@@ -345,7 +345,7 @@ def count(number: float) -> str:
     return scaled(number, billion="B")
 
 
-def table(values: Mapping[str, Any]) -> Table:
+def table(values: Mapping) -> Table:
     """Every kind of part, all of them, and the whole model, in the three designs, with how to read
     it."""
     config = values["config"]
@@ -356,7 +356,7 @@ def table(values: Mapping[str, Any]) -> Table:
     state = [] if work["inference"] else ["state"]
     rows: list[list[str]] = []
 
-    def cells(cost: Mapping[str, Any]) -> list[str]:
+    def cells(cost: Mapping) -> list[str]:
         temporary = cost["temporary_bytes"]
         x_dense = cost["x_dense"]
         texts = [count(cost["parameters"]), scaled(cost["weight_bytes"], "B")]
@@ -367,7 +367,7 @@ def table(values: Mapping[str, Any]) -> Table:
         texts.append("-" if x_dense is None else f"{x_dense:.2f}")
         return texts
 
-    def add(part: str, design_costs: Mapping[str, Any], second: str = "") -> None:
+    def add(part: str, design_costs: Mapping, second: str = "") -> None:
         rows.extend(
             [first, DESIGNS[d], *cells(design_costs[d])]
             for d, first in zip(DESIGNS, (part, second, ""), strict=True)
@@ -384,7 +384,7 @@ def table(values: Mapping[str, Any]) -> Table:
     return Table(header, rows, title, "\n".join(_notes(values)))
 
 
-def _notes(values: Mapping[str, Any]) -> Iterator[str]:
+def _notes(values: Mapping) -> Iterator[str]:
     work = values["work"]
     totals = values["totals"]
     phase = "inference" if work["inference"] else "training"

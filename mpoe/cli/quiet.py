@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from mpoe.cli.report import Table
+from mpoe.data.predict import Batch
 from mpoe.models.background import collect_background, load_background, save_background, start_token
-from mpoe.models.expert_files import Expert, kept
+from mpoe.models.composition import Statistics
+from mpoe.models.expert_files import WAYS, Expert, kept
 from mpoe.models.expert_mixture import BACKGROUND_FILE, compose_experts
 from mpoe.models.quiet import Change, measure_change, sample_own_words
 from mpoe.models.weight_files import check_link
@@ -66,12 +68,12 @@ def changes_of_expert(
     tokenizer: Any,
     always_on: Any,
     expert: Expert,
-    held_out: Sequence[Mapping[str, Tensor]],
-    background: Mapping[str, Tensor],
+    held_out: Sequence[Batch],
+    background: Statistics,
 ) -> dict[str, Change]:
     """What an expert changes: the base, the expert always on, and composed with *none*."""
     mixture = compose_experts(base, [expert], background=background)
-    compared = {"expert, always on": always_on, "quiet expert": mixture}
+    compared = dict(zip(WAYS[1:], (always_on, mixture), strict=True))
     return measure_change(base, compared, sample_own_words(base, tokenizer), held_out)
 
 
@@ -90,9 +92,8 @@ def table_of_changes(title: str, changes: Mapping[str, Change]) -> Table:
     rows = []
     for name, change in changes.items():
         domain = "" if change.domain is None else f"{change.domain:.3f}"
-        rows.append(
-            [name, domain, f"{change.own_texts:.3f}", f"{change.answers:.4f}", f"{change.same:.1%}"]
-        )
+        own = (f"{change.own_texts:.3f}", f"{change.answers:.4f}", f"{change.same:.1%}")
+        rows.append([name, domain, *own])
     return Table(HEADER, rows, title, WORDS)
 
 

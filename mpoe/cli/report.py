@@ -160,7 +160,7 @@ def section(title: str, *parts: Any, note: str = "") -> Markup:
     return Markup("<h2>{}</h2>{}{}").format(title, Markup("").join(shown), below)
 
 
-def write_page(file: Path, title: str, parts: Iterable[Any]) -> None:
+def write_page(file: Path, title: str, parts: Iterable) -> None:
     """Write a page of ``parts``, `Markup` or texts, under its title."""
     write_text(file, _PAGE.render(title=title, style=Markup(_STYLE), parts=list(parts)))
 
@@ -204,7 +204,7 @@ def bars_html(bars: Sequence[tuple[str, float]]) -> Markup:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 _READABLE = 20  # columns up to which cells of a heat map carry their number
 
-Records = Sequence[Mapping[str, Any]]  # of a run's ``metrics.jsonl``
+Records = Sequence[Mapping]  # of a run's ``metrics.jsonl``
 # A spectrum per name of a weight, grouped by the projections' kind.
 Spectra = Mapping[str, Mapping[str, Sequence["BondSpectrum"]]]
 

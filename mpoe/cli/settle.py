@@ -140,7 +140,7 @@ def items_of_step(arguments: MPOETrainingArguments) -> int:
 
 
 def order_items(
-    pools: dict[str, list[Any]], arguments: MPOETrainingArguments, temperature: float, seed: int
+    pools: dict[str, list], arguments: MPOETrainingArguments, temperature: float, seed: int
 ) -> tuple[Any, int]:
     """The items of a whole run, one task per optimizer step; sets ``arguments.max_steps`` to the
     run's length.

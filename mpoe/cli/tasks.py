@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mpoe.cli.command import CommandError, close_matches, option
 from mpoe.cli.options import read_json_option
@@ -100,7 +100,7 @@ class DataOptions:
                 )
             self.label_words = words  # type: ignore[assignment]
 
-    def of(self, *names: str) -> dict[str, Any]:
+    def of(self, *names: str) -> dict:
         """Those of the options that are set."""
         values = ((name, getattr(self, name)) for name in names)
         return {

@@ -106,7 +106,7 @@ def command(request: Request) -> None:
     run(Plan(options, data, experts, arguments, frozenset(request.given), request.typed))
 
 
-def run(plan: Plan) -> dict[str, Any]:
+def run(plan: Plan) -> dict:
     """Train as planned; returns what ``results.json`` holds.
 
     Raises:
@@ -252,7 +252,7 @@ def show_first_item(task: Task, item: Item, tokenizer: Any, style: str) -> None:
         )
 
 
-def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
+def _check_folder(plan: Plan, settings: dict | None = None) -> None:
     """Refuse a folder with another run or nothing to resume; with ``settings``, also a run with
     other settings."""
     # a slower process may check after the first one has claimed the folder
@@ -290,7 +290,7 @@ def make_trainer(
     model: Any,
     tokenizer: Any,
     items: Any,
-    validation: dict[str, list[Any]],
+    validation: dict[str, list],
     arguments: MPOETrainingArguments,
 ) -> Any:
     """An `MPOETrainer` over the items; it has its metrics and checkpoints in ``output_dir``."""
@@ -309,7 +309,7 @@ def make_trainer(
     return trainer
 
 
-def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]:
+def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict:
     """Everything that determines the weights of a run, JSON-able: a resumed run must agree with it.
 
     ``described``: the tasks of ``task_file``, saved because the file may change.
@@ -350,8 +350,8 @@ def finish(
     plan: Plan,
     start: str,
     spent: Any,
-    sizes: dict[str, Any],
-) -> dict[str, Any]:
+    sizes: dict,
+) -> dict:
     """Evaluate the model on the tasks' validation items and write the results, which are returned.
 
     Args:
@@ -382,7 +382,7 @@ def finish(
         parameters = model.parameter_report()
         scores = {f"validation, {task}": values for task, values in evaluated["scores"].items()}
         write_card(model, folder, scores)
-    results: dict[str, Any] = {
+    results: dict = {
         "model": start,
         "class": type(model).__name__,
         "mixture": mixture_of(model),
@@ -415,10 +415,10 @@ def finish(
     return results
 
 
-def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dict[str, Any]:
+def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dict:
     """The requested measurements of ``steps`` steps of ``items`` items each, JSON-able; also prints
     them."""
-    report: dict[str, Any] = {}
+    report: dict = {}
     if options.compute_time and steps:  # none after a run that was resumed at its end
         rates = {"seconds_per_step": seconds / steps, "items_per_second": items * steps / seconds}
         report["time"] = {"train_seconds": seconds, **rates}

@@ -169,7 +169,7 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[Cells, str]]:
 def _csv_rows(
     path: Path, lines: Iterable[str], column_names: Sequence[str], skip_malformed: bool
 ) -> Iterator[tuple[Cells, str]]:
-    plain: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    plain: dict = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(lines, strict=True, **plain if file_format(path) == ".tsv" else {})
     columns: list[str] = []
     skipped = 0

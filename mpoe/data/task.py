@@ -51,7 +51,7 @@ class Task:
     """
 
     name: str
-    rows: Callable[[str], Iterable[Any]]
+    rows: Callable[[str], Iterable]
     to_text: Callable[[Any], Example] | None = None
     kind: str = "classification"
     labels: tuple[str, ...] = ()

@@ -130,7 +130,7 @@ def routing_context(
     return Entered(RoutingContext(dict(masks or {}), [] if record else None))  # type: ignore[return-value]
 
 
-def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """``context_fn`` for `torch.utils.checkpoint.checkpoint` (non-reentrant).
 
     Called in the forward pass; the recomputation, which autograd may run in another thread, sees
@@ -143,9 +143,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
 
 
 @contextmanager
-def _joined(
-    outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
-) -> Iterator[None]:
+def _joined(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
     with outer, inner:
         yield
 
@@ -164,7 +162,7 @@ def checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
             stacklevel=3,
         )
 
-    def both() -> tuple[AbstractContextManager[Any], ...]:
+    def both() -> tuple[AbstractContextManager, ...]:
         return tuple(_joined(*pair) for pair in zip(checkpoint_contexts(), users(), strict=True))
 
     return {

@@ -96,7 +96,7 @@ class MPOCores(FromInitialValues):
         self.init_std = init_std
         self.central_masked = False
         self.rate_ratios = self._expected_rate_ratios()
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        options: dict = {"device": device, "dtype": dtype}
         self.central = nn.Parameter(torch.empty(shape.core_shapes[shape.central], **options))
         self.auxiliary = nn.ParameterList(
             nn.Parameter(torch.empty(num_experts, *core, **options))
@@ -122,9 +122,7 @@ class MPOCores(FromInitialValues):
         # Iterating over a ParameterList takes as long as a small product; a parametrized core is
         # not among its parameters.
         parameters = self.auxiliary._parameters.values()
-        cores: list[Any] = list(
-            parameters if len(parameters) == len(self.auxiliary) else self.auxiliary
-        )
+        cores: list = list(parameters if len(parameters) == len(self.auxiliary) else self.auxiliary)
         central = self.central.detach() if self.central_masked else self.central
         cores.insert(self.shape.central, central)
         return cores
@@ -185,7 +183,7 @@ class MPOCores(FromInitialValues):
         The weights then have mean square ``init_std ** 2`` and, at full bonds, independent Gaussian
         entries.
         """
-        options: dict[str, Any] = {"device": self.central.device, "dtype": torch.float32}
+        options: dict = {"device": self.central.device, "dtype": torch.float32}
         std = self._central_std() if self.init_std else 0.0
         values = {"central": torch.randn(self.central.shape, **options) * std}
         for k, (name, (d, i, j, e)) in enumerate(
@@ -341,7 +339,7 @@ class ExpertWeights(FromInitialValues):
 
     def initial_values(self) -> dict[str, Tensor]:
         """New random values by parameter name."""
-        options: dict[str, Any] = {"device": self.weight.device, "dtype": torch.float32}
+        options: dict = {"device": self.weight.device, "dtype": torch.float32}
         values = {"weight": torch.randn(self.weight.shape, **options) * self.init_std}
         if self.bias is not None:
             values["bias"] = torch.zeros(self.bias.shape, **options)

@@ -232,7 +232,7 @@ class DenseExperts(_Network):
         def weights(
             kind: str, rows: int, columns: int, with_bias: bool, own: bool = False
         ) -> ExpertWeights:
-            options: dict[str, Any] = {"own_bias": own, "device": device, "dtype": dtype}
+            options: dict = {"own_bias": own, "device": device, "dtype": dtype}
             return ExpertWeights(
                 rows, columns, num_experts, with_bias, std.get(kind, 0.02), **options
             )

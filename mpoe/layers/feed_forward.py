@@ -98,7 +98,7 @@ class RoutedFeedForward(nn.Module):
                 in_features, self.num_experts, config.router, backend=config.backend, device=device
             )
         self.dropout = nn.Dropout(output_dropout)
-        options: dict[str, Any] = {
+        options: dict = {
             "activation": activation,
             "gated": gated,
             "device": device,
@@ -107,7 +107,7 @@ class RoutedFeedForward(nn.Module):
         self.experts: Any = self.new_experts(config, bias, dict(init_std or {}), options)
 
     def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
     ) -> nn.Module:
         """Experts for a network of these sizes.
 
@@ -220,7 +220,7 @@ class MPOEFeedForward(RoutedFeedForward):
     """
 
     def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
     ) -> nn.Module:
         """`MPOExperts` or `DenseExperts`; of the shape "hidden", `HiddenExperts` and projections
         around them."""

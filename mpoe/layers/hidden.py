@@ -3,8 +3,6 @@ unchanged."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +57,7 @@ class HiddenExperts(FromInitialValues):
         self.num_experts = num_experts
         self.block_size = block_size
         self.backend = backend
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        options: dict = {"device": device, "dtype": dtype}
         groups = hidden_features // block_size if per_group else 1
         size = (num_experts, groups, block_size, block_size)
         names = ("right", "left", "right_gate") if gated else ("right", "left")
@@ -131,7 +129,7 @@ class HiddenExperts(FromInitialValues):
         autocast or another backend. ``overwrites``: nobody needs ``u`` any more, the result may
         take its place.
         """
-        blocks: dict[str, Any] = self.auxiliary._parameters
+        blocks: dict = self.auxiliary._parameters
         if self.backend != router.backend or not router.can_gate_natively(
             x, u, u_gate, *blocks.values(), self.bias
         ):
@@ -167,7 +165,7 @@ class HiddenFeedForward(KeptFeedForward):
     shape = "hidden"
 
     def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
     ) -> HiddenExperts:
         """`HiddenExperts`."""
         block_size = config.hidden_block(self.hidden_features)
@@ -274,7 +272,7 @@ class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
     own."""
 
     def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
     ) -> HiddenExperts:
         """`HiddenExperts`; also makes the projections."""
         kinds = sizes_by_kind(self.in_features, self.hidden_features, options["gated"])

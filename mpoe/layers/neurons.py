@@ -236,7 +236,7 @@ class NeuronFeedForward(KeptFeedForward):
         self.output_dropout, self.adds_input = output_dropout, adds_input
 
     def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
     ) -> nn.Module:
         """`NeuronExperts`."""
         assert config.neurons is not None  # settled at construction

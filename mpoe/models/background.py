@@ -9,24 +9,26 @@ of a user's is needed, and statistics alone are kept.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from mpoe.config.checks import check_integer, check_seed
 from mpoe.data.domains import domain_text
-from mpoe.data.predict import evaluation_mode
-from mpoe.models.composition import RANK, check_statistics, collect_statistics, pooled_statistics
+from mpoe.data.predict import Batch, evaluation_mode
+from mpoe.models.composition import (
+    RANK,
+    Statistics,
+    check_statistics,
+    collect_statistics,
+    pooled_statistics,
+)
 from mpoe.models.expert_files import base_identity, places_for_neurons, start_expert
-from mpoe.models.weight_files import declared_shapes
+from mpoe.models.weight_files import read_with_metadata, write_tensors
 
 SAMPLES = 32  # of the model's own texts, and of its own chats
 TEXT_LENGTH = 128  # tokens of a text, the start token among them
@@ -49,25 +51,18 @@ def sample_tokens(model: Any, prompt: Tensor, new_tokens: int, seed: int) -> Ten
     check_seed("seed", seed)
     devices = [model.device] if model.device.type == "cuda" else []
     settings = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        max_new_tokens=new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
     )
+    prompt = prompt.to(model.device)
     models_own = model.generation_config
     with torch.random.fork_rng(devices), evaluation_mode(model):
         torch.manual_seed(seed)
-        model.generation_config = (
-            settings  # in place of the model's own, whose end token would end a sample
-        )
+        # in place of the model's own, whose end token would end a sample
+        model.generation_config = settings
         try:
-            ids = model.generate(
-                prompt.to(model.device), attention_mask=torch.ones_like(prompt).to(model.device)
-            )
+            return model.generate(prompt, attention_mask=torch.ones_like(prompt)).cpu()
         finally:
             model.generation_config = models_own
-    return ids.cpu()
 
 
 def chat_opening(tokenizer: Any) -> list[int] | None:
@@ -75,12 +70,18 @@ def chat_opening(tokenizer: Any) -> list[int] | None:
     template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    messages = [{"role": "user", "content": _QUESTION}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    rendered = _rendered(tokenizer, _QUESTION)
     opening, is_there, _ = rendered.partition(_QUESTION)
     if not is_there or not opening:
         return None
     return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+
+
+def _rendered(tokenizer: Any, *said: str) -> str:
+    """A chat of a user and an assistant by turns in the template."""
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def start_token(tokenizer: Any) -> int | None:
@@ -93,9 +94,7 @@ def start_token(tokenizer: Any) -> int | None:
     end = getattr(tokenizer, "eos_token_id", None)
     if begin is None or getattr(tokenizer, "chat_template", None) is None:
         return end if begin is None else begin
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    opens_turns = rendered.count(tokenizer.bos_token) > 1
+    opens_turns = _rendered(tokenizer, "a", "b").count(tokenizer.bos_token) > 1
     return end if opens_turns and end is not None else begin
 
 
@@ -110,7 +109,7 @@ def own_texts(model: Any, tokenizer: Any, seed: int = 0, samples: int | None = N
     if start is None:
         raise ValueError("tokenizer must have a token that begins or ends a text; it has neither")
     prompt = torch.full((samples or SAMPLES, 1), start)
-    return sample_tokens(model, prompt, _most_tokens(model, TEXT_LENGTH) - 1, seed)
+    return sample_tokens(model, prompt, most_tokens(model, TEXT_LENGTH) - 1, seed)
 
 
 def own_chats(
@@ -122,32 +121,39 @@ def own_chats(
     opening = chat_opening(tokenizer)
     if opening is None:
         return None
-    new_tokens = _most_tokens(model, len(opening) + CHAT_LENGTH) - len(opening)
+    new_tokens = most_tokens(model, len(opening) + CHAT_LENGTH) - len(opening)
     if new_tokens < 1:
         return None
     prompt = torch.tensor([opening]).repeat(samples or SAMPLES, 1)
     return sample_tokens(model, prompt, new_tokens, seed)
 
 
-def _most_tokens(model: Any, wanted: int) -> int:
+def most_tokens(model: Any, wanted: int) -> int:
     """As many as wanted, or as the model has positions."""
     return min(wanted, getattr(model.config, "max_position_embeddings", None) or wanted)
 
 
-def general_text(model: Any, tokenizer: Any) -> Tensor:
-    """The general text, int64 ``[N, length]``: licences of installed packages, 128 pieces of 128
-    tokens at most.
+def pieces(text: str, tokenizer: Any, length: int, most: int) -> Tensor:
+    """The start of a text as token ids, int64 ``[at most most, length]``."""
+    # A token has fewer than ten characters on average: this reads enough, without reading a large
+    # text completely.
+    ids = tokenizer(text[: 10 * most * length], verbose=False)["input_ids"]
+    count = min(len(ids) // length, most)
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def packaged_text(model: Any, tokenizer: Any, text: str) -> Tensor:
+    """The start of a text that is packaged as tokens of the model, 128 pieces of 128 at most.
 
     Raises:
         ValueError: a tokenizer that makes other tokens than the model has.
     """
-    length = _most_tokens(model, TEXT_LENGTH)
-    text = domain_text("law", held_out=False)
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    count = min(len(ids) // length, GENERAL_PIECES)
-    pieces = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
-    check_tokens(model, pieces)
-    return pieces
+    ids = pieces(text, tokenizer, most_tokens(model, TEXT_LENGTH), GENERAL_PIECES)
+    if ids.numel() and int(ids.max()) >= model.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            "tokenizer must be the base's; it does not make the model's tokens of the packaged text"
+        )
+    return ids
 
 
 def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Tensor]:
@@ -159,15 +165,14 @@ def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Ten
     chats = own_chats(model, tokenizer, seed + 1)
     if chats is not None:
         parts["chats"] = chats
-    general = general_text(model, tokenizer)
+    # licences of installed packages
+    general = packaged_text(model, tokenizer, domain_text("law", held_out=False))
     if len(general):
         parts["general"] = general
     return parts
 
 
-def pooled_background(
-    model: Any, parts: Sequence[Iterable[Mapping[str, Tensor]]]
-) -> dict[str, Tensor]:
+def pooled_background(model: Any, parts: Sequence[Iterable[Batch]]) -> dict[str, Tensor]:
     """The statistics of several texts as one class, each of equal weight however long it is.
 
     Args:
@@ -198,14 +203,6 @@ def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, T
     return pooled_background(model, [token_batches(ids) for ids in parts.values()])
 
 
-def check_tokens(model: Any, ids: Tensor) -> None:
-    """Refuse tokens that the model does not have (ValueError)."""
-    if ids.numel() and int(ids.max()) >= model.get_input_embeddings().num_embeddings:
-        raise ValueError(
-            "tokenizer must be the base's; it does not make the model's tokens of the packaged text"
-        )
-
-
 def token_batches(ids: Tensor) -> list[dict[str, Tensor]]:
     """Token ids ``[N, length]`` as batches of a few rows."""
     return [
@@ -213,14 +210,10 @@ def token_batches(ids: Tensor) -> list[dict[str, Tensor]]:
     ]
 
 
-def save_background(statistics: Mapping[str, Tensor], base: Any, file: Path) -> None:
+def save_background(statistics: Statistics, base: Any, file: Path) -> None:
     """Write the statistics of a background, as a whole or not at all, with the identity of their
     base."""
-    tensors = {name: value.contiguous() for name, value in statistics.items()}
-    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=file.parent) as aside:
-        staged = Path(aside) / file.name
-        save_file(tensors, staged, metadata={"base": base_identity(base)})
-        os.replace(staged, file)
+    write_tensors(file, statistics, {"base": base_identity(base)})
 
 
 def load_background(file: Path, base: Any) -> dict[str, Tensor]:
@@ -229,10 +222,7 @@ def load_background(file: Path, base: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: a file that cannot be read, or of another base.
     """
-    declared_shapes([file])
-    with safe_open(file, framework="pt") as source:
-        metadata = source.metadata() or {}
-        statistics = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+    statistics, metadata = read_with_metadata(file)
     if metadata.get("base") != base_identity(base):
         raise ValueError(f"background must be of this base; {file} is of another one")
     sizes = {site.place: site.weight("up").shape[0] for site in places_for_neurons(base)}

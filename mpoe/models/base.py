@@ -231,7 +231,7 @@ class MPOEModelMixin(_Model):
 
     # -------------------------------------------------------------- forward
 
-    def token_masks(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+    def token_masks(self, kwargs: dict) -> dict[str, Tensor | None]:
         """Token masks ``[B, S]`` by stream for a forward with these arguments: ``attention_mask``.
 
         Labels are not used here: a causal model's prompt has labels of -100 but is not padding.
@@ -240,16 +240,12 @@ class MPOEModelMixin(_Model):
             "main": last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")
         }
 
-    def generation_masks(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor | None]:
+    def generation_masks(self, args: tuple, kwargs: dict) -> dict[str, Tensor | None]:
         """Token masks ``[B, S]`` by stream of what `generate` runs apart from the model's
         forward."""
         return {}
 
-    def _routed_forward(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _routed_forward(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """The dense parent's ``forward`` inside a routing context, with the auxiliary loss
         added."""
         kwargs = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
@@ -272,9 +268,7 @@ class MPOEModelMixin(_Model):
             )
         return output if return_dict else output.to_tuple()
 
-    def _with_routing(
-        self, output: Any, records: list[RouterRecord], kwargs: dict[str, Any]
-    ) -> Any:
+    def _with_routing(self, output: Any, records: list[RouterRecord], kwargs: dict) -> Any:
         fields = dict(output.items())
         if records:
             router = self.config.mpoe["router"]
@@ -293,7 +287,7 @@ class MPOEModelMixin(_Model):
                 fields["loss"] = fields["loss"] + auxiliary.to(fields["loss"].device)
         return self.mpoe_output(**fields)
 
-    def _accumulation_share(self, kwargs: dict[str, Any]) -> Tensor | None:
+    def _accumulation_share(self, kwargs: dict) -> Tensor | None:
         """Weight of this call's auxiliary loss when the Trainer accumulates gradients.
 
         A model that accepts loss arguments divides its task loss by the items of all micro-batches;

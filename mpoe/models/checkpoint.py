@@ -38,7 +38,7 @@ from mpoe.models.weight_files import (
 )
 
 
-def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
+def read_mpoe_config(folder: Path) -> tuple[dict, type[Any]]:
     """``config.json`` of a saved MPOE model, and its class."""
     if not folder.is_dir():
         raise ValueError(f"path must be a folder written by save_pretrained; {folder} is none")
@@ -70,7 +70,7 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
     return values, cls
 
 
-def parsed_mpoe(values: dict[str, Any], folder: Path) -> MPOEConfig:
+def parsed_mpoe(values: dict, folder: Path) -> MPOEConfig:
     """The ``mpoe`` field of a ``config.json``."""
     try:
         return MPOEConfig.from_dict(values["mpoe"])
@@ -141,7 +141,7 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
         _check_ratios(dict(mpo_modules(skeleton)), ratios, folder)
         given = _joined(skeleton, files, theirs, digest)
         config = cls.config_class.from_dict(values)
-        source: dict[str, Any] = {
+        source: dict = {
             "pretrained_model_name_or_path": None,
             "config": config,
             "state_dict": given,

@@ -28,7 +28,7 @@ from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYP
 class MPOESeq2SeqMixin(MPOEModelMixin):
     """Mixture-of-experts part of T5, BART and similar models."""
 
-    def token_masks(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+    def token_masks(self, kwargs: dict) -> dict[str, Tensor | None]:
         """Encoder: ``attention_mask``. Decoder: ``decoder_attention_mask``, else all tokens up to
         the last label != -100.
 
@@ -49,9 +49,7 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
             )
         return {"encoder": main, "decoder": decoder}
 
-    def generation_masks(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor | None]:
+    def generation_masks(self, args: tuple, kwargs: dict) -> dict[str, Tensor | None]:
         """Transformers runs the encoder separately: it must also see which tokens are padding."""
         if "decoder_input_ids" not in self._forward_names:
             return {}
@@ -99,7 +97,7 @@ def output_with_routing(dense: type[ModelOutput]) -> type[ModelOutput]:
     return dataclass(made)
 
 
-def output_of(forward: Callable[..., Any]) -> type[ModelOutput]:
+def output_of(forward: Callable) -> type[ModelOutput]:
     """The output class of a dense model's ``forward``, by its annotation, with `RoutingFields`."""
     annotation = get_type_hints(forward)["return"]
     kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
@@ -143,7 +141,7 @@ class MPOEConfigMixin(_Config):
     routers are replicated on every rank.
     """
 
-    mpoe: dict[str, Any]
+    mpoe: dict
     base_model_ep_plan: ClassVar[Any] = {}
 
     @classmethod

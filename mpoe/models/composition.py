@@ -35,14 +35,13 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.checks import check_choice, check_integer, check_type
-from mpoe.data.predict import evaluation_mode
+from mpoe.data.predict import Batch, evaluation_mode
 from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.find import dense_networks
 from mpoe.models.walk import neuron_modules, routed_layers
 
-Batches = Sequence[Iterable[Mapping[str, Tensor]]]
 Statistics = Mapping[str, Tensor]
 NONE = "none"  # name of the expert that adds nothing
 PARTS = ("mean", "rest", "vectors", "values")
@@ -61,11 +60,11 @@ LARGEST = 1e12  # number in statistics; a router's inputs come from a normalisat
 
 @contextlib.contextmanager
 def _routed_to(
-    mixture: nn.Module, known: list[int], rows: Mapping[str, Tensor], **changes: Any
+    mixture: nn.Module, known: list[int], rows: Statistics, **changes: Any
 ) -> Iterator[None]:
     """Tokens go to the experts ``known`` alone, by routers ``rows [len(known), I]`` of every layer
     (default: 0) with these changes of their configuration."""
-    routers: dict[str, Any] = {name: layer.router for name, layer in routed_layers(mixture)}
+    routers: dict = {name: layer.router for name, layer in routed_layers(mixture)}
     try:
         for name, router in routers.items():
             config = dataclasses.replace(router.config, bias_update_rate=1.0, **changes)
@@ -85,19 +84,22 @@ def _routed_to(
 
 def forced(mixture: nn.Module, expert: int) -> contextlib.AbstractContextManager[None]:
     """Every token goes to one expert of every layer, with gate 1, regardless of capacity."""
-    limits = (
-        "capacity_factor",
-        "eval_capacity_factor",
-        "second_policy",
-        "eval_second_policy",
-        "routed_scaling_factor",
+    return _routed_to(
+        mixture,
+        [expert],
+        {},
+        capacity_factor=None,
+        eval_capacity_factor=None,
+        second_policy=None,
+        eval_second_policy=None,
+        routed_scaling_factor=None,
+        top_k=1,
+        is_scale_prob=False,
     )
-    alone: dict[str, Any] = {**dict.fromkeys(limits), "top_k": 1, "is_scale_prob": False}
-    return _routed_to(mixture, [expert], {}, **alone)
 
 
 def without(
-    mixture: Any, expert: int, weights: Mapping[str, Tensor]
+    mixture: Any, expert: int, weights: Statistics
 ) -> contextlib.AbstractContextManager[None]:
     """No token goes to one expert; ``weights [E - 1, I]`` by layer are the routers of the
     others."""
@@ -120,7 +122,7 @@ def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> dict[str, T
 
 
 def _statistics(
-    model: Any, layers: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]], rank: int | None
+    model: Any, layers: Mapping[str, Any], batches: Iterable[Batch], rank: int | None
 ) -> dict[str, Tensor]:
     # Sums over tokens of the outer products [I, I] of a router's inputs and of these, [I], float64;
     # and their number.
@@ -144,9 +146,8 @@ def _statistics(
         for name, layer in layers.items():
             until_then.callback(layer.experts.register_forward_pre_hook(hook(name)).remove)
         for batch in batches:
-            if not isinstance(batch, Mapping) or not all(
-                isinstance(value, Tensor) for value in batch.values()
-            ):
+            values = batch.values() if isinstance(batch, Mapping) else [batch]
+            if not all(isinstance(value, Tensor) for value in values):
                 raise TypeError(
                     "batches must hold tensors by argument of the model; got "
                     f"{type(batch).__name__}"
@@ -162,20 +163,17 @@ def _statistics(
                 f"batches must give finite inputs to every router; those of {name} hold NaN or Inf"
             )
         size = layer.in_features
-        most = rank
-        if (
-            most is None
-        ):  # as many as fit into a tenth of the expert; a mean and a diagonal are always there
-            left = SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * size
-            most = max(0, int(left / (2 * size + 4)))
-        sketch = _sketch(outer, total, tokens, min(size, most))
+        # as many as fit into a tenth of the expert; a mean and a diagonal are always there
+        left = SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * size
+        fitting = max(0, int(left / (2 * size + 4)))
+        sketch = _sketch(outer, total, tokens, min(size, fitting if rank is None else rank))
         statistics |= {f"{name}.{part}": value for part, value in sketch.items()}
     return statistics
 
 
 @torch.no_grad()
 def collect_statistics(
-    model: Any, batches: Iterable[Mapping[str, Tensor]], rank: int | None = None
+    model: Any, batches: Iterable[Batch], rank: int | None = None
 ) -> dict[str, Tensor]:
     """The statistics of a domain for the routers of a later mixture, from one pass over texts of
     it.
@@ -209,16 +207,6 @@ def collect_statistics(
     return _statistics(model, layers, batches, rank)
 
 
-@torch.no_grad()
-def statistics_of_expert(
-    mixture: Any, expert: int, batches: Iterable[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """As `collect_statistics`, while every token goes to one expert of a mixture, with up to `RANK`
-    eigenvectors."""
-    with forced(mixture, expert):
-        return _statistics(mixture, dict(routed_layers(mixture)), batches, RANK)
-
-
 def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: str) -> None:
     """Refuse statistics that are not those of layers of these sizes, by name (TypeError,
     ValueError)."""
@@ -238,14 +226,11 @@ def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: st
             least = 0.0 if part in ("rest", "values") else -LARGEST  # those are variances
             is_fine = tuple(value.shape) == shape and value.is_floating_point()
             # In half precision, the bound itself would be infinite.
-            if not is_fine or not bool(
-                ((value.double() >= least) & (value.double() <= LARGEST)).all()
-            ):
-                needed = (
-                    f"finite numbers {list(shape)} from {least:g} to {LARGEST:g} as {layer}.{part}"
-                )
+            within = (value.double() >= least) & (value.double() <= LARGEST)
+            if not is_fine or not bool(within.all()):
                 raise ValueError(
-                    f"{whose} must hold {needed}; it holds others, {value.dtype} "
+                    f"{whose} must hold finite numbers {list(shape)} from {least:g} to "
+                    f"{LARGEST:g} as {layer}.{part}; it holds others, {value.dtype} "
                     f"{list(value.shape)}"
                 )
 
@@ -262,13 +247,10 @@ def pooled_statistics(texts: Sequence[Statistics], rank: int = RANK) -> dict[str
     Every text has the same weight, however many tokens it had.
     """
     pooled: dict[str, Tensor] = {}
-    for key in texts[0]:
-        layer, _, part = key.rpartition(".")
-        if part != "mean":
-            continue
-        mean = torch.stack([statistics[key].double() for statistics in texts]).mean(0)
+    for layer in [key.removesuffix(".mean") for key in texts[0] if key.endswith(".mean")]:
+        means = torch.stack([statistics[f"{layer}.mean"].double() for statistics in texts])
         moment = torch.stack([_second_moment(statistics, layer) for statistics in texts]).mean(0)
-        sketch = _sketch(moment, mean, 1, min(rank, len(mean)))
+        sketch = _sketch(moment, means.mean(0), 1, min(rank, len(moment)))
         pooled |= {f"{layer}.{name}": value for name, value in sketch.items()}
     return pooled
 
@@ -319,42 +301,36 @@ def solve_routers(
     """
     if sharpness is None:
         sharpness = LOGITS / len(classes) ** 1.5
-    if preference is None:
-        preference = PREFERENCE / len(classes)
-    if not none:
-        preference = 0.0
+    if preference is None or not none:
+        preference = PREFERENCE / len(classes) if none else 0.0
     for name, value in (("sharpness", sharpness), ("preference", preference)):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number; got {value}")
     return {layer: router_weight(classes, layer, sharpness, preference) for layer in layers}
 
 
-def train_routers(
-    mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], steps: int
-) -> list[float]:
+def train_routers(mixture: Any, examples: Sequence[Iterable[Batch]], steps: int) -> list[float]:
     """Train only the routers (AdamW, 1e-3) on the cross-entropy of the domain at every router, plus
     the model's own loss if batches have labels. Everything else stays bit-identical.
 
     Returns:
         The loss of every step; a step uses one batch of each domain.
     """
-    weights = [
-        layer.router.weight for _, layer in routed_layers(mixture) if layer.router is not None
-    ]
+    layers: Any = routed_layers(mixture)
+    weights = [layer.router.weight for _, layer in layers]
     was = [(p, p.requires_grad) for p in mixture.parameters()]
-    for p, _ in was:
-        p.requires_grad_(any(p is weight for weight in weights))
+    mixture.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
     domains = [itertools.cycle(list(batches)) for batches in examples]
     losses = []
     with torch.enable_grad():
         for _ in range(steps):
-            parts = [
-                _domain_loss(mixture, next(batches), number)
-                for number, batches in enumerate(domains)
-            ]
             optimizer.zero_grad()
-            total = torch.stack(parts).sum()
+            total = torch.stack(
+                [_domain_loss(mixture, next(texts), domain) for domain, texts in enumerate(domains)]
+            ).sum()
             total.backward()
             optimizer.step()
             losses.append(float(total.detach()))
@@ -363,7 +339,7 @@ def train_routers(
     return losses
 
 
-def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tensor:
+def _domain_loss(mixture: Any, batch: Batch, domain: int) -> Tensor:
     batch = {name: value.to(mixture.device) for name, value in batch.items()}
     out = mixture(**batch, return_dict=True, output_router_logits=True)
     mask = batch.get("attention_mask")
@@ -381,32 +357,28 @@ def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tens
 # ------------------------------------------------------------------ fine-tunes as experts
 
 
-def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
-    wanted = {
-        "class": type(base).__name__,
-        **{name: tuple(p.shape) for name, p in base.named_parameters()},
-    }
+def _check_alike(base: Any, fine_tunes: Sequence) -> None:
+    def facts_of(model: nn.Module) -> dict[str, Any]:
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return {"class": type(model).__name__, **shapes}
+
+    wanted = facts_of(base)
     for place, model in enumerate(fine_tunes):
         check_type(f"fine_tunes[{place}]", model, nn.Module, "a dense model")
-        shapes = {
-            "class": type(model).__name__,
-            **{name: tuple(p.shape) for name, p in model.named_parameters()},
-        }
-        odd = next(
-            (name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)), None
-        )
-        if odd is not None:
-            differs = f"number {place} differs in {odd}: {shapes.get(odd)} for {wanted.get(odd)}"
-            raise ValueError(
-                f"fine_tunes must be of the class of base and have its parameters; {differs}"
-            )
+        facts = facts_of(model)
+        for name in {**wanted, **facts}:
+            if wanted.get(name) != facts.get(name):
+                raise ValueError(
+                    "fine_tunes must be of the class of base and have its parameters; number "
+                    f"{place} differs in {name}: {facts.get(name)} for {wanted.get(name)}"
+                )
 
 
 @torch.no_grad()
 def compose(
     base: Any,
-    fine_tunes: Sequence[Any],
-    examples: Batches | None = None,
+    fine_tunes: Sequence,
+    examples: Sequence[Iterable[Batch]] | None = None,
     routing: RouterConfig | None = None,
     *,
     router: str = "ridge",
@@ -454,13 +426,10 @@ def compose(
     config.expert_bias = any(site.bias("up") is not None for site in sites)
     config.expert_output_bias = any(site.bias("down") is not None for site in sites)
     mean = copy.deepcopy(base)
-    for (
-        name,
-        parameter,
-    ) in mean.named_parameters():  # in float64, in which the mean of equal weights is these
-        parameter.copy_(
-            torch.stack([model.get_parameter(name).double() for model in fine_tunes]).mean(0)
-        )
+    for name, parameter in mean.named_parameters():
+        # in float64, in which the mean of equal weights is these
+        alike = [model.get_parameter(name).double() for model in fine_tunes]
+        parameter.copy_(torch.stack(alike).mean(0))
     mixture = convert_to_mpoe(mean, config, inplace=True).eval()
     for number, model in enumerate(fine_tunes):
         for site in dense_networks(model, config):
@@ -469,14 +438,15 @@ def compose(
                 bias = site.bias(kind)
                 if bias is not None:
                     weights.bias[number] = bias
-    if examples is not None:
-        classes = [
-            statistics_of_expert(mixture, number, batches)
-            for number, batches in enumerate(examples)
-        ]
-        for name, layer in routed_layers(mixture):
-            routing_layer: Any = layer.router
-            routing_layer.weight.copy_(router_weight(classes, name, sharpness=1 / len(classes)))
-    if examples is not None and router == "train":
+    if examples is None:
+        return mixture
+    layers: dict = dict(routed_layers(mixture))
+    classes = []
+    for number, batches in enumerate(examples):
+        with forced(mixture, number):
+            classes.append(_statistics(mixture, layers, batches, RANK))
+    for name, layer in layers.items():
+        layer.router.weight.copy_(router_weight(classes, name, sharpness=1 / len(classes)))
+    if router == "train":
         train_routers(mixture, examples, steps)
     return mixture

@@ -14,28 +14,31 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoe.config import MPOEConfig
-from mpoe.config.checks import check_type, is_file_name
+from mpoe.config.checks import check_type, is_file_name, refusing
 from mpoe.layers.neurons import NeuronExperts
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.card import base_name
-from mpoe.models.composition import check_statistics
+from mpoe.models.composition import Statistics, check_statistics
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.find import dense_networks, widened
 from mpoe.models.sites import FFNSite
 from mpoe.models.walk import neuron_modules
-from mpoe.models.weight_files import check_links, declared_shapes, first_line, tensors_hash
+from mpoe.models.weight_files import (
+    check_links,
+    first_line,
+    read_with_metadata,
+    tensors_hash,
+    write_tensors,
+)
 from mpoe_kernels.version import __version__
 
 FORMAT = 1
@@ -78,6 +81,7 @@ is the base's.
 |---|---|---|---|---|---|---|
 {changes}
 """
+WAYS = ("base", "expert, always on", "quiet expert")  # whose losses an expert's file has
 _PARTS = ("experts", "router")  # modules of a layer that the dense model does not have
 
 
@@ -138,7 +142,7 @@ def places_for_neurons(model: Any) -> list[FFNSite]:
     return dense_networks(model, MPOEConfig(moe_type="none", shape="neurons"))
 
 
-def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
+def experts_of(base: Any, experts: Iterable) -> list[Expert]:
     """Experts, or those in files, that were trained beside a dense model.
 
     Raises:
@@ -159,11 +163,10 @@ def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
             )
         wanted: dict[str, tuple[int, ...]] = {}
         for site in networks:
-            wanted |= {
-                f"{site.place}.{kind}": (expert.neurons, site.weight("up").shape[0])
-                for kind in site.dense
-            }
-            wanted |= {} if site.bias("up") is None else {f"{site.place}.bias": (expert.neurons,)}
+            for kind in site.dense:
+                wanted[f"{site.place}.{kind}"] = (expert.neurons, site.weight("up").shape[0])
+            if site.bias("up") is not None:
+                wanted[f"{site.place}.bias"] = (expert.neurons,)
         shapes = {name: tuple(value.shape) for name, value in expert.weights.items()}
         if shapes != wanted:
             odd = sorted(
@@ -213,7 +216,7 @@ def start_expert(
 def made_expert(
     model: Any,
     name: str,
-    statistics: Mapping[str, Tensor] | None = None,
+    statistics: Statistics | None = None,
     tokenizer: Any = None,
     training: Mapping[str, Any] | None = None,
 ) -> Expert:
@@ -227,19 +230,17 @@ def made_expert(
         )
     check_type("training", training, Mapping | None, "a mapping of facts")
     if statistics is not None:
-        check_statistics(
-            statistics, {name: layer.in_features for name, layer in layers.items()}, "statistics"
-        )
-    module: Any = model
-    check_finite(module)
+        sizes = {name: layer.in_features for name, layer in layers.items()}
+        check_statistics(statistics, sizes, "statistics")
+    check_finite(model)
     first = next(iter(layers.values())).experts
     facts = {
         "format": FORMAT,
         "version": __version__,
         "name": name,
         "base": base_identity(model),
-        "base_name": base_name(module),
-        "model": module.dense_class.__name__,
+        "base_name": base_name(model),
+        "model": model.dense_class.__name__,
         "tokenizer": None if tokenizer is None else vocabulary_identity(tokenizer),
         "neurons": first.neurons,
         "activation": first.activation,
@@ -260,7 +261,7 @@ def save_expert(
     model: Any,
     path: str | Path,
     *,
-    statistics: Mapping[str, Tensor] | None = None,
+    statistics: Statistics | None = None,
     tokenizer: Any = None,
     training: Mapping[str, Any] | None = None,
 ) -> Expert:
@@ -302,13 +303,10 @@ def write_expert(expert: Expert, file: Path) -> None:
     _read_facts(text, file)
     tensors = {
         f"{kind}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for kind, held in (("weights", expert.weights), ("statistics", expert.statistics))
-        for name, value in held.items()
+        for kind in ("weights", "statistics")
+        for name, value in getattr(expert, kind).items()
     }
-    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=file.parent) as aside:
-        staged = Path(aside) / "expert"
-        save_file(tensors, staged, metadata={"expert": text, "sha256": _checksum(text, tensors)})
-        os.replace(staged, file)
+    write_tensors(file, tensors, {"expert": text, "sha256": _checksum(text, tensors)})
 
 
 def load_expert(path: str | Path) -> Expert:
@@ -324,10 +322,7 @@ def load_expert(path: str | Path) -> Expert:
     if not file.is_file():
         raise ValueError(f"path must be an expert's file; {str(path)!r} is no file")
     _check_name(file.stem)
-    declared_shapes([file])
-    with safe_open(file, framework="pt") as source:
-        metadata = source.metadata() or {}
-        tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+    tensors, metadata = read_with_metadata(file)
     if "expert" not in metadata:
         raise ValueError(
             f"path must be an expert's file (see save_expert); {file} is another safetensors file"
@@ -354,14 +349,12 @@ def _read_facts(text: str, file: Path) -> Any:
     """Facts from JSON, if that is neither large nor nested deeply, of finite numbers and text
     (ValueError)."""
     levels = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
-    try:
+    wanted = f"JSON of at most {MOST_LETTERS} letters in {MOST_LEVELS} levels"
+    with refusing(f"{file} must hold facts as {wanted}; ", ValueError):
         if len(text) > MOST_LETTERS or max(levels, default=0) > MOST_LEVELS:
             raise ValueError(f"it has {len(text)} letters or is nested deeper")
         facts = json.loads(text)
         json.dumps(facts, allow_nan=False, ensure_ascii=False).encode()
-    except ValueError as error:
-        wanted = f"JSON of at most {MOST_LETTERS} letters in {MOST_LEVELS} levels"
-        raise ValueError(f"{file} must hold facts as {wanted}; {error}") from None
     return facts
 
 
@@ -382,26 +375,21 @@ def _check(expert: Expert) -> None:
         if re.fullmatch(pattern, text, re.DOTALL) is None:
             raise ValueError(f"{whose} must hold {name} as {pattern}; got {text[:80]}")
     for name, value in expert.weights.items():
-        if (
-            value.dim() not in (1, 2)
-            or len(value) != expert.neurons
-            or not value.is_floating_point()
-        ):
-            wanted = f"floating-point numbers of {expert.neurons} neurons"
+        fits = value.dim() in (1, 2) and len(value) == expert.neurons
+        if not fits or not value.is_floating_point():
             raise ValueError(
-                f"{whose} must hold {name} as {wanted}; got {value.dtype} {list(value.shape)}"
+                f"{whose} must hold {name} as floating-point numbers of {expert.neurons} neurons; "
+                f"got {value.dtype} {list(value.shape)}"
             )
-        if not bool(
-            (value.double().abs() <= LARGEST).all()
-        ):  # in half precision, the bound would be infinite
+        # in half precision, the bound would be infinite
+        if not bool((value.double().abs() <= LARGEST).all()):
             raise ValueError(
                 f"{whose} must have finite weights of at most {LARGEST:g}; NaN, Inf or more in "
                 f"{name}"
             )
     if expert.statistics:
-        check_statistics(
-            expert.statistics, layer_sizes(expert.weights), f"the statistics of {whose}"
-        )
+        sizes = layer_sizes(expert.weights)
+        check_statistics(expert.statistics, sizes, f"the statistics of {whose}")
 
 
 def layer_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -428,11 +416,8 @@ def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
         TypeError, ValueError: as `load_expert`; no expert, a model outside the table of dense
             families, or of another base, a weight that is no finite number.
     """
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, (int, float))
-        or not math.isfinite(weight)
-    ):
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight):
         raise ValueError(f"weight must be a finite number; got {weight!r}")
     added = experts_of(model, expert if isinstance(expert, (list, tuple)) else [expert])
     if not added:
@@ -457,31 +442,30 @@ def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
 def kept(losses: Mapping[str, Any]) -> float | None:
     """The share of an expert's own gain that is left when it is quiet, of the losses in its
     file; ``None`` if the file says nothing, or the expert gained nothing."""
-    ways = ("base", "expert, always on", "quiet expert")
-    base, alone, quiet = (losses.get(way) for way in ways)
-    if (
-        not isinstance(base, float)
-        or not isinstance(alone, float)
-        or not isinstance(quiet, float)
-        or alone >= base
-    ):
+    known = [loss for way in WAYS if isinstance(loss := losses.get(way), float)]
+    if len(known) < len(WAYS) or known[1] >= known[0]:
         return None
+    base, alone, quiet = known
     return (base - quiet) / (base - alone)
 
 
 def _changes_row(name: str, training: Mapping[str, Any]) -> str:
     """What an expert keeps and changes, as a row of the card; a dash where its file says
     nothing."""
-    losses, answers, same = (
-        values if isinstance(values := training.get(fact), dict) else {}
-        for fact in ("held_out", "answers", "same")
-    )
-    measured = [losses.get(way) for way in ("base", "expert, always on", "quiet expert")]
+
+    def measured(fact: str) -> dict[str, Any]:
+        values = training.get(fact)
+        return values if isinstance(values, dict) else {}
+
+    def shown(value: Any, how: str) -> str:
+        return format(value, how) if isinstance(value, float) else "-"
+
+    losses = measured("held_out")
     cells = [
-        *(f"{loss:.3f}" if isinstance(loss, float) else "-" for loss in measured),
-        "-" if (share := kept(losses)) is None else f"{share:.0%}",
-        f"{value:.4f}" if isinstance(value := answers.get("quiet expert"), float) else "-",
-        f"{value:.1%}" if isinstance(value := same.get("quiet expert"), float) else "-",
+        *(shown(losses.get(way), ".3f") for way in WAYS),
+        shown(kept(losses), ".0%"),
+        shown(measured("answers").get(WAYS[-1]), ".4f"),
+        shown(measured("same").get(WAYS[-1]), ".1%"),
     ]
     return f"| {name} | {' | '.join(cells)} |"
 

@@ -15,9 +15,11 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.checks import check_number, check_type, is_file_name, quoted, shortened
 from mpoe.data.documentation import load_documentation
 from mpoe.data.mappings import read_mapping
+from mpoe.data.predict import Batch
 from mpoe.models.background import (
+    AT_ONCE,
     background_parts,
-    check_tokens,
+    packaged_text,
     pooled_background,
     save_background,
     token_batches,
@@ -48,34 +50,12 @@ from mpoe.models.weight_files import check_links, read_tensors, tensors_hash
 # In the folder of a mixture, next to the model: what it was composed of.
 EXPERTS_FOLDER = "experts"
 BACKGROUND_FILE = "background.safetensors"
-PIECES, LENGTH, AT_ONCE = (
-    128,
-    128,
-    8,
-)  # of the packaged text: pieces, tokens of each, pieces of a batch
-
-
 MOST_PER_TOKEN = 8  # experts of a token where nobody says how many
 
 
 def default_top_k(experts: int) -> int:
     """Experts of a token in a mixture of so many, *none* among them."""
     return min(experts, MOST_PER_TOKEN)
-
-
-def pieces(text: str, tokenizer: Any, length: int, most: int, name: str) -> Tensor:
-    """The start of a text as token ids [at most ``most``, length].
-
-    Raises:
-        ValueError: a text, called ``name``, that is shorter than one piece.
-    """
-    # A token has fewer than ten characters on average: this reads enough, without reading a large
-    # text completely.
-    ids = tokenizer(text[: 10 * most * length], verbose=False)["input_ids"]
-    count = min(len(ids) // length, most)
-    if not count:
-        raise ValueError(f"{name} must hold at least {length} tokens; it has {len(ids)}")
-    return torch.tensor(ids[: count * length]).view(count, length)
 
 
 def batches(rows: Tensor) -> list[dict[str, Tensor]]:
@@ -90,10 +70,12 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
         ValueError: a tokenizer that makes fewer tokens of it than one piece has, or other tokens
             than the model's.
     """
-    length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
     text = "\n\n".join(record.text for record in load_documentation("train")[::20])
-    rows = pieces(text, tokenizer, length, PIECES, "the packaged text, in tokens of the base,")
-    check_tokens(model, rows)
+    rows = packaged_text(model, tokenizer, text)
+    if not len(rows):
+        raise ValueError(
+            f"the packaged text must hold at least {rows.shape[1]} tokens of the base; it has fewer"
+        )
     # Heads of encoders have other labels.
     names = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
     return [dict.fromkeys(names, part) for part in rows.split(AT_ONCE)]
@@ -108,8 +90,7 @@ def background_batches(base: Any, tokenizer: Any) -> list[list[dict[str, Tensor]
     """
     if not base.can_generate() or base.config.is_encoder_decoder:
         return [documentation_batches(base, tokenizer)]
-    parts = background_parts(base, tokenizer)
-    return [token_batches(ids) for ids in parts.values()]
+    return [token_batches(ids) for ids in background_parts(base, tokenizer).values()]
 
 
 def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) -> list[Expert]:
@@ -148,9 +129,8 @@ def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) 
         )
     for place, expert in enumerate(loaded):
         if expert.name in texts:
-            statistics = collect_statistics(
-                start_expert(base, expert=expert), texts[expert.name], RANK
-            )
+            started = start_expert(base, expert=expert)
+            statistics = collect_statistics(started, texts[expert.name], RANK)
             loaded[place] = dataclasses.replace(expert, statistics=statistics)
     return loaded
 
@@ -158,13 +138,13 @@ def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) 
 @torch.no_grad()
 def compose_experts(
     base: Any,
-    experts: Sequence[Any],
+    experts: Sequence,
     *,
     top_k: int | None = None,
     none: bool = True,
-    background: Iterable[Mapping[str, Tensor]] | Statistics | None = None,
+    background: Iterable[Batch] | Statistics | None = None,
     tokenizer: Any = None,
-    texts: Mapping[str, Iterable[Mapping[str, Tensor]]] | None = None,
+    texts: Mapping[str, Iterable[Batch]] | None = None,
     sharpness: float | None = None,
     preference: float | None = None,
 ) -> Any:

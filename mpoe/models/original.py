@@ -157,7 +157,7 @@ class _Checkpoint:
             raise ValueError(
                 "source must be a checkpoint of the original implementation; it holds no MPO cores"
             )
-        patterns: dict[str, Any] = {}
+        patterns: dict = {}
         for site in find_sites(base, MPOEConfig(shape="separable", target_modules=targets)):
             if isinstance(site, FFNSite):
                 shapes = {
@@ -167,7 +167,7 @@ class _Checkpoint:
                 patterns[re.escape(site.name)] = shapes
             else:
                 patterns[re.escape(site.name)] = self.shape(f"{site.name}.cores", site.weight)
-        mixture: dict[str, Any] = {
+        mixture: dict = {
             "moe_type": self.moe_type,
             "num_experts": self.num_experts,
             "shape": "separable",

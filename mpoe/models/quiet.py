@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe.data.predict import evaluation_mode, token_losses
+from mpoe.data.predict import Batch, evaluation_mode, token_losses
 from mpoe.models.background import chat_opening, own_chats, own_texts, token_batches
 
 HELD_OUT = 8  # samples of each kind, which no background has
@@ -55,11 +55,10 @@ def sample_own_words(base: Any, tokenizer: Any) -> OwnWords:
     """Texts and chats of a causal model for `measure_change`; errors as `own_texts`."""
     texts = own_texts(base, tokenizer, SEED, HELD_OUT)
     chats = own_chats(base, tokenizer, SEED + 1, HELD_OUT)
-    opening = chat_opening(tokenizer) or []
-    return OwnWords(texts, chats, len(opening))
+    return OwnWords(texts, chats, len(chat_opening(tokenizer) or []))
 
 
-def mean_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> float:
+def mean_loss(model: Any, batches: Iterable[Batch]) -> float:
     """Nats per token that ``labels`` name."""
     with evaluation_mode(model):
         return float(token_losses(model, batches).double().mean())
@@ -70,7 +69,7 @@ def measure_change(
     base: Any,
     models: Mapping[str, Any],
     words: OwnWords,
-    domain: Sequence[Mapping[str, Tensor]] | None = None,
+    domain: Sequence[Batch] | None = None,
 ) -> dict[str, Change]:
     """What each of several models changes, and the base itself under the name ``base``.
 
@@ -81,36 +80,31 @@ def measure_change(
         domain: batches of held-out texts with ``labels``, or ``None``.
     """
     compared = {"base": base, **models}
-    chats = words.texts
-    opening = 1
-    if words.chats is not None:
-        chats = words.chats
-        opening = words.opening
+    chats, opening = (words.texts, 1) if words.chats is None else (words.chats, words.opening)
+
+    def log_probabilities(model: Any, rows: Tensor) -> Tensor:
+        rows = rows.to(base.device)
+        with evaluation_mode(model):
+            logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits
+        return logits[:, opening - 1 : -1].float().log_softmax(-1)
+
     divergence = dict.fromkeys(compared, 0.0)
     same = dict.fromkeys(compared, 0)
     count = 0
-    changes: dict[str, Change] = {}
     for rows in chats.split(AT_ONCE):
-        inputs = {
-            "input_ids": rows.to(base.device),
-            "attention_mask": torch.ones_like(rows).to(base.device),
-        }
-        with evaluation_mode(base):
-            before = base(**inputs).logits[:, opening - 1 : -1].float().log_softmax(-1)
+        before = log_probabilities(base, rows)
         count += before[..., 0].numel()
         for name, model in compared.items():
-            with evaluation_mode(model):
-                after = model(**inputs).logits[:, opening - 1 : -1].float().log_softmax(-1)
+            after = log_probabilities(model, rows)
             divergence[name] += float((before.exp() * (before - after)).sum())
             same[name] += int((before.argmax(-1) == after.argmax(-1)).sum())
-    own_texts_batches = [
-        batch | {"labels": batch["input_ids"]} for batch in token_batches(words.texts)
-    ]
-    for name, model in compared.items():
-        changes[name] = Change(
+    texts = [batch | {"labels": batch["input_ids"]} for batch in token_batches(words.texts)]
+    return {
+        name: Change(
             domain=mean_loss(model, domain) if domain else None,
-            own_texts=mean_loss(model, own_texts_batches),
+            own_texts=mean_loss(model, texts),
             answers=divergence[name] / count,
             same=same[name] / count,
         )
-    return changes
+        for name, model in compared.items()
+    }

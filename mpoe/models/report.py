@@ -147,7 +147,7 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> dict[str, tuple[st
         TypeError, ValueError: ``num_tokens`` is not a count.
     """
     recorded = getattr(model.config, "conversion_errors", None)
-    errors: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    errors: dict = recorded if isinstance(recorded, dict) else {}
     rows: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         error: Any = 0.0

@@ -52,7 +52,7 @@ class FFNSite:
     layer: int
     dense: dict[str, nn.Module]
     prefixes: dict[str, str]
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
     columns: dict[str, slice] = field(default_factory=dict)
     emptied: tuple[str, ...] = ()
     zeroed: tuple[tuple[str, str], ...] = ()
@@ -128,7 +128,7 @@ class FFNSite:
         """The layer, of these sizes, device and dtype, whose weights the caller fills or
         initialises."""
         up = self.weight("up")
-        options: dict[str, Any] = {
+        options: dict = {
             **self.options,
             "stream": self.stream,
             "device": "meta",
@@ -242,7 +242,7 @@ class LinearSite(MatrixSite):
     def build(self, config: MPOEConfig) -> MPOLinear:
         bias = getattr(self.dense, "bias", None) is not None
         weight = self.weight
-        options: dict[str, Any] = {
+        options: dict = {
             "init_std": float(weight.shape[0]) ** -0.5,
             "device": "meta",
             "dtype": weight.dtype,
@@ -266,7 +266,7 @@ class EmbeddingSite(MatrixSite):
     init_std: float
 
     def build(self, config: MPOEConfig) -> MPOEmbedding:
-        options: dict[str, Any] = {
+        options: dict = {
             "init_std": self.init_std,
             "device": "meta",
             "dtype": self.weight.dtype,
@@ -309,7 +309,7 @@ class EmbeddingSite(MatrixSite):
             )
 
 
-def install_empty(model: nn.Module, sites: Sequence[Any], config: MPOEConfig) -> None:
+def install_empty(model: nn.Module, sites: Sequence, config: MPOEConfig) -> None:
     """Replace the dense modules by MPOE modules; the caller fills or initialises their weights."""
     for site in sites:
         module: Any = site.build(config)

@@ -258,7 +258,7 @@ def family_for(sites: Mapping[str, Any] | None, model_type: str) -> Family:
     """The family that checked ``sites`` describe, or that of ``model_type`` if they are None."""
     if sites is None:
         return TABLE[model_type]
-    values: dict[str, Any] = {
+    values: dict = {
         n: tuple(value) if isinstance(value, list) else value for n, value in sites.items()
     }
     return Family(model_type, CAUSAL, (FFN(**{"dropout": 0.0, **values}),))

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
-from mpoe.config.checks import is_file_name, quoted
+from mpoe.config.checks import is_file_name, quoted, refusing
 from mpoe.data.mappings import read_mapping
 
 WEIGHTS = "model.safetensors"
@@ -33,21 +34,29 @@ _SLACK = 1 << 20
 # Fields of Transformers' configurations that say how often a module is repeated.
 _REPEATS = ("num_layers", "num_decoder_layers", "n_layer", "num_hidden_layers")
 
+_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError)
 Shapes = dict[str, tuple[int, ...]]
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text under a temporary name (a rank's own; a killed run's is taken over), sync
     it, rename it."""
-    rank = (
-        distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    )
+    is_parallel = distributed.is_available() and distributed.is_initialized()
+    rank = distributed.get_rank() if is_parallel else 0
     scratch = path.with_name(f".incomplete-{rank}-{path.name}")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of safetensors as a whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=file.parent) as aside:
+        staged = Path(aside) / file.name
+        save_file({name: value.contiguous() for name, value in tensors.items()}, staged, metadata)
+        os.replace(staged, file)
 
 
 def first_line(error: Exception) -> str:
@@ -69,11 +78,8 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise ValueError(f"path must hold {WEIGHTS} or {INDEX}; {folder} has neither")
     shards = read_mapping(index, "index").get("weight_map")
-    if (
-        not isinstance(shards, dict)
-        or not shards
-        or not all(isinstance(name, str) for name in shards.values())
-    ):
+    are_names = isinstance(shards, dict) and all(isinstance(n, str) for n in shards.values())
+    if not shards or not are_names:
         raise ValueError(f"weight_map in {index} must map names of parameters to names of files")
     names = sorted(set(shards.values()))
     for name in names:
@@ -123,28 +129,24 @@ def declared_shapes(files: Sequence[Path], model: Any = None) -> Shapes:
             its length; one that declares integers where ``model`` has floating-point parameters, as
             they would become weights.
     """
-    floating = (
-        set()
-        if model is None
-        else {n for n, value in model.state_dict().items() if value.is_floating_point()}
-    )
+    state = {} if model is None else model.state_dict()
+    floating = {name for name, value in state.items() if value.is_floating_point()}
     shapes: Shapes = {}
     for file in files:
-        try:
-            with safe_open(
-                file, framework="np"
-            ) as opened:  # torch would reserve the file in memory
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                shapes |= {name: tuple(part.get_shape()) for name, part in slices.items()}
-                dtypes = {
-                    name: str(slices[name].get_dtype()) for name in sorted(floating & slices.keys())
-                }
-        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{file} must be a whole safetensors file; {error}") from error
-        for name, dtype in dtypes.items():
-            if not dtype.startswith(("F", "BF")):
+        dtypes: dict[str, str] = {}
+        with (
+            refusing(f"{file} must be a whole safetensors file; ", _UNREADABLE),
+            safe_open(file, framework="np") as opened,  # torch would reserve the file in memory
+        ):
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                shapes[name] = tuple(part.get_shape())
+                dtypes[name] = str(part.get_dtype())
+        for name in sorted(floating & dtypes.keys()):
+            if not dtypes[name].startswith(("F", "BF")):
                 raise ValueError(
-                    f"{name} must hold floating-point numbers; the header of {file} says {dtype}"
+                    f"{name} must hold floating-point numbers; the header of {file} says "
+                    f"{dtypes[name]}"
                 )
     return shapes
 
@@ -157,6 +159,14 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """
     declared_shapes(files)
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def read_with_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata; ValueError as
+    `declared_shapes`."""
+    tensors = read_tensors([file])
+    with safe_open(file, framework="pt") as opened:
+        return tensors, opened.metadata() or {}
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -186,15 +196,17 @@ def check_shapes(model: Any, shapes: Shapes, folder: Path) -> None:
     Raises:
         ValueError: a parameter of another shape, or a model that is far larger than its weights.
     """
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name in expected.keys() & shapes.keys():
-        if expected[name] != shapes[name]:
+    held = 0
+    for name, value in model.state_dict().items():
+        if name not in shapes:
+            continue
+        if tuple(value.shape) != shapes[name]:
             raise ValueError(
-                f"{name} must be of the shape {list(expected[name])} that {folder / 'config.json'} "
+                f"{name} must be of the shape {list(value.shape)} that {folder / 'config.json'} "
                 f"describes; the weights have {list(shapes[name])}"
             )
+        held += value.numel()
     described = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
-    held = sum(model.state_dict()[name].numel() for name in expected.keys() & shapes.keys())
     if described > 2 * held + _SLACK:
         raise ValueError(
             f"weights in {folder} must match its config.json; it describes {described:,} numbers, "

@@ -142,7 +142,7 @@ def prepare_output_dir(
         if resume:
             return find_last_checkpoint(folder)
         # In its own order, which matters for label words.
-        record: dict[str, Any] = {"config": config}
+        record: dict = {"config": config}
         if overwrite and _contents(folder) is not None:
             # The record of the earlier run goes last, by being replaced: no other run can be
             # resumed from its checkpoints.
@@ -380,7 +380,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
         path = path / METRICS_FILE
-    records: list[dict[str, Any]] = []
+    records: list[dict] = []
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)

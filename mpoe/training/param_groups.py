@@ -47,7 +47,7 @@ def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[di
     }
     norms = [module for module in modules if "norm" in type(module).__name__.lower()]
     undecayed = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
-    groups: dict[tuple, dict[str, Any]] = {}
+    groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -150,7 +150,7 @@ def publish(folder: Path, keep: bool = False, run: str | None = None) -> None:
     if keep:
         names = sorted(old.union(names))
         old = set()
-    manifest: dict[str, Any] = {"files": names}
+    manifest: dict = {"files": names}
     if run is not None:
         manifest["run"] = run
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

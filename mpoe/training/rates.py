@@ -131,7 +131,7 @@ STEPS = 30
 HELD_OUT = 128
 _FACTOR, _MOST = 3.0, 5  # between neighbouring rates; rates that are tried at most
 # arguments of a trial: nothing is logged, saved or reported, and the rate falls to 0 over its steps
-_TRIAL: dict[str, Any] = {
+_TRIAL: dict = {
     **{f"{kind}_strategy": "no" for kind in ("logging", "eval", "save")},
     **dict.fromkeys(
         ("load_best_model_at_end", "push_to_hub", "predict_with_generate", "eval_on_start"), False
@@ -146,7 +146,7 @@ _TRIAL: dict[str, Any] = {
 
 
 def find_rate(
-    trainer: Any, items: Sequence[Any], start: float, steps: int = STEPS
+    trainer: Any, items: Sequence, start: float, steps: int = STEPS
 ) -> tuple[float, dict[float, float]]:
     """The base rate, of three to five around ``start``, with the least loss on held-out items.
 

@@ -74,7 +74,7 @@ def shard_model(
     with torch.no_grad():
         for tensor in itertools.chain(module.parameters(), module.buffers()):
             dist.broadcast(tensor.detach(), group=group, group_src=0)
-    options: dict[str, Any] = {} if mesh is None else {"mesh": mesh}
+    options: dict = {} if mesh is None else {"mesh": mesh}
     if dtype is not None:
         for router in [part for part in module.modules() if isinstance(part, TopKRouter)]:
             fully_shard(router, **options)
@@ -158,7 +158,7 @@ def save_sharded_checkpoint(
         for group, names in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
     ]
     tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}  # what an optimizer keeps that is no tensor
+    numbers: dict[str, dict] = {}  # what an optimizer keeps that is no tensor
     for name, parameter in _named(model, optimizer).items():
         # A parameter that has not been trained yet, such as a masked central core, has no state.
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
@@ -219,7 +219,7 @@ def load_sharded_optimizer(
             f"optimizer must have the groups of parameters that {folder / OPTIMIZER} lists; they "
             "differ"
         )
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, dict] = {}
     for number, (name, parameter) in enumerate(_named(model, optimizer).items()):
         for key, value in states.get(name, {}).items():
             if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:

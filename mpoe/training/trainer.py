@@ -228,9 +228,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             return made
         return super().create_optimizer(model)
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
         with global_batch() if self.args.global_router_losses else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients and self._step_load is not None:
@@ -253,7 +251,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -286,7 +284,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         return (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
 
     @torch.no_grad()
-    def _base_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _base_loss(self, model: nn.Module, inputs: dict) -> Tensor:
         """The task loss without experts; torch's random numbers are as before afterwards."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), without_experts(model):
@@ -310,7 +308,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
@@ -379,7 +377,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, plus the mixture's own numbers, also written to `metrics.jsonl`."""
-        details: dict[str, Any] = {}
+        details: dict = {}
         if "loss" in logs:
             details = self._training_details(logs)
         super().log(logs, *args, **kwargs)
@@ -388,7 +386,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 str(self.args.output_dir), {"step": self.state.global_step, **logs, **details}
             )
 
-    def _training_details(self, logs: dict[str, float]) -> dict[str, Any]:
+    def _training_details(self, logs: dict[str, float]) -> dict:
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks."""
         means, counts = self._log.pop(self.accelerator.reduce if self.args.world_size > 1 else None)
         logs.update(means)

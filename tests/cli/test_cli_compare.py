@@ -241,7 +241,7 @@ def test_a_short_comparison(tmp_path, monkeypatch, capsys):
 
 def test_a_short_demo_of_experts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "TESTED", 2)
-    monkeypatch.setattr("mpoe.models.expert_mixture.PIECES", 8)
+    monkeypatch.setattr("mpoe.models.background.GENERAL_PIECES", 8)
     short = {name: " ".join(f"{name} of {number}" for number in range(400)) for name in DOMAINS}
     monkeypatch.setattr("mpoe.cli.demo.domain_text", lambda name, held_out: short[name])
     demo.command(words(f"--output_dir {tmp_path}/demo --steps 2"))

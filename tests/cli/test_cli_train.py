@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 import mpoe.cli.train as train_module
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
-from mpoe.cli.command import CommandError
 from mpoe.cli.evaluate import command as evaluate
 from mpoe.cli.models import Source, find
 from mpoe.cli.settle import order_items, set_intervals, settle_experts, settle_rate

@@ -269,7 +269,7 @@ def test_an_encoder_decoders_background_is_the_packaged_text(
     )
     refuses(
         ValueError,
-        "must hold at least 128 tokens; it has 100",
+        "must hold at least 128 tokens of the base; it has fewer",
         documentation_batches,
         base,
         lambda text, verbose: {"input_ids": [0] * 100},

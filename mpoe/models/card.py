@@ -11,11 +11,7 @@ from typing import Any
 
 from mpoe.data.mappings import flatten
 from mpoe.models.report import parameter_report
-from mpoe.models.walk import (
-    kept_modules,
-    mpo_modules,
-    routed_layers,
-)
+from mpoe.models.walk import kept_modules, mpo_modules, routed_layers
 from mpoe.models.weight_files import write_text
 
 CARD_FILE = "README.md"
@@ -47,16 +43,19 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
         metrics: name -> number; nested mappings get dotted names, other values are left out.
     """
     base = base_name(model)
-    shared = (
-        f" All experts of a layer share the central core of a matrix product operator ({_PAPER})."
-    )
-    is_mpo = model.mpoe_config.expert_type == "mpo" and not model.mpoe_config.is_neurons
+    about = "A Transformers model whose feed-forward networks are mixtures of experts."
+    if model.mpoe_config.expert_type == "mpo" and not model.mpoe_config.is_neurons:
+        about += (
+            " All experts of a layer share the central core of a matrix product operator "
+            f"({_PAPER})."
+        )
     metadata = ["---", "library_name: transformers", "tags:", "- mpoe", "- mixture-of-experts"]
+    if base:
+        metadata.append(f"base_model: {base}")
     parts = [
-        "\n".join([*metadata, *([f"base_model: {base}"] if base else []), "---"]),
+        "\n".join([*metadata, "---"]),
         f"# {type(model).__name__.removeprefix('FSDP')}",
-        "A Transformers model whose feed-forward networks are mixtures of "
-        f"experts.{shared * is_mpo}",
+        about,
         _table("property", facts(model)),
         "## Use",
         "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this "
@@ -82,11 +81,11 @@ def facts(model: Any) -> dict[str, str]:
         f"{config.num_experts}, top-{config.top_k}" if routed_layers(model) else "1, no routers"
     )
     kind = "full matrices" if config.expert_type == "dense" else "matrix product operators"
-    kind = "hidden neurons beside the dense network" if config.is_neurons else kind
+    if config.is_neurons:
+        kind = "hidden neurons beside the dense network"
     shapes = [str(cores.shape) for _, cores in mpo_modules(model)]
-    shapes += [
-        f"{layer.shape}, {layer.experts.extra_repr()}" for layer in kept_modules(model).values()
-    ]
+    for layer in kept_modules(model).values():
+        shapes.append(f"{layer.shape}, {layer.experts.extra_repr()}")
     return {
         "base model": f"`{base}`" if base else "not recorded",
         "experts": f"{experts}; {kind}",

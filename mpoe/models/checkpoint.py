@@ -3,11 +3,10 @@ a checkpoint."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
-from mpoe.config.checks import check_choice, check_type, quoted, shortened
+from mpoe.config.checks import check_choice, check_type, quoted, refusing
 from mpoe.data.mappings import read_mapping
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
@@ -56,12 +55,8 @@ def read_mpoe_config(folder: Path) -> tuple[dict, type[Any]]:
             f"{advice}"
         )
     names = values.get("architectures")
-    classes = (
-        [class_named(name) for name in names if isinstance(name, str)]
-        if isinstance(names, list)
-        else []
-    )
-    cls = next((cls for cls in classes if hasattr(cls, "config_class")), None)
+    texts = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    cls = next((cls for cls in map(class_named, texts) if hasattr(cls, "config_class")), None)
     if cls is None or cls.config_class.model_type != model_type:
         raise ValueError(
             f"architectures in {folder / 'config.json'} must name an MPOE class of {model_type!r}; "
@@ -72,27 +67,9 @@ def read_mpoe_config(folder: Path) -> tuple[dict, type[Any]]:
 
 def parsed_mpoe(values: dict, folder: Path) -> MPOEConfig:
     """The ``mpoe`` field of a ``config.json``."""
-    try:
+    invalid = f"{folder / 'config.json'} must hold a valid field 'mpoe'; "
+    with refusing(invalid, (KeyError, ValueError, TypeError)):
         return MPOEConfig.from_dict(values["mpoe"])
-    except (KeyError, ValueError, TypeError) as error:
-        reason = shortened(str(error), 1000)
-        raise ValueError(
-            f"{folder / 'config.json'} must hold a valid field 'mpoe'; {reason}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _refusing(folder: Path, cls: type[Any]) -> Iterator[None]:
-    """Turn any error that Transformers' constructors raise on unchecked fields into a
-    ValueError."""
-    try:
-        yield
-    except Exception as error:
-        reason = shortened(str(error), 1000)
-        raise ValueError(
-            f"the JSON files in {folder} do not describe a {cls.__name__} that can be built; "
-            f"{reason}"
-        ) from error
 
 
 def _check_ratios(modules: Mapping[str, MPOCores], ratios: Mapping[str, Any], folder: Path) -> None:
@@ -135,32 +112,26 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     shapes = declared_shapes(files)
     check_repeats(values, len(shapes) + len(theirs), folder / "config.json")
     ratios = parsed_mpoe(values, folder).rate_ratios
-    with _refusing(folder, cls), torch.device("meta"):
+    # Transformers' constructors raise all kinds of errors on unchecked fields
+    unfit = f"the JSON files in {folder} do not describe a {cls.__name__} that can be built; "
+    with refusing(unfit), torch.device("meta"):
         skeleton = cls(cls.config_class.from_dict(values))
     if is_only:
         _check_ratios(dict(mpo_modules(skeleton)), ratios, folder)
-        given = _joined(skeleton, files, theirs, digest)
-        config = cls.config_class.from_dict(values)
-        source: dict = {
-            "pretrained_model_name_or_path": None,
-            "config": config,
-            "state_dict": given,
-        }
+        kwargs["state_dict"] = _joined(skeleton, files, theirs, digest)
+        kwargs["config"] = cls.config_class.from_dict(values)
     else:
         check_shapes(skeleton, shapes, folder)
         declared_shapes(files, skeleton)
-        source = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
-    with _refusing(folder, cls):
-        model, info = cls.from_pretrained(**source, output_loading_info=True, **kwargs)
-    labels = {
-        "missing_keys": "missing",
-        "unexpected_keys": "unexpected",
-        "mismatched_keys": "of another shape",
-    }
+        kwargs["use_safetensors"] = True
+    with refusing(unfit):
+        source = None if is_only else folder
+        model, info = cls.from_pretrained(source, output_loading_info=True, **kwargs)
+    labels = {"missing": "missing", "unexpected": "unexpected", "mismatched": "of another shape"}
     problems = [
-        f"{label}: {', '.join(map(str, sorted(info[key])[:5]))}"
-        for key, label in labels.items()
-        if info.get(key)
+        f"{label}: {', '.join(map(str, sorted(info[f'{kind}_keys'])[:5]))}"
+        for kind, label in labels.items()
+        if info.get(f"{kind}_keys")
     ]
     if problems:
         raise ValueError(
@@ -194,9 +165,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     """
     check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
     check_type("path", path, (str, os.PathLike), "a folder's path")
-    module: Any = model
     dense, name = _base_model(base, type(model))
-    state = module.state_dict()
+    state = model.state_dict()
     theirs = dense.state_dict()
     rest = {n: value for n, value in state.items() if not _is_mpoe(n)}
     differing = [
@@ -215,8 +185,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     whole = sorted(p.name for p in folder.glob("model*.safetensors*"))
     if whole:
         raise ValueError(f"path must not hold a whole model; {folder} has {', '.join(whole)}")
-    module.complete_config()
-    module.config.architectures = [type(module).__name__]
+    model.complete_config()
+    model.config.architectures = [type(model).__name__]
     mpoe_tensors = {n: value.contiguous().cpu() for n, value in state.items() if _is_mpoe(n)}
     identity = {"base": name, "class": type(dense).__name__, "sha256": tensors_hash(rest)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,29 +195,24 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
         staged = Path(aside)
         save_file(mpoe_tensors, staged / ONLY_FILE, metadata={"format": "pt"})
         (staged / BASE_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-        module.config.save_pretrained(staged)
+        model.config.save_pretrained(staged)
         for file in (ONLY_FILE, BASE_FILE, "config.json"):
             os.replace(staged / file, folder / file)
 
 
 def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
     dense_class = cls.dense_class
+    wanted = f"base must be a {dense_class.__name__} or its folder; "
     if isinstance(base, (str, Path)):
         if not str(base) or not Path(base).is_dir():
             raise ValueError(
                 f"base must be a dense model or its folder; {str(base)!r} is not a folder"
             )
-        try:
-            return dense_class.from_pretrained(base, use_safetensors=True), str(base)
         # Transformers raises several kinds for a folder that has no model of this class
-        except Exception as error:
-            raise ValueError(
-                f"base must be a {dense_class.__name__} or its folder; {base}: {error}"
-            ) from error
+        with refusing(f"{wanted}{base}: "):
+            return dense_class.from_pretrained(base, use_safetensors=True), str(base)
     if type(base) is not dense_class:
-        raise ValueError(
-            f"base must be a {dense_class.__name__} or its folder; got {type(base).__name__}"
-        )
+        raise ValueError(f"{wanted}got {type(base).__name__}")
     return base, str(getattr(base.config, "_name_or_path", "") or "")
 
 
@@ -308,9 +273,8 @@ _WORDS = {
 
 def component_of(name: str) -> str:
     """The component (one of `COMPONENTS`) that a module of this name belongs to."""
-    lowered = name.lower()
     for component, words in _WORDS.items():
-        if any(word in lowered for word in words):
+        if any(word in name.lower() for word in words):
             return component
     return "mlp"
 
@@ -320,15 +284,15 @@ def parse_components(text: str | None, option: str = "update_mpo_layer") -> tupl
     for ``option``."""
     if text is None:
         return None
-    names = [part.strip().lower() for part in text.split(",") if part.strip()]
-    names = [_ALIASES.get(name, name) for name in names]
+    parts = [part.strip().lower() for part in text.split(",") if part.strip()]
+    names = dict.fromkeys(_ALIASES.get(part, part) for part in parts)
     for name in names:
         check_choice(option, name, COMPONENTS)
     if not names:
         raise ValueError(
             f"{option} must name at least one of {', '.join(COMPONENTS)}; got {text!r}"
         )
-    return tuple(dict.fromkeys(names))
+    return tuple(names)
 
 
 @torch.no_grad()
@@ -364,21 +328,18 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
             f"components must be in MPO form in the model; {', '.join(missing)} is not"
         )
     names = [name for name, _ in model.named_modules() if component.get(name) in components]
-    files = [folder / ONLY_FILE] if (folder / ONLY_FILE).is_file() else weight_files(folder)
+    is_only = (folder / ONLY_FILE).is_file()
+    files = [folder / ONLY_FILE] if is_only else weight_files(folder)
     shapes = declared_shapes(files, model)
     parts = [model.get_submodule(name) for name in names]
-    parts += [
-        part
-        for layer in parts
-        if isinstance(layer, KeptFeedForward)
-        for part in layer.projections().values()
-    ]
+    for layer in list(parts):
+        if isinstance(layer, KeptFeedForward):
+            parts += layer.projections().values()
     ids = {id(value) for part in parts for value in part.state_dict(keep_vars=True).values()}
     wanted = {
-        key: value for key, value in model.state_dict(keep_vars=True).items() if id(value) in ids
-    }
-    wanted = {
-        key: value for key, value in wanted.items() if files[0].name != ONLY_FILE or _is_mpoe(key)
+        key: value
+        for key, value in model.state_dict(keep_vars=True).items()
+        if id(value) in ids and (_is_mpoe(key) or not is_only)
     }
     for key, parameter in wanted.items():
         if shapes.get(key) != (size := tuple(parameter.shape)):

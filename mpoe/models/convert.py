@@ -69,17 +69,15 @@ def converted_class(model: Any, sites: Any = None) -> type[Any]:
 
 def check_finite(model: nn.Module) -> None:
     """Refuse NaN, Inf and parameters without memory (ValueError)."""
-    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if absent is not None:
-        raise ValueError(
-            f"model must hold weights; {absent} is on the device meta, without any (load the model "
-            "first; `mpoe plan` answers from its configuration alone)"
-        )
-    bad = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all())
-    ]
+    bad = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model must hold weights; {name} is on the device meta, without any (load the "
+                "model first; `mpoe plan` answers from its configuration alone)"
+            )
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            bad.append(name)
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise ValueError(f"model must hold finite weights; NaN or Inf in {shown}")
@@ -91,28 +89,23 @@ def _copy_without(model: Model, shared: Sequence[nn.Module]) -> Model:
     return copy.deepcopy(model, memo)
 
 
-def _mpoe_model_config(
-    config: PreTrainedConfig, cls: type[Any], mpoe: MPOEConfig
-) -> PreTrainedConfig:
-    values = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
-    converted: PreTrainedConfig = cls.config_class(**values, mpoe=mpoe)
-    converted._attn_implementation = config._attn_implementation
-    converted._name_or_path = converted.mpoe_base = config._name_or_path
-    return converted
-
-
 def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> None:
     """Turn ``model`` into a ``cls``: same modules and parameters, configs of the MPOE type."""
     source = type(model.config)
     mapped: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if isinstance(config, source):
-            if id(config) not in mapped:
-                mapped[id(config)] = _mpoe_model_config(config, cls, mpoe)
-            module.config = mapped[id(config)]  # type: ignore[assignment]
+        if not isinstance(config, source):
+            continue
+        if id(config) not in mapped:
+            values = config.to_dict()
+            for key in ("model_type", "architectures", "transformers_version"):
+                values.pop(key, None)
+            converted = cls.config_class(**values, mpoe=mpoe)
+            converted._attn_implementation = config._attn_implementation
+            converted._name_or_path = converted.mpoe_base = config._name_or_path
+            mapped[id(config)] = converted
+        module.config = mapped[id(config)]  # type: ignore[assignment]
     model.__class__ = cls
     # A model on the meta device shows what the constructor sets on an instance of the new class,
     # and registers the class for output capturing.
@@ -180,11 +173,7 @@ def convert_to_mpoe(
     for site in places:
         site.check(config)
     tied = all(site.is_tied(model) for site in places if isinstance(site, EmbeddingSite))
-    check_choice(
-        "backend",
-        "auto" if config.backend is None else config.backend,
-        ["auto", *backend_reasons()],
-    )
+    check_choice("backend", config.backend or "auto", ["auto", *backend_reasons()])
     check_finite(model)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:
@@ -193,7 +182,7 @@ def convert_to_mpoe(
     report: Report = {}
     for site in places:
         module: Any = site.build(config)
-        report.update(site.load(module, config))
+        report |= site.load(module, config)
         site.install(model, module, config)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
     if given is not None:
@@ -248,28 +237,26 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
         return as_stock(model if is_dense or has_neurons else merge_experts(model), as_)
     if is_dense:
         raise ValueError(f"model must have MPO experts; got expert_type={mpoe.expert_type!r}")
-    source: Any = model
-    merged = _copy_without(source, list(modules_of(source, MPOExperts).values()))
-    for module in merged.modules():
-        if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
-            module.experts = module.experts.as_dense(
+    merged = _copy_without(model, list(modules_of(model, MPOExperts).values()))
+    for feed_forward in modules_of(merged, MPOEFeedForward).values():
+        if isinstance(feed_forward.experts, MPOExperts):
+            feed_forward.experts = feed_forward.experts.as_dense(
                 lambda cores: cores.dense_weights().contiguous()
             )
     layers = hidden_modules(merged)
     # A bias before the activation passes through an expert's block, so every dense expert needs its
     # own.
-    biases = [
-        (layer.experts.bias, getattr(layer.projections()["up"], "bias", None))
+    has_bias = any(
+        bias is not None
         for layer in layers.values()
-    ]
-    has_bias = any(bias is not None for both in biases for bias in both)
+        for bias in (layer.experts.bias, getattr(layer.projections()["up"], "bias", None))
+    )
     config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=has_bias, rate_ratios={})
-    if layers:
-        for site in dense_networks(merged):
-            if site.name in layers:
-                dense: Any = site.build(config)
-                fill_merged(dense, layers[site.name])
-                site.install(merged, dense, config)
+    for site in dense_networks(merged) if layers else ():
+        if site.name in layers:
+            dense: Any = site.build(config)
+            fill_merged(dense, layers[site.name])
+            site.install(merged, dense, config)
     if has_bias:  # other shapes have one bias or none
         for feed_forward in modules_of(merged, MPOEFeedForward).values():
             experts = feed_forward.experts
@@ -288,13 +275,13 @@ def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
     if merged.router is not None and layer.router is not None:
         merged.router.load_state_dict(layer.router.state_dict())
     experts = layer.experts
-    dense = layer.projections()
     for kind, weights in merged.experts.projections().items():
         weights.weight.copy_(layer.expert_weights(kind))
-        bias: Any = getattr(dense[kind], "bias", None)
-        if weights.bias is not None:
-            weights.bias.copy_(torch.zeros_like(weights.bias) if bias is None else bias)
-        if weights.bias is not None and weights.bias.dim() == 2:  # before the experts' blocks
+        bias: Any = getattr(layer.projections()[kind], "bias", None)
+        if weights.bias is None:
+            continue
+        weights.bias.copy_(torch.zeros_like(weights.bias) if bias is None else bias)
+        if weights.bias.dim() == 2:  # before the experts' blocks
             weights.bias.copy_(layer.expert_weights(kind, weights.bias[:1])[:, 0])
             if experts.bias is not None and kind == ("gate_proj" if experts.is_gated else "up"):
                 weights.bias.add_(experts.bias)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mpoe.config.checks import check_choice
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
-from mpoe.models.walk import neuron_modules
+from mpoe.models.walk import modules_of, neuron_modules
 
 # Fields that a Llama, Mistral or Qwen3 shares with its mixture.
 _COMMON = (
@@ -70,7 +70,6 @@ class Target:
     shared: str | None = None
 
 
-_SHARED = "shared_intermediate_size", "shared_expert_intermediate_size"
 TARGETS = {
     "mixtral": Target(
         "Mixtral", ("llama", "mistral"), "num_local_experts", "intermediate_size", True
@@ -82,10 +81,15 @@ TARGETS = {
         "num_local_experts",
         "intermediate_size",
         True,
-        _SHARED[0],
+        "shared_intermediate_size",
     ),
     "qwen2_moe": Target(
-        "Qwen2Moe", ("qwen2",), "num_experts", "moe_intermediate_size", True, _SHARED[1]
+        "Qwen2Moe",
+        ("qwen2",),
+        "num_experts",
+        "moe_intermediate_size",
+        True,
+        "shared_expert_intermediate_size",
     ),
 }
 QWEN3_NEURONS = (
@@ -115,7 +119,7 @@ def _reasons(model: Any, to: str) -> list[str]:
             f"{model.mpoe_family}{note}"
         ]
     neurons = list(neuron_modules(model).values())
-    whole = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
+    whole = list(modules_of(model, MPOEFeedForward).values())
     if neurons and target.shared is None:
         fitting = " or ".join(name for name, other in TARGETS.items() if other.shared is not None)
         return [
@@ -134,10 +138,12 @@ def _reasons(model: Any, to: str) -> list[str]:
         f"it takes a causal language model; this is a {kind}": not model.can_generate(),
         f"it has a router; moe_type is {mpoe.moe_type!r}": mpoe.moe_type == "none",
         "it has no second-expert policies (moe_type 'moe')": router.is_gshard,
-        "its experts have no capacity (eval_capacity_factor)": router.eval_capacity_factor
-        is not None,
-        "its gates sum to 1; is_scale_prob keeps raw probabilities": router.is_scale_prob
-        and target.renormalises,
+        "its experts have no capacity (eval_capacity_factor)": (
+            router.eval_capacity_factor is not None
+        ),
+        "its gates sum to 1; is_scale_prob keeps raw probabilities": (
+            router.is_scale_prob and target.renormalises
+        ),
         f"its gates are a softmax; scoring_func is {router.scoring_func!r}": router.scoring_func
         != "softmax",
         "its router has no bias of the scores (bias_update_rate)": router.bias_update_rate > 0,
@@ -165,12 +171,11 @@ def _reasons(model: Any, to: str) -> list[str]:
 
 def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bool]:
     """What the classes ask of a model and its layers -> whether that is missing."""
-    dense = [module for layer in layers for module in layer.projections().values()]
-    plain = [
-        m
-        for m in dense
-        if type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.bias is None
-    ]
+    is_plain = all(
+        type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.bias is None
+        for layer in layers
+        for module in layer.projections().values()
+    )
     size = getattr(config, "sliding_window", None)  # a Mistral has a window unless its size is None
     slides = bool(getattr(config, "use_sliding_window", size is not None))
     return {
@@ -179,7 +184,7 @@ def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bo
             getattr(config, "no_rope_layers", None) or ()
         ),
         "its dense projections are nn.Linear without biases; merge adapters or dequantise first": (
-            len(plain) < len(dense)
+            not is_plain
         ),
         "its experts have no biases (expert_bias)": any(
             layer.experts.bias is not None for layer in layers
@@ -193,15 +198,11 @@ def _target_config(model: Any, to: str) -> Any:
     config = model.config
     mpoe = model.mpoe_config
     values = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
-    inner = next(
-        (layer.experts.neurons for layer in neuron_modules(model).values()),
-        config.intermediate_size,
-    )
-    inner = padded_size(inner)
+    inner = config.intermediate_size if mpoe.neurons is None else mpoe.neurons
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values |= {
         target.experts: mpoe.num_experts,
-        target.inner: inner,
+        target.inner: padded_size(inner),
         "num_experts_per_tok": mpoe.top_k,
         "head_dim": head,
         "router_aux_loss_coef": mpoe.router.balance_loss_weight,
@@ -218,12 +219,12 @@ def _target_config(model: Any, to: str) -> Any:
             "layer_types": ["full_attention"] * config.num_hidden_layers,
         }
     elif to == "granitemoeshared":
-        values |= dict.fromkeys(
-            ("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0
-        )
-        # Biases of all four projections, as in a Llama.
         values |= {
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
             "attention_multiplier": head**-0.5,
+            # Biases of all four projections, as in a Llama.
             "attention_bias": getattr(config, "attention_bias", False),
         }
     return getattr(transformers, f"{target.name}Config")(**values)
@@ -247,15 +248,15 @@ def padded(weight: Tensor) -> Tensor:
 def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
     """The weights of ``layer``, called ``name`` in its model, under the names of the class
     ``to``."""
+    experts = layer.experts
     if isinstance(layer, MPOEFeedForward):
-        weights = {kind: part.weight for kind, part in layer.experts.projections().items()}
-        up = weights["up"].transpose(1, 2)
-        gate = weights["gate_proj"].transpose(1, 2)
-        down = weights["down"]
+        up = experts.up.weight.mT
+        gate = experts.gate_proj.weight.mT
+        down = experts.down.weight
         shared = {}
         dtype = up.dtype
     else:
-        experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
+        experts = experts.merged()
         shared = {kind: layer.central_weight(kind).t() for kind in ("gate_proj", "up", "down")}
         dtype = shared["down"].dtype  # routers and experts may be float32 beside a 16-bit network
         gate = experts.gate_proj
@@ -263,7 +264,7 @@ def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
         down = experts.down * (layer.router.config.routed_scaling_factor or 1.0)
     tensors = {
         "experts.gate_up_proj": torch.cat([padded(gate), padded(up)], 1).to(dtype).contiguous(),
-        "experts.down_proj": padded(down).to(dtype).transpose(1, 2).contiguous(),
+        "experts.down_proj": padded(down).to(dtype).mT.contiguous(),
         "gate.weight": layer.router.weight.to(dtype),
     }
     if to == "qwen2_moe":
@@ -347,12 +348,14 @@ def server_notes(to: str, config: Any) -> list[str]:
     if to != "granitemoeshared":
         return []
     heads = config.hidden_size // config.num_attention_heads
-    problems = {
-        f"llama.cpp and vLLM expect heads of {heads} (hidden_size / num_attention_heads) for this "
-        "class; these have "
-        f"{config.head_dim}": config.head_dim != heads,
-        "vLLM's class has no biases in attention; this model has them": config.attention_bias,
-        f"vLLM's class computes silu; this model has {config.hidden_act}": config.hidden_act
-        != "silu",
-    }
-    return [note for note, holds in problems.items() if holds]
+    notes = []
+    if config.head_dim != heads:
+        notes.append(
+            f"llama.cpp and vLLM expect heads of {heads} (hidden_size / num_attention_heads) for "
+            f"this class; these have {config.head_dim}"
+        )
+    if config.attention_bias:
+        notes.append("vLLM's class has no biases in attention; this model has them")
+    if config.hidden_act != "silu":
+        notes.append(f"vLLM's class computes silu; this model has {config.hidden_act}")
+    return notes

@@ -22,31 +22,22 @@ from mpoe.models.table import FFN, TABLE, TYPE_PREFIX, Family, family_for, name_
 AnySite = FFNSite | LinearSite | EmbeddingSite
 
 
-def _dense_parts(holder: nn.Module, ffn: FFN) -> dict[str, nn.Module]:
-    """The projections inside ``holder`` by kind; empty if its structure is different."""
-    try:
-        return {kind: holder.get_submodule(name) for kind, name in ffn.kinds().items()}
-    except AttributeError:
-        return {}
-
-
 def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
     patterns = [(ffn, name_pattern(ffn.holder)) for ffn in family.ffn]
     up_std, down_std = family.init_std(model.config)
-    for name, holder in model.named_modules():
-        matches = (
-            (ffn, match) for ffn, pattern in patterns if (match := pattern.match(name)) is not None
-        )
-        ffn, match, dense = next(
-            ((ffn, m, parts) for ffn, m in matches if (parts := _dense_parts(holder, ffn))),
-            (None,) * 3,
-        )
-        if ffn is None or match is None or dense is None:
+    modules = dict(model.named_modules())
+    for name, holder in modules.items():
+        for ffn, pattern in patterns:
+            match = pattern.match(name)
+            prefixes = {kind: f"{name}.{part}" for kind, part in ffn.kinds().items()}
+            if match is not None and modules.keys() >= set(prefixes.values()):
+                break
+        else:  # another structure
             continue
+        dense = {kind: modules[prefix] for kind, prefix in prefixes.items()}
         if getattr(dense.get("gate_proj"), "bias", None) is not None:
             raise ValueError(
-                f"{name}.{ffn.kinds()['gate_proj']} must have no bias: the gates of experts have "
-                "none"
+                f"{prefixes['gate_proj']} must have no bias: the gates of experts have none"
             )
         width = linear_weight(dense["up"]).shape[1] // max(len(ffn.fused), 1)
         settings = ffn.settings(model.config)
@@ -56,7 +47,7 @@ def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
             stream=ffn.stream,
             layer=int(match["layer"]),
             dense=dense,
-            prefixes={kind: f"{name}.{part}" for kind, part in ffn.kinds().items()},
+            prefixes=prefixes,
             options={
                 **settings,
                 "gated": "gate_proj" in dense,
@@ -76,18 +67,18 @@ def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
 
 
 def _linear_sites(model: nn.Module, family: Family, config: MPOEConfig) -> Iterator[LinearSite]:
-    attention = [name_pattern(glob) for glob in family.attention if "attention" in config.targets]
-    pooler = (
-        name_pattern(family.pooler)
-        if "pooler" in config.targets and family.pooler is not None
-        else None
-    )
+    globs = {"attention": family.attention, "pooler": [family.pooler] if family.pooler else []}
+    patterns = [
+        (component, name_pattern(glob))
+        for component in config.targets
+        for glob in globs.get(component, ())
+    ]
     for name, module in model.named_modules():
-        match = next(filter(None, (pattern.match(name) for pattern in attention)), None)
-        if match is not None:
-            yield LinearSite(name, int(match["layer"]), module, "attention")
-        elif pooler is not None and pooler.match(name):
-            yield LinearSite(name, None, module, "pooler")
+        for component, pattern in patterns:
+            if match := pattern.match(name):
+                layer = match.groupdict().get("layer")
+                yield LinearSite(name, None if layer is None else int(layer), module, component)
+                break
 
 
 def _embedding_site(model: Any) -> EmbeddingSite | None:
@@ -101,20 +92,15 @@ def _embedding_site(model: Any) -> EmbeddingSite | None:
             f"target_modules must not hold 'embedding' for {type(model).__name__}: {name} is a "
             f"{type(table).__name__}, which does more than look up rows"
         )
-    ties = type(model)._tied_weights_keys or {}
-    targets = [
-        target.removesuffix(".weight")
-        for target, source in ties.items()
-        if source == f"{name}.weight"
-    ]
+    ties = (type(model)._tied_weights_keys or {}).items()
+    targets = [key.removesuffix(".weight") for key, source in ties if source == f"{name}.weight"]
     views = tuple(n for n in targets if isinstance(model.get_submodule(n), nn.Embedding))
     head = next((n for n in targets if n not in views), None)
     # T5 draws its table with standard deviation 1 (times a factor), the others with their
     # initializer_range.
-    std = getattr(
-        model.config, "initializer_factor", getattr(model.config, "initializer_range", 1.0)
-    )
-    return EmbeddingSite(name, None, table, "embedding", views, head, float(std))
+    std = getattr(model.config, "initializer_range", 1.0)
+    std = float(getattr(model.config, "initializer_factor", std))
+    return EmbeddingSite(name, None, table, "embedding", views, head, std)
 
 
 def _excluded(pattern: str, name: str) -> bool:
@@ -134,11 +120,9 @@ def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
     known = sorted({site.layer for site in sites if site.layer is not None})
     for index in layers or []:
         if index not in known:
-            wanted = (
-                f"layer indices {known[0]}..{known[-1]}"
-                if known
-                else "nothing: no target lies in a layer"
-            )
+            wanted = "nothing: no target lies in a layer"
+            if known:
+                wanted = f"layer indices {known[0]}..{known[-1]}"
             raise ValueError(f"layers_to_transform must hold {wanted}; got {index}")
     chosen = [
         site
@@ -177,12 +161,12 @@ def find_sites(model: Any, config: MPOEConfig, family: Family | None = None) -> 
         raise ValueError(
             f"{type(model).__name__} has no dense {' or '.join(config.targets)} modules to convert"
         )
-    return [
-        dataclasses.replace(site, keeps=settings.shape)
-        if isinstance(site, FFNSite) and (settings := config.for_experts(site.name)).keeps_network
-        else site
-        for site in _select(sites, config)
-    ]
+    chosen = _select(sites, config)
+    for place, site in enumerate(chosen):
+        settings = config.for_experts(site.name) if isinstance(site, FFNSite) else None
+        if settings is not None and settings.keeps_network:
+            chosen[place] = dataclasses.replace(site, keeps=settings.shape)
+    return chosen
 
 
 def dense_networks(model: Any, config: MPOEConfig | None = None) -> list[FFNSite]:
@@ -222,14 +206,13 @@ def hidden_size_as_mixture(dense: Any, config: MPOEConfig) -> int:
     with torch.device("meta"):
         mixture = with_own_head(type(dense)(dense.config), dense)
     install_empty(mixture, find_sites(mixture, config), config)
-    more = sum(p.numel() for p in mixture.parameters()) - sum(p.numel() for p in dense.parameters())
+    more = mixture.num_parameters() - dense.num_parameters()
     sites = dense_networks(dense)
-    rows = [
-        site.weight(kind).shape[0 if kind != "down" else 1] for site in sites for kind in site.dense
-    ]
-    per_unit = sum(rows) + sum(
-        site.bias(kind) is not None for site in sites for kind in site.dense if kind != "down"
-    )
+    per_unit = 0
+    for site in sites:
+        for kind in site.dense:
+            per_unit += site.weight(kind).shape[kind == "down"]
+            per_unit += kind != "down" and site.bias(kind) is not None
     return int(sites[0].weight("up").shape[1]) + round(more / per_unit)
 
 
@@ -248,11 +231,8 @@ def widened(dense: Any, hidden: int) -> Any:
     for name in _FIELDS:
         if hasattr(config, name):
             setattr(config, name, hidden)
-    model = (
-        with_own_head(type(dense)(config), dense)
-        .to(dense.device, dense.dtype)
-        .train(dense.training)
-    )
+    model = with_own_head(type(dense)(config), dense).to(dense.device, dense.dtype)
+    model.train(dense.training)
     if hasattr(dense, "loss_type"):
         model.loss_type = dense.loss_type
     networks = list(zip(dense_networks(dense), dense_networks(model), strict=True))
@@ -263,11 +243,11 @@ def widened(dense: Any, hidden: int) -> Any:
     for old, new in networks:
         for kind, module in new.dense.items():
             if kind == "down":
-                torch.nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+                module.weight.zero_()  # type: ignore[operator]
             else:
-                torch.nn.init.normal_(module.weight, std=float(old.weight(kind).std()))  # type: ignore[arg-type]
+                module.weight.normal_(std=float(old.weight(kind).std()))  # type: ignore[operator]
             if getattr(module, "bias", None) is not None:
-                torch.nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                module.bias.zero_()  # type: ignore[operator]
         for kind in new.dense:
             rows, columns = old.weight(kind).shape
             new.weight(kind)[:rows, :columns] = old.weight(kind)

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from mpoe.config import MPOEConfig
-from mpoe.config.checks import check_type
+from mpoe.config.checks import check_type, refusing
 from mpoe.layers.cores import rate_ratios
 from mpoe.models.convert import adopt_class, converted_class, one_at_a_time
 from mpoe.models.find import find_sites
@@ -67,15 +67,12 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             )
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # torch raises many kinds for files that are none or hold more than tensors
+        except Exception as error:  # many kinds for files that are none or hold more than tensors
             raise ValueError(
                 f"source must hold tensors and nothing else; {path}: {first_line(error)}"
             ) from error
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(value, Tensor) for value in tensors.values()
-    ):
+    values = tensors.values() if isinstance(tensors, Mapping) else [tensors]
+    if not all(isinstance(value, Tensor) for value in values):
         raise ValueError("source must map names to tensors; it holds something else")
     return tensors
 
@@ -94,7 +91,7 @@ class _Checkpoint:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.moe_type = "none"
         self.num_experts = 1
-        self.lost = list[str]()
+        self.lost: list[str] = []
         self.chains: dict[str, dict[int, Tensor]] = defaultdict(dict)
         self.parameters: dict[str, Tensor] = {}
         apart: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(
@@ -126,15 +123,14 @@ class _Checkpoint:
                 raise ValueError(
                     f"the checkpoint must hold every core of {name}, of {self.num_experts} experts"
                 )
-            if core == CENTRAL and not all(
-                torch.equal(core_of_expert, of[0]) for core_of_expert in of.values()
-            ):
-                raise ValueError(
-                    f"the experts of {name} must share their central core; they differ"
-                )
-            self.chains[name][core] = (
-                of[0] if core == CENTRAL else torch.stack([of[e] for e in sorted(of)])
-            )
+            cores = torch.stack([of[expert] for expert in sorted(of)])
+            if core == CENTRAL:
+                if not bool((cores == cores[0]).all()):
+                    raise ValueError(
+                        f"the experts of {name} must share their central core; they differ"
+                    )
+                cores = cores[0]
+            self.chains[name][core] = cores
 
     def shape(self, name: str, weight: Tensor) -> MPOShape:
         """Shape of the chain for a weight ``[in, out]``, with factors and bonds read from the
@@ -159,20 +155,21 @@ class _Checkpoint:
             )
         patterns: dict = {}
         for site in find_sites(base, MPOEConfig(shape="separable", target_modules=targets)):
+            pattern = re.escape(site.name)
             if isinstance(site, FFNSite):
-                shapes = {
+                patterns[pattern] = {
                     kind: self.shape(f"{site.name}.experts.{kind}", site.weight(kind))
                     for kind in site.dense
                 }
-                patterns[re.escape(site.name)] = shapes
             else:
-                patterns[re.escape(site.name)] = self.shape(f"{site.name}.cores", site.weight)
-        mixture: dict = {
-            "moe_type": self.moe_type,
-            "num_experts": self.num_experts,
-            "shape": "separable",
-        }
-        return MPOEConfig(**mixture, shape_pattern=patterns, target_modules=targets)
+                patterns[pattern] = self.shape(f"{site.name}.cores", site.weight)
+        return MPOEConfig(
+            moe_type=self.moe_type,
+            num_experts=self.num_experts,
+            shape="separable",
+            shape_pattern=patterns,
+            target_modules=targets,
+        )
 
 
 @one_at_a_time()
@@ -203,7 +200,7 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
     config = checkpoint.config(base)
     model: Any = copy.deepcopy(base)
     install_empty(model, find_sites(model, config), config)
-    try:
+    with refusing("the checkpoint must be of a model of the sizes of base; ", RuntimeError):
         for name, cores in mpo_modules(model):
             chain = [checkpoint.chains[name][place] for place in range(cores.shape.num_cores)]
             cores.set_cores_(chain)
@@ -212,18 +209,12 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
                 first, reconstruct(first)[: cores.in_features, : cores.out_features]
             )
         missing, unknown = model.load_state_dict(checkpoint.parameters, strict=False)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the checkpoint must be of a model of the sizes of base; {error}"
-        ) from error
     obsolete = model._keys_to_ignore_on_load_unexpected or []
-    unknown = [
-        name for name in unknown if not any(re.search(pattern, name) for pattern in obsolete)
-    ]
-    if unknown:
-        raise ValueError(
-            f"the checkpoint holds {unknown[0]!r}, which a T5 with these MPO layers has not"
-        )
+    for name in unknown:
+        if not any(re.search(pattern, name) for pattern in obsolete):
+            raise ValueError(
+                f"the checkpoint holds {name!r}, which a T5 with these MPO layers has not"
+            )
     missing = [name for name in missing if name.endswith(".router.weight")]
     if missing:
         raise ValueError(f"the checkpoint must hold every router; missing {missing[:3]}")

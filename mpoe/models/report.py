@@ -11,10 +11,7 @@ from torch import nn
 
 from mpoe.layers.cores import ExpertWeights, MPOCores
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
-from mpoe.models.walk import (
-    names_in_checkpoints,
-    short_name,
-)
+from mpoe.models.walk import names_in_checkpoints, short_name
 from mpoe_kernels import plan_contraction
 
 LINE = 100  # characters of the legend's lines
@@ -50,27 +47,18 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, MPOCores):
-            kinds.update(
-                {f"{prefix}{core}": core.partition(".")[0] for core in module.core_names()}
-            )
+            for core in module.core_names():
+                kinds[prefix + core] = core.partition(".")[0]
         elif isinstance(module, ExpertWeights):
             kinds[f"{prefix}weight"] = "expert"
         if isinstance(module, RoutedFeedForward) and module.router is not None:
             kinds[f"{prefix}router.weight"] = "router"
         if isinstance(module, KeptFeedForward):
-            kinds.update(
-                {
-                    f"{prefix}experts.{parameter}": "auxiliary"
-                    for parameter, _ in module.experts.named_parameters()
-                }
-            )
-            kinds.update(
-                {
-                    names[id(w)]: "central"
-                    for w in module.central_parameters().values()
-                    if id(w) in names
-                }
-            )
+            for parameter, _ in module.experts.named_parameters():
+                kinds[f"{prefix}experts.{parameter}"] = "auxiliary"
+            for weight in module.central_parameters().values():
+                if id(weight) in names:
+                    kinds[names[id(weight)]] = "central"
     return kinds
 
 
@@ -92,15 +80,14 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
     dense = report["rest"]
     switch = report["rest"] + report["router"]
     for module in model.modules():
-        elements, experts = 0, 1  # numbers of a whole matrix, how many of them the experts would be
         if isinstance(module, KeptFeedForward):
             elements = sum(weight.numel() for weight in module.dense_parameters().values())
-            experts = module.num_experts
         elif isinstance(module, (MPOCores, ExpertWeights)):
             elements = module.in_features * module.out_features
-            experts = module.num_experts
-        dense = dense + elements
-        switch = switch + experts * elements
+        else:
+            continue
+        dense += elements
+        switch += module.num_experts * elements
     return {
         **report,
         "total": total,

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import refusing
 from mpoe.config.shapes import HIDDEN, NEURONS
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.drop_in import MPOEmbedding, MPOLinear, SharedEmbedding, TiedHead, linear_weight
@@ -116,31 +118,25 @@ class FFNSite:
                 raise ValueError(
                     f"{self.prefixes[kind]} must be for a weight {wanted}; got {sizes}"
                 )
-            try:
+            with refusing(f"{self.prefixes[kind]}: ", ValueError):
                 if self.keeps == HIDDEN:
                     settings.hidden_block(columns)
                 elif not self.keeps:
                     settings.shape_for(kind, *sizes)
-            except ValueError as error:
-                raise ValueError(f"{self.prefixes[kind]}: {error}") from error
 
     def build(self, config: MPOEConfig) -> RoutedFeedForward:
         """The layer, of these sizes, device and dtype, whose weights the caller fills or
         initialises."""
         up = self.weight("up")
-        options: dict = {
-            **self.options,
-            "stream": self.stream,
-            "device": "meta",
-            "dtype": up.dtype,
-        }
+        options = {**self.options, "stream": self.stream, "device": "meta", "dtype": up.dtype}
         kind: Any = MPOEFeedForward
         if self.keeps:
-            kind = HiddenFeedForward if self.keeps == HIDDEN else NeuronFeedForward
+            kind = HiddenFeedForward
             options |= {"names": self.inside, "columns": self.columns}
-            options |= {"adds_input": bool(self.sums)} if self.keeps == NEURONS else {}
-        made: RoutedFeedForward = kind(*up.shape, config.for_experts(self.name), **options)
-        return made.to_empty(device=up.device)
+        if self.keeps == NEURONS:
+            kind = NeuronFeedForward
+            options["adds_input"] = bool(self.sums)
+        return kind(*up.shape, config.for_experts(self.name), **options).to_empty(device=up.device)
 
     def load(self, module: Any, config: MPOEConfig) -> Report:
         """Give ``module`` a new router and experts that compute what the dense network does.
@@ -162,15 +158,15 @@ class FFNSite:
                 experts.copy_neurons_(weights, self.bias("up"), START_NOISE)
         report: Report = {}
         for kind, projection in () if self.keeps else experts.projections().items():
+            weight = self.weight(kind)
             if isinstance(projection, MPOCores):
-                report[f"{self.name}.experts.{kind}"] = projection.load_weight_(
-                    self.weight(kind), config.gauge
-                )
+                result = projection.load_weight_(weight, config.gauge)
+                report[f"{self.name}.experts.{kind}"] = result
             else:
-                projection.load_weight_(self.weight(kind))
+                projection.load_weight_(weight)
             bias = self.bias(kind)
             if projection.bias is not None:  # built without values
-                nn.init.zeros_(projection.bias) if bias is None else projection.bias.copy_(bias)
+                projection.bias.copy_(torch.zeros(()) if bias is None else bias)
         return report
 
     def install(self, model: nn.Module, module: RoutedFeedForward, config: MPOEConfig) -> None:
@@ -217,9 +213,8 @@ class MatrixSite:
     @property
     def weight(self) -> Tensor:
         """``[in_features, out_features]``; a table is ``[vocabulary, model size]``."""
-        return (
-            self.dense.weight if isinstance(self.dense, nn.Embedding) else linear_weight(self.dense)
-        )
+        is_table = isinstance(self.dense, nn.Embedding)
+        return self.dense.weight if is_table else linear_weight(self.dense)
 
     def shape(self, config: MPOEConfig) -> MPOShape:
         """Its shape in MPO form; ValueError for one of other sizes."""
@@ -240,15 +235,15 @@ class LinearSite(MatrixSite):
     """A dense projection, which becomes an `MPOLinear`."""
 
     def build(self, config: MPOEConfig) -> MPOLinear:
-        bias = getattr(self.dense, "bias", None) is not None
         weight = self.weight
-        options: dict = {
-            "init_std": float(weight.shape[0]) ** -0.5,
-            "device": "meta",
-            "dtype": weight.dtype,
-        }
-        made = MPOLinear(self.shape(config), bias=bias, backend=config.backend, **options)
-        return made.to_empty(device=weight.device)
+        return MPOLinear(
+            self.shape(config),
+            bias=getattr(self.dense, "bias", None) is not None,
+            backend=config.backend,
+            init_std=float(weight.shape[0]) ** -0.5,
+            device="meta",
+            dtype=weight.dtype,
+        ).to_empty(device=weight.device)
 
 
 @dataclass(frozen=True)
@@ -266,13 +261,14 @@ class EmbeddingSite(MatrixSite):
     init_std: float
 
     def build(self, config: MPOEConfig) -> MPOEmbedding:
-        options: dict = {
-            "init_std": self.init_std,
-            "device": "meta",
-            "dtype": self.weight.dtype,
-        }
-        made = MPOEmbedding(self.shape(config), self.dense.padding_idx, config.backend, **options)
-        return made.to_empty(device=self.weight.device)
+        return MPOEmbedding(
+            self.shape(config),
+            self.dense.padding_idx,
+            config.backend,
+            self.init_std,
+            device="meta",
+            dtype=self.weight.dtype,
+        ).to_empty(device=self.weight.device)
 
     def is_tied(self, model: nn.Module) -> bool:
         """Whether the head's weight is the table itself.
@@ -297,16 +293,9 @@ class EmbeddingSite(MatrixSite):
         if self.head is not None and config.tied_head:
             set_module(model, self.head, TiedHead(module, model.get_submodule(self.head).bias))
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):
-            ties = getattr(model, name, None) or {}
-            setattr(
-                model,
-                name,
-                {
-                    target: source
-                    for target, source in ties.items()
-                    if source != f"{self.name}.weight"
-                },
-            )
+            ties = (getattr(model, name, None) or {}).items()
+            kept = {target: source for target, source in ties if source != f"{self.name}.weight"}
+            setattr(model, name, kept)
 
 
 def install_empty(model: nn.Module, sites: Sequence, config: MPOEConfig) -> None:

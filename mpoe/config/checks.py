@@ -50,17 +50,15 @@ def check_choice(name: str, value: object, known: Sequence[str]) -> None:
 
 
 def check_type(name: str, value: object, kinds: Any, wanted: str) -> None:
-    """Require an instance of a class, or of one of several."""
-    if not isinstance(value, kinds):
+    """Require an instance of a class, or of one of several; True and False are no numbers."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {quoted(value)}")
 
 
-def check_integer(name: str, value: object, least: int, optional: bool = False) -> None:
+def check_integer(name: str, value: Any, least: int, optional: bool = False) -> None:
     if value is None and optional:
         return
-    wanted = "an integer or None" if optional else "an integer"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {quoted(value)}")
+    check_type(name, value, int, "an integer or None" if optional else "an integer")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {quoted(value)}")
 
@@ -72,18 +70,17 @@ def is_file_name(value: object) -> bool:
     return is_text and re.fullmatch(r"[^./\\:][^/\\:]*", str(value)) is not None
 
 
-def check_seed(name: str, value: object) -> None:
+def check_seed(name: str, value: Any) -> None:
     """A seed that every random generator in use accepts: NumPy's takes 32 bits."""
     check_integer(name, value, 0)
-    if int(str(value)) >= 1 << 32:
+    if value >= 1 << 32:
         raise ValueError(f"{name} must be below 2**32; got {quoted(value)}")
 
 
 def check_number(
-    name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
+    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__} {quoted(value)}")
+    check_type(name, value, (int, float), "a number")
     inside = (value > low if open_low else value >= low) and value <= high and math.isfinite(value)
     if not inside:
         bounds = f"greater than {low}" if open_low else f"at least {low}"

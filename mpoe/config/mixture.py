@@ -155,9 +155,8 @@ class MPOEConfig:
 
     def _check_router(self) -> None:
         if self.router is None or isinstance(self.router, Mapping):
-            self.router = RouterConfig.from_dict(
-                {**(GSHARD if self.moe_type == "moe" else {}), **(self.router or {})}
-            )
+            defaults = GSHARD if self.moe_type == "moe" else {}
+            self.router = RouterConfig.from_dict({**defaults, **(self.router or {})})
         checks.check_type("router", self.router, RouterConfig, "a RouterConfig or its dict")
         if self.moe_type == "none":
             self.num_experts = 1
@@ -165,11 +164,9 @@ class MPOEConfig:
                 self.router, top_k=1, second_policy=None, eval_second_policy=None
             )
         if self.router.is_gshard != (self.moe_type == "moe"):
-            wanted = (
-                "a second_policy (see RouterConfig.gshard)"
-                if self.moe_type == "moe"
-                else "second_policy None"
-            )
+            wanted = "second_policy None"
+            if self.moe_type == "moe":
+                wanted = "a second_policy (see RouterConfig.gshard)"
             raise ValueError(
                 f"moe_type {self.moe_type!r} needs a router with {wanted}; got "
                 f"{self.router.second_policy!r}"
@@ -197,10 +194,12 @@ class MPOEConfig:
     def _needs_cores(self) -> bool:
         """Whether an option is set that experts of the shape "hidden" cannot use."""
         return bool(
-            (self.moe_type, self.expert_type) != ("switch", "mpo")
+            self.moe_type != "switch"
+            or self.expert_type != "mpo"
             or self._given & OF_CORES
             or any(isinstance(value, int) for value in self.shape_pattern.values())
-            or (self.router.capacity_factor, self.router.eval_capacity_factor) != (None, None)
+            or self.router.capacity_factor is not None
+            or self.router.eval_capacity_factor is not None
         )
 
     def with_cores(self) -> MPOEConfig:
@@ -208,9 +207,8 @@ class MPOEConfig:
         for networks that hidden-side blocks do not support."""
         if not self.is_hidden or "shape" in self._given:
             return self
-        router = (
-            dataclasses.replace(self.router, top_k=None) if self._top_k_is_default else self.router
-        )
+        top_k = None if self._top_k_is_default else self.top_k
+        router = dataclasses.replace(self.router, top_k=top_k)
         return dataclasses.replace(self, shape=shapes.SEPARABLE, router=router)
 
     @property
@@ -235,8 +233,8 @@ class MPOEConfig:
         return self.is_hidden or self.is_neurons
 
     def _check_kept(self) -> None:
-        if self.is_neurons:
-            self.neurons = DEFAULT_NEURONS if self.neurons is None else self.neurons
+        if self.is_neurons and self.neurons is None:
+            self.neurons = DEFAULT_NEURONS
         kinds = (self.shape, *self.shape_pattern.values())
         if self.block_size is not None and shapes.HIDDEN not in kinds:
             raise ValueError(f"block_size needs shape 'hidden'; got {self.shape!r}")
@@ -272,11 +270,8 @@ class MPOEConfig:
             ValueError: ``block_size`` does not divide it.
         """
         if self.block_size is None:
-            return next(
-                b
-                for b in range(min(shapes.LARGEST_BLOCK, hidden_features), 0, -1)
-                if hidden_features % b == 0
-            )
+            sizes = range(min(shapes.LARGEST_BLOCK, hidden_features), 0, -1)
+            return next(size for size in sizes if hidden_features % size == 0)
         if hidden_features % self.block_size:
             raise ValueError(
                 f"block_size must divide the hidden size {hidden_features}; got {self.block_size}"
@@ -284,15 +279,12 @@ class MPOEConfig:
         return self.block_size
 
     def _check_targets(self) -> None:
-        targets = (
-            [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
-        )
-        if not isinstance(targets, Sequence) or not targets:
+        if not isinstance(self.target_modules, Sequence) or not self.target_modules:
             raise TypeError(
                 "target_modules must be a name or a non-empty list of names; got "
                 f"{self.target_modules!r}"
             )
-        for target in targets:
+        for target in self.targets:
             checks.check_choice("target_modules", target, TARGETS)
         names = self.exclude_modules
         layers = self.layers_to_transform
@@ -301,9 +293,7 @@ class MPOEConfig:
             raise TypeError(f"exclude_modules must be a list of module names; got {names!r}")
         self.exclude_modules = list(names)
         if layers is not None:
-            layers = (
-                [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
-            )
+            layers = [layers] if isinstance(layers, int) else layers
             if not isinstance(layers, Sequence) or isinstance(layers, str):
                 raise TypeError(f"layers_to_transform must be a list of indices; got {layers!r}")
             self.layers_to_transform = list(layers)
@@ -313,11 +303,8 @@ class MPOEConfig:
     @property
     def targets(self) -> tuple[str, ...]:
         """`target_modules` as a tuple."""
-        return (
-            (self.target_modules,)
-            if isinstance(self.target_modules, str)
-            else tuple(self.target_modules)
-        )
+        targets = self.target_modules
+        return (targets,) if isinstance(targets, str) else tuple(targets)
 
     def shape_for(self, kind: str, in_features: int, out_features: int) -> MPOShape:
         """Shape of one projection of an FFN.
@@ -332,36 +319,28 @@ class MPOEConfig:
         """
         checks.check_choice("kind", kind, shapes.KINDS)
         if self.shape in shapes.KEPT_SHAPES:
-            wanted = "a dense network that stays (see convert_to_mpoe)"
-            raise ValueError(f"shape {self.shape!r} needs {wanted}: it has no MPO")
-        if isinstance(self.shape, dict):
-            shape: MPOShape = self.shape.get(kind) or self.shape["up"]
-            return shapes.check_sizes(f"shape[{kind!r}]", shape, in_features, out_features)
-        if self.shape != "separable":
-            return shapes.named_shape(
-                self.shape, in_features, out_features, self.max_bond, self.light_p
+            raise ValueError(
+                f"shape {self.shape!r} needs a dense network that stays (see convert_to_mpoe): it "
+                "has no MPO"
             )
+        if isinstance(self.shape, dict):
+            shape = self.shape.get(kind) or self.shape["up"]
+            return shapes.check_sizes(f"shape[{kind!r}]", shape, in_features, out_features)
+        sizes = (in_features, out_features)
+        if self.shape != "separable":
+            return shapes.named_shape(self.shape, *sizes, self.max_bond, self.light_p)
         if kind == "down":
-            return self.shape_for("up", out_features, in_features).mirrored()
+            return self.shape_for("up", *sizes[::-1]).mirrored()
         from mpoe_kernels import MPOShape
 
-        return MPOShape.separable(
-            in_features,
-            out_features,
-            self.separable_left,
-            self.separable_right,
-            max_bond=self.max_bond,
-        )
+        sides = (self.separable_left, self.separable_right)
+        return MPOShape.separable(*sizes, *sides, max_bond=self.max_bond)
 
     def _pattern_for(self, name: str) -> Any:
-        return next(
-            (
-                v
-                for pattern, v in self.shape_pattern.items()
-                if shapes.pattern_matches(pattern, name)
-            ),
-            None,
-        )
+        for pattern, value in self.shape_pattern.items():
+            if shapes.pattern_matches(pattern, name):
+                return value
+        return None
 
     def for_experts(self, name: str) -> MPOEConfig:
         """This configuration with the shape that ``shape_pattern`` gives the feed-forward network
@@ -380,9 +359,7 @@ class MPOEConfig:
                 f"shape_pattern must give the feed-forward network {name} a mapping with 'up' and "
                 "'down'"
             )
-        change: dict[str, Any] = (
-            {"max_bond": pattern} if isinstance(pattern, int) else {"shape": pattern}
-        )
+        change: dict[str, Any] = {"max_bond" if isinstance(pattern, int) else "shape": pattern}
         if self.is_neurons and change.get("shape", shapes.NEURONS) != shapes.NEURONS:
             router = dataclasses.replace(self.router, routed_scaling_factor=None)
             change |= {"neurons": None, "latent": None, "router": router}
@@ -404,7 +381,7 @@ class MPOEConfig:
         Raises:
             ValueError: the pattern's shape is for experts, or for other sizes.
         """
-        cap = getattr(self, f"{component}_max_bond")
+        sizes = (in_features, out_features)
         pattern = self._pattern_for(name)
         if isinstance(pattern, dict):
             raise ValueError(
@@ -414,17 +391,14 @@ class MPOEConfig:
         from mpoe_kernels import MPOShape
 
         if isinstance(pattern, MPOShape):
-            return shapes.check_sizes(
-                f"shape_pattern for {name}", pattern, in_features, out_features
-            )
-        if isinstance(pattern, int):
-            cap = pattern
-        if isinstance(pattern, str) and pattern in shapes.KEPT_SHAPES:
+            return shapes.check_sizes(f"shape_pattern for {name}", pattern, *sizes)
+        if pattern in shapes.KEPT_SHAPES:
             raise ValueError(
                 f"shape_pattern must not give {name}, which is one matrix, the shape {pattern!r}"
             )
+        cap = pattern if isinstance(pattern, int) else getattr(self, f"{component}_max_bond")
         kind = pattern if isinstance(pattern, str) else "paper"
-        return shapes.named_shape(kind, in_features, out_features, cap, self.light_p)
+        return shapes.named_shape(kind, *sizes, cap, self.light_p)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back to an equal config."""
@@ -433,9 +407,8 @@ class MPOEConfig:
         values["shape_pattern"] = {
             pattern: shapes.shape_to_json(value) for pattern, value in self.shape_pattern.items()
         }
-        values["target_modules"] = (
-            self.target_modules if isinstance(self.target_modules, str) else list(self.targets)
-        )
+        if not isinstance(self.target_modules, str):
+            values["target_modules"] = list(self.targets)
         return copy.deepcopy({**values, "router": self.router.to_dict()})
 
     @classmethod
@@ -447,8 +420,8 @@ class MPOEConfig:
         ``block_size`` has no effect on other shapes than "hidden".
         """
         if isinstance(values, Mapping):
-            if values.get("existing_experts", "keep") != "keep":
-                policy = values["existing_experts"]
+            policy = values.get("existing_experts", "keep")
+            if policy != "keep":
                 raise ValueError(
                     "existing_experts must be 'keep': mixtures are not converted any more; got "
                     f"{policy!r}"

@@ -110,8 +110,9 @@ class RouterConfig:
         if self.expert_dropout is not None:
             checks.check_number("expert_dropout", self.expert_dropout, 0.0)
         for name in ("jitter", "expert_dropout"):
-            if (getattr(self, name) or 0.0) >= 1:
-                raise ValueError(f"{name} must be below 1; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value >= 1:
+                raise ValueError(f"{name} must be below 1; got {value}")
         self._check_second_policy()
 
     def _check_second_policy(self) -> None:
@@ -121,9 +122,8 @@ class RouterConfig:
                 raise ValueError("eval_second_policy needs second_policy; got None for it")
             return
         if self.eval_second_policy is None:
-            self.eval_second_policy = (
-                "all" if self.second_policy == "random" else self.second_policy
-            )
+            is_random = self.second_policy == "random"
+            self.eval_second_policy = "all" if is_random else self.second_policy
         for name in ("second_policy", "eval_second_policy"):
             checks.check_choice(name, getattr(self, name), SECOND_POLICIES)
         if self.top_k != 2:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mpoe.config.checks import check_choice, check_integer, check_type
+from mpoe.config.checks import check_choice, check_integer, check_type, refusing
 
 if TYPE_CHECKING:
     from mpoe_kernels import MPOShape
@@ -27,26 +27,19 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
     Raises:
         TypeError, ValueError: anything else, as ``name``.
     """
+    known = (*NAMED_SHAPES, *KEPT_SHAPES)
     if isinstance(shape, str):
-        check_choice(name, shape, (*NAMED_SHAPES, *KEPT_SHAPES))
+        check_choice(name, shape, known)
         return shape
-    from mpoe_kernels import (
-        MPOShape,
-    )  # here: the command line imports this, and torch is slow to import
+    # here: the command line imports this, and torch is slow to import
+    from mpoe_kernels import MPOShape
 
-    if not isinstance(shape, Mapping):
-        raise TypeError(
-            f"{name} must be one of {', '.join(map(repr, (*NAMED_SHAPES, *KEPT_SHAPES)))} or a "
-            f"mapping from {list(KINDS)} to MPOShape; got {type(shape).__name__} {shape!r}"
-        )
+    wanted = f"one of {', '.join(map(repr, known))} or a mapping from {list(KINDS)} to MPOShape"
+    check_type(name, shape, Mapping, wanted)
     shapes = {}
     for kind, value in shape.items():
         check_choice(f"{name}'s keys", kind, KINDS)
-        if not isinstance(value, (MPOShape, Mapping)):
-            raise TypeError(
-                f"{name}[{kind!r}] must be an MPOShape or its mapping; got {type(value).__name__} "
-                f"{value!r}"
-            )
+        check_type(f"{name}[{kind!r}]", value, (MPOShape, Mapping), "an MPOShape or its mapping")
         shapes[kind] = value if isinstance(value, MPOShape) else MPOShape.from_dict(value)
     missing = {"up", "down"} - set(shapes)
     if missing:
@@ -67,21 +60,16 @@ def checked_patterns(patterns: Any) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for pattern, value in patterns.items():
         name = f"shape_pattern[{pattern!r}]"
-        try:
+        invalid = f"shape_pattern must hold regular expressions; {pattern!r} is none: "
+        with refusing(invalid, (re.error, TypeError)):
             re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"shape_pattern must hold regular expressions; {pattern!r} is none: {error}"
-            ) from None
         if isinstance(value, int):
             check_integer(name, value, 1)
-            checked[pattern] = value
-        elif isinstance(value, MPOShape):
-            checked[pattern] = value
         elif isinstance(value, Mapping) and set(value) >= _SHAPE_FIELDS:
-            checked[pattern] = MPOShape.from_dict(value)
-        else:
-            checked[pattern] = checked_shape(value, name)
+            value = MPOShape.from_dict(value)
+        elif not isinstance(value, MPOShape):
+            value = checked_shape(value, name)
+        checked[pattern] = value
     return checked
 
 
@@ -97,11 +85,9 @@ def shape_to_json(shape: Any) -> Any:
 
     if isinstance(shape, MPOShape):
         return shape.to_dict()
-    return (
-        {kind: value.to_dict() for kind, value in shape.items()}
-        if isinstance(shape, dict)
-        else shape
-    )
+    if isinstance(shape, dict):
+        return {kind: value.to_dict() for kind, value in shape.items()}
+    return shape
 
 
 def named_shape(

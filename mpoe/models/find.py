@@ -17,7 +17,7 @@ from mpoe.config.shapes import pattern_matches
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.experts import check_activation
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, install_empty
-from mpoe.models.table import FFN, TABLE, TYPE_PREFIX, Family, family_for, name_pattern
+from mpoe.models.table import TABLE, TYPE_PREFIX, Family, family_for, name_pattern
 
 AnySite = FFNSite | LinearSite | EmbeddingSite
 

@@ -123,14 +123,15 @@ class _Checkpoint:
                 raise ValueError(
                     f"the checkpoint must hold every core of {name}, of {self.num_experts} experts"
                 )
-            cores = torch.stack([of[expert] for expert in sorted(of)])
-            if core == CENTRAL:
-                if not bool((cores == cores[0]).all()):
-                    raise ValueError(
-                        f"the experts of {name} must share their central core; they differ"
-                    )
-                cores = cores[0]
-            self.chains[name][core] = cores
+            cores = [of[expert] for expert in sorted(of)]
+            if core != CENTRAL:
+                self.chains[name][core] = torch.stack(cores)
+                continue
+            if not all(torch.equal(core_of_expert, cores[0]) for core_of_expert in cores):
+                raise ValueError(
+                    f"the experts of {name} must share their central core; they differ"
+                )
+            self.chains[name][core] = cores[0]
 
     def shape(self, name: str, weight: Tensor) -> MPOShape:
         """Shape of the chain for a weight ``[in, out]``, with factors and bonds read from the

@@ -65,21 +65,21 @@ def publish(staged: Path, run_dir: str | Path) -> Path:
 
 def is_complete(checkpoint: str | Path) -> bool:
     """Whether every file that the manifest lists is there with its size."""
-    checkpoint = Path(checkpoint)
-    sizes = _manifest(checkpoint).get("files")
-    return sizes is not None and all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
+    sizes = _manifest(Path(checkpoint)).get("files")
+    if sizes is None:
+        return False
+    paths = {Path(checkpoint) / name: size for name, size in sizes.items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
 def damaged_files(checkpoint: str | Path) -> list[str]:
     """Names of files that are not, byte for byte, what was written (CRC-32); reads the whole
     checkpoint."""
-    checkpoint, record = Path(checkpoint), _manifest(Path(checkpoint))
+    folder = Path(checkpoint)
+    record = _manifest(folder)
     sums = record.get("crc32", {})
     # Only files whose size was checked: any other name could be of a device that never ends.
-    return [name for name in record.get("files", {}) if _crc32(checkpoint / name) != sums.get(name)]
+    return [name for name in record.get("files", {}) if _crc32(folder / name) != sums.get(name)]
 
 
 def check_whole(checkpoint: str | Path) -> None:
@@ -115,10 +115,9 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
         record = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
         return {}
-    is_ours = isinstance(record, dict) and all(
-        isinstance(record.get(key, {}), dict) for key in _MAPPINGS
-    )
-    return record if is_ours else {}
+    if not isinstance(record, dict):
+        return {}
+    return record if all(isinstance(record.get(key, {}), dict) for key in _MAPPINGS) else {}
 
 
 def _crc32(path: Path) -> int:
@@ -142,10 +141,8 @@ def step_of(checkpoint: str | Path) -> int:
 def checkpoint_folders(run_dir: str | Path) -> list[Path]:
     """All folders named ``checkpoint-N``, oldest step first; ``checkpoint-of-mine`` belongs to the
     user."""
-    entries = Path(run_dir).iterdir() if Path(run_dir).is_dir() else []
-    return sorted(
-        (path for path in entries if _FINAL.fullmatch(path.name) and path.is_dir()), key=step_of
-    )
+    folders = [path for path in Path(run_dir).glob("checkpoint-*") if path.is_dir()]
+    return sorted((path for path in folders if _FINAL.fullmatch(path.name)), key=step_of)
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -173,13 +170,10 @@ def rotate(run_dir: str | Path, limit: int | None, keep: str | Path | None = Non
     if limit is None or limit <= 0:
         return
     checkpoints = list_checkpoints(run_dir)
-    protected = {
-        path
-        for path in checkpoints
-        if path == checkpoints[-1] or (keep and path.name == Path(keep).name)
-    }
-    surplus = len(checkpoints) - max(limit, len(protected))
-    for path in [path for path in checkpoints if path not in protected][: max(surplus, 0)]:
+    kept = Path(keep).name if keep else None
+    surplus = [path for path in checkpoints[:-1] if path.name != kept]
+    protected = len(checkpoints) - len(surplus)
+    for path in surplus[: max(0, len(checkpoints) - max(limit, protected))]:
         remove(path)
 
 
@@ -202,10 +196,9 @@ def delete(folder: Path) -> None:
 
 def clean_leftovers(run_dir: str | Path) -> None:
     """Remove what a killed process left half-written or half-deleted."""
-    run_dir = Path(run_dir)
-    if run_dir.is_dir():
-        for path in run_dir.iterdir():
-            if path.is_dir() and path.name.startswith((_STAGING_PREFIX, _DELETING_PREFIX)):
+    for prefix in (_STAGING_PREFIX, _DELETING_PREFIX):
+        for path in Path(run_dir).glob(f"{prefix}*"):
+            if path.is_dir():
                 delete(path)
 
 
@@ -242,11 +235,10 @@ def go_on_with_choices(checkpoint: str | None, arguments: Any) -> None:
     """
     from accelerate.utils import broadcast_object_list
 
-    by_rank = [{} if checkpoint is None else choices_of(checkpoint)]
+    choices = {} if checkpoint is None else choices_of(checkpoint)
     if arguments.world_size > 1:
-        by_rank = [{**autotune.choices(), **by_rank[0]}]
-        broadcast_object_list(by_rank)
-    autotune.adopt(by_rank[0])
+        (choices,) = broadcast_object_list([{**autotune.choices(), **choices}])
+    autotune.adopt(choices)
 
 
 class CheckpointMixin(_Base):
@@ -271,10 +263,7 @@ class CheckpointMixin(_Base):
         loaded = {id(tensor) for name, tensor in tensors.items() if name not in set(missing)}
         absent = [name for name in missing if id(tensors.get(name)) not in loaded]
         if self.args.save_only_trained:
-            trained = {
-                name for name, parameter in self.model.named_parameters() if parameter.requires_grad
-            }
-            absent = [name for name in absent if name in trained]
+            absent = [name for name in absent if name in self._trained()]
         for problem, names in (("lacks", absent), ("has too many", load_result.unexpected_keys)):
             if names:
                 raise ValueError(
@@ -293,20 +282,20 @@ class CheckpointMixin(_Base):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.save_only_trained:
             whole = self.model.state_dict() if state_dict is None else state_dict
-            trained = {
-                name for name, parameter in self.model.named_parameters() if parameter.requires_grad
-            }
+            trained = self._trained()
             state_dict = {name: value for name, value in whole.items() if name in trained}
         super()._save(output_dir, state_dict)
+
+    def _trained(self) -> set[str]:
+        return {name for name, value in self.model.named_parameters() if value.requires_grad}
 
     def _get_output_dir(self, trial: Any) -> str:
         # While a checkpoint is being assembled, the Trainer writes into the staging folder.
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        from transformers.trainer import (
-            TRAINER_STATE_NAME,
-        )  # here, since only a run should wait for its import
+        # here, since only a run should wait for its import
+        from transformers.trainer import TRAINER_STATE_NAME
 
         run_dir = Path(super()._get_output_dir(trial))
         staging = staging_root(run_dir)
@@ -317,11 +306,8 @@ class CheckpointMixin(_Base):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # each library raises its own for a full disk
+        # each library raises its own for a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(
                 f"checkpoint {staged.name} could not be written to {run_dir}: {error}"
             ) from error

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpoe.config.checks import refusing
 from mpoe.config.mixture import OBSOLETE
 from mpoe.data.mappings import flatten, read_mapping
 from mpoe.models.weight_files import check_weight_files, write_text
@@ -134,7 +136,7 @@ def prepare_output_dir(
         PermissionError: `output_dir`, or its parent folder, cannot be written.
     """
     folder = Path(output_dir)
-    config = _jsonable(dict(run_config or {}))
+    config = _jsonable(run_config or {})
     check_output_dir(output_dir, overwrite, resume, config)
     with hold(folder):
         check_output_dir(folder, overwrite, resume, config)  # another may have claimed it meanwhile
@@ -214,9 +216,7 @@ def check_folder(name: str, folder: str | Path) -> Path:
     Raises: NotADirectoryError: a file is in its way, or a broken or circular symbolic link.
         PermissionError: this process may not write or create it.
     """
-    if not str(folder) or any(
-        letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in str(folder)
-    ):
+    if re.search("^$|[\0\ud800-\udfff]", str(folder)):
         raise NotADirectoryError(
             f"{name} must be a folder; got {str(folder)!r}, which is no name in UTF-8"
         )
@@ -230,9 +230,8 @@ def check_folder(name: str, folder: str | Path) -> Path:
     there = next(p for p in upward if p.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{name} must be a folder; {there} is a file")
-    if not os.access(
-        there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
-    ):
+    effective = os.access in os.supports_effective_ids
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=effective):
         raise PermissionError(f"{name} must be a folder that can be written; {there} cannot be")
     if there != path:
         try:
@@ -246,11 +245,8 @@ def check_folder(name: str, folder: str | Path) -> Path:
 
 def _contents(folder: Path) -> str | None:
     """What is in ``folder`` that a run must not mix with; None if there is nothing of the kind."""
-    if not folder.is_dir():
-        return None
-    if any((folder / name).exists() for name in (RUN_FILE, METRICS_FILE)) or checkpoint_folders(
-        folder
-    ):
+    of_run = ((folder / name).exists() for name in (RUN_FILE, METRICS_FILE))
+    if any(of_run) or checkpoint_folders(folder):
         return "another run; continue it with --resume, delete it with --overwrite,"
     # What `save_pretrained` and other commands write; a run in the same folder would be mixed with
     # it.
@@ -266,8 +262,8 @@ def differing_keys(
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (saved value, current value) of all relevant differences; absent values are
     None."""
-    old = dict(flatten(_jsonable(dict(saved))))
-    new = dict(flatten(_jsonable(dict(current))))
+    old = dict(flatten(_jsonable(saved)))
+    new = dict(flatten(_jsonable(current)))
     keys = [key for key in dict.fromkeys([*old, *new]) if not is_neutral(key, neutral_keys)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
@@ -279,10 +275,9 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
         ValueError: ``run.json`` cannot be read.
     """
     file = Path(folder) / RUN_FILE
-    try:
+    unfit = (OSError, ValueError, LookupError, TypeError)
+    with refusing(f"{file} does not describe a run: ", unfit):
         return dict(json.loads(file.read_text())["config"]) if file.is_file() else None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{file} does not describe a run: {error}") from None
 
 
 def checkpoint_to_resume(
@@ -305,9 +300,8 @@ def checkpoint_to_resume(
         raise ValueError(f"nothing to resume: no complete checkpoint in {run_dir}")
     if requested is not True:
         check_whole(folder)
-    if not any(
-        any(folder.glob(name)) for name in ("*optimizer*", "global_step*")
-    ):  # the latter is DeepSpeed's
+    # the latter is DeepSpeed's
+    if not any(any(folder.glob(name)) for name in ("*optimizer*", "global_step*")):
         raise ValueError(
             f"checkpoint {folder} holds no optimizer's state (--save_only_model): a run cannot go "
             "on"
@@ -324,10 +318,9 @@ def _check_same_model(checkpoint: Path, config: Any) -> None:
     file = checkpoint / "config.json"
     if not file.is_file():
         return  # a module that is no Hugging Face model saves none
-    both = (read_mapping(file, "configuration"), json.loads(config.to_json_string(use_diff=False)))
     theirs, ours = (
-        {"model_type": configuration.get("model_type"), "mpoe": configuration.get("mpoe") or {}}
-        for configuration in both
+        {"model_type": values.get("model_type"), "mpoe": values.get("mpoe") or {}}
+        for values in (read_mapping(file, "configuration"), config.to_dict())
     )
     differing = differing_keys(theirs, ours, OBSOLETE | {"rate_ratios", "backend"}).items()
     if differing:
@@ -337,10 +330,10 @@ def _check_same_model(checkpoint: Path, config: Any) -> None:
         )
 
 
-def _jsonable(config: dict[str, Any]) -> dict[str, Any]:
+def _jsonable(config: Mapping[str, Any]) -> dict[str, Any]:
     # Through JSON and back, so that values compare equal to those from a file on resume (tuples
     # become lists).
-    return json.loads(json.dumps(config, default=str))
+    return json.loads(json.dumps(dict(config), default=str))
 
 
 def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool:
@@ -377,11 +370,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Half-written lines are skipped. If a resumed run repeated records (those after the step at which
     it resumed), only the later ones are kept.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / METRICS_FILE
+    file = Path(path) / METRICS_FILE if Path(path).is_dir() else Path(path)
     records: list[dict] = []
-    for line in path.read_text().splitlines():
+    for line in file.read_text().splitlines():
         try:
             record = json.loads(line)
         except ValueError:

@@ -41,12 +41,13 @@ def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[di
         ValueError: nothing in the model requires a gradient.
     """
     cores = _core_rates(model, args)
-    modules = list(model.modules())
-    dense_experts = {
-        id(p) for module in modules if isinstance(module, DenseExperts) for p in module.parameters()
-    }
-    norms = [module for module in modules if "norm" in type(module).__name__.lower()]
-    undecayed = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    dense_experts: set[int] = set()
+    undecayed: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, DenseExperts):
+            dense_experts |= set(map(id, module.parameters()))
+        if "norm" in type(module).__name__.lower():
+            undecayed |= set(map(id, module.parameters(recurse=False)))
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -83,9 +84,9 @@ def keep_state(previous: torch.optim.Optimizer, optimizer: torch.optim.Optimizer
     """
     before = getattr(previous, "optimizer", previous)  # Accelerate's wrapper has it
     if type(before) is not type(optimizer):
-        names = type(optimizer).__name__, type(before).__name__
         raise ValueError(
-            f"previous_optimizer must be of the kind that trains now, {names[0]}; got {names[1]}"
+            "previous_optimizer must be of the kind that trains now, "
+            f"{type(optimizer).__name__}; got {type(before).__name__}"
         )
     kept = [p for group in optimizer.param_groups for p in group["params"] if p in before.state]
     if not kept:
@@ -102,33 +103,24 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
     central_scale, auxiliary_scale = args.lr_scales
     rates: dict[int, tuple[str, float]] = {}
     for name, cores in mpo_modules(model):
-        for index, (parameter, ratio) in enumerate(
-            zip(cores.chain(), _ratios(name, cores), strict=True)
-        ):
-            kind, scale = (
-                ("central", central_scale)
-                if index == cores.shape.central
-                else ("auxiliary", auxiliary_scale)
-            )
-            rates[id(parameter)] = (
-                kind,
-                args.core_lr * (ratio if args.scale_core_lr else 1.0) * scale,
-            )
+        for parameter, ratio in zip(cores.chain(), _ratios(name, cores), strict=True):
+            rate = args.core_lr * (ratio if args.scale_core_lr else 1.0)
+            if parameter is cores.central:
+                rates[id(parameter)] = ("central", rate * central_scale)
+            else:
+                rates[id(parameter)] = ("auxiliary", rate * auxiliary_scale)
     for layer in kept_modules(model).values():
         # Blocks start as identities, regardless of the scale of the weights around them. Neurons
         # have the scale of a dense network's and took its rate in our trials; a scale is then only
         # what was asked for.
         own_scale = auxiliary_scale
-        shared_scale = args.central_lr_scale
+        shared_scale = 1.0 if args.central_lr_scale is None else args.central_lr_scale
         if layer.shape == NEURONS:
             own_scale = 1.0 if args.auxiliary_lr_scale is None else args.auxiliary_lr_scale
         for parameter in layer.experts.own_cores:
             rates[id(parameter)] = ("auxiliary", args.core_lr * own_scale)
         for parameter in layer.shared_parameters().values():
-            rates[id(parameter)] = (
-                "central",
-                args.core_lr * (1.0 if shared_scale is None else shared_scale),
-            )
+            rates[id(parameter)] = ("central", args.core_lr * shared_scale)
     return rates
 
 

@@ -18,10 +18,9 @@ from mpoe.models.table import TYPE_PREFIX
 from mpoe.training.callbacks import DivergenceError
 
 SCRATCH = "scratch"  # `MPOETrainingArguments.regime`
-_DENSE, _SWITCH = (
-    "dense",
-    "switch",
-)  # kinds of feed-forward layers; every other kind is a shape's name
+# kinds of feed-forward layers; every other kind is a shape's name
+_DENSE = "dense"
+_SWITCH = "switch"
 
 
 class Tried(NamedTuple):
@@ -96,18 +95,14 @@ def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> tup
     """
     family = model_type.removeprefix(TYPE_PREFIX)
     known = is_known(model_type, regime, kind)
-    if kind == EXPERT:
-        nearest = EXPERT
-    elif regime == SCRATCH:
-        nearest = SCRATCH
-    else:
-        nearest = _SAME.get(family, family) if known else _ELSE
+    nearest = _SAME.get(family, family) if known else _ELSE
+    if kind == EXPERT or regime == SCRATCH:
+        nearest = EXPERT if kind == EXPERT else SCRATCH
     tried = TRIED[nearest]
     rate = tried.other.get(kind, tried.rate) * min(1.0, tried.width / width)
     about = f"{family} from scratch" if regime == SCRATCH else f"a pretrained {family}"
     words = {_DENSE: "dense layers", _SWITCH: "dense experts", EXPERT: "one expert beside it"}
-    layers = words.get(kind, f"{kind} experts")
-    why = f"{about}, {layers}, width {width}"
+    why = f"{about}, {words.get(kind, f'{kind} experts')}, width {width}"
     if not known:
         why += f"; none is known of {family}, so that of {_EXPERTS_OF if kind == EXPERT else _ELSE}"
     return float(f"{rate:.2g}"), why
@@ -132,10 +127,13 @@ HELD_OUT = 128
 _FACTOR, _MOST = 3.0, 5  # between neighbouring rates; rates that are tried at most
 # arguments of a trial: nothing is logged, saved or reported, and the rate falls to 0 over its steps
 _TRIAL: dict = {
-    **{f"{kind}_strategy": "no" for kind in ("logging", "eval", "save")},
-    **dict.fromkeys(
-        ("load_best_model_at_end", "push_to_hub", "predict_with_generate", "eval_on_start"), False
-    ),
+    "logging_strategy": "no",
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "push_to_hub": False,
+    "predict_with_generate": False,
+    "eval_on_start": False,
     "log_base_loss": False,
     "lr_scheduler_type": "linear",
     "lr_scheduler_kwargs": None,
@@ -182,16 +180,14 @@ def find_rate(
     def tried(rate: float) -> float:
         trial_args = copy.copy(args)
         with tempfile.TemporaryDirectory() as folder:
-            for name, value in {
-                **_TRIAL,
-                "output_dir": folder,
-                "learning_rate": rate,
-                "max_steps": steps,
-            }.items():
-                setattr(trial_args, name, value)
-            model = copy.deepcopy(trainer.model)
-            how = {"data_collator": trainer.data_collator}
-            trial = type(trainer)(model=model, args=trial_args, train_dataset=rest, **how)
+            changes = {"output_dir": folder, "learning_rate": rate, "max_steps": steps}
+            vars(trial_args).update(_TRIAL | changes)
+            trial = type(trainer)(
+                model=copy.deepcopy(trainer.model),
+                args=trial_args,
+                train_dataset=rest,
+                data_collator=trainer.data_collator,
+            )
             trial.remove_callback(PrinterCallback)
             try:
                 trial.train()
@@ -199,7 +195,7 @@ def find_rate(
             except DivergenceError:
                 return math.inf
             finally:  # a trainer, its optimizer and its scheduler refer to each other
-                del trial, model
+                del trial
                 gc.collect()
         return loss if math.isfinite(loss) else math.inf
 
@@ -210,9 +206,8 @@ def find_rate(
 
 def _search(tried: Callable[[float], float], start: float) -> dict[float, float]:
     """Rate -> loss: three rates, and further ones while the best is at an end."""
-    losses = {
-        rate: tried(rate) for rate in (_rounded(start / _FACTOR), start, _rounded(start * _FACTOR))
-    }
+    first = (_rounded(start / _FACTOR), start, _rounded(start * _FACTOR))
+    losses = {rate: tried(rate) for rate in first}
     while len(losses) < _MOST:
         best = min(losses, key=lambda rate: (losses[rate], rate))
         if best not in (min(losses), max(losses)):

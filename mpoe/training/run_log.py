@@ -31,10 +31,8 @@ class RunLog:
         if auxiliary is not None:
             values["aux_loss"] = auxiliary.detach()
         for name, value in values.items():
-            self._sums[name] = (
-                self._sums.get(name, torch.zeros_like(value).float())
-                + value.float() / micro_batches
-            )
+            share = value.float() / micro_batches
+            self._sums[name] = self._sums[name] + share if name in self._sums else share
         if load is not None:
             load = load.detach().long()
             self._load = load if self._load is None else self._load + load
@@ -46,17 +44,14 @@ class RunLog:
         With ``reduce``, over all processes, which must all call it.
         """
         steps = max(float(self._sums.pop("steps", 1.0)), 1e-9)
-        sums = self._sums
-        self._sums = {}
         means = {}
-        for name in sorted(sums):
-            means[name] = (
-                float(sums[name] if reduce is None else reduce(sums[name], "mean")) / steps
-            )
+        for name, total in sorted(self._sums.items()):
+            means[name] = float(total if reduce is None else reduce(total, "mean")) / steps
         counts = self._load
-        self._load = None
         if counts is not None and reduce is not None:
             counts = reduce(counts, "sum")
+        self._sums = {}
+        self._load = None
         return means, counts
 
 
@@ -84,15 +79,11 @@ def load_summary(counts: Tensor) -> dict[str, float]:
         return {}
     share = share / share.sum(1, keepdim=True)
     experts = share.shape[1]
-    entropy = (
-        -torch.xlogy(share, share).sum(1) / math.log(experts)
-        if experts > 1
-        else torch.ones(len(share))
-    )
+    entropy = -float(torch.xlogy(share, share).sum(1).mean())
     return {
         "expert_min_share": float(share.min()),
         "expert_max_share": float(share.max()),
-        "expert_entropy": float(entropy.mean()),
+        "expert_entropy": entropy / math.log(experts) if experts > 1 else 1.0,
     }
 
 

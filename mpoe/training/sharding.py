@@ -29,9 +29,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mpoe.config.checks import check_integer
+from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
+from mpoe.models.walk import modules_of
 from mpoe.training import checkpoints
 
 
@@ -69,26 +70,24 @@ def shard_model(
         raise RuntimeError(
             "shard_model needs a process group: start with torchrun, call init_process_group first"
         )
-    module: Any = model
     group = None if mesh is None else mesh.get_group()
     with torch.no_grad():
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
             dist.broadcast(tensor.detach(), group=group, group_src=0)
     options: dict = {} if mesh is None else {"mesh": mesh}
     if dtype is not None:
-        for router in [part for part in module.modules() if isinstance(part, TopKRouter)]:
+        for router in modules_of(model, TopKRouter).values():
             fully_shard(router, **options)
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    names = set(
-        module._no_split_modules
-    )  # the transformer blocks, which Transformers itself never splits
-    lists = [holder for holder in module.modules() if isinstance(holder, nn.ModuleList)]
-    for block in [block for holder in lists for block in holder if type(block).__name__ in names]:
-        fully_shard(block, **options)
-    return fully_shard(module, **options)
+    names = model._no_split_modules or ()  # the transformer blocks, which Transformers never splits
+    for holder in modules_of(model, nn.ModuleList).values():
+        for block in holder:
+            if type(block).__name__ in names:
+                fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
-def check_sharded(model: object) -> None:
+def check_sharded(model: Any) -> None:
     """Raise TypeError unless `shard_model` has sharded ``model``."""
     if not isinstance(model, FSDPModule):
         raise TypeError(f"model must be sharded by shard_model; got a plain {type(model).__name__}")
@@ -105,13 +104,11 @@ def save_sharded(model: Any, folder: str | Path) -> None:
         TypeError: a model that `shard_model` has not sharded.
     """
     check_sharded(model)
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True
-    )  # the other ranks get an empty state dict
-    module: Any = model
-    state = get_model_state_dict(module, options=options)
+    # the other ranks get an empty state dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
-        module.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=state)
     dist.barrier()
 
 
@@ -153,18 +150,16 @@ def save_sharded_checkpoint(
     if first:
         checkpoints.clean_leftovers(folder)
     save_sharded(model, staged)
-    groups = [
-        {**group, "params": names}
-        for group, names in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
-    ]
+    names = _names(model, optimizer)
+    pairs = zip(optimizer.param_groups, names, strict=True)
+    groups = [{**group, "params": group_names} for group, group_names in pairs]
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict] = {}  # what an optimizer keeps that is no tensor
     for name, parameter in _named(model, optimizer).items():
         # A parameter that has not been trained yet, such as a masked central core, has no state.
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            whole = (
-                value.full_tensor() if isinstance(value, DTensor) else value
-            )  # all ranks take part
+            # all ranks take part
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
             if not isinstance(whole, Tensor):
                 numbers.setdefault(name, {})[key] = whole
             elif first:
@@ -197,10 +192,7 @@ def load_sharded_optimizer(
         ValueError: a checkpoint that is damaged, incomplete or without optimizer state, or
             parameters that differ.
     """
-    if not isinstance(checkpoint, (str, os.PathLike)):
-        raise TypeError(
-            f"checkpoint must be the folder of one; got {type(checkpoint).__name__} {checkpoint!r}"
-        )
+    check_type("checkpoint", checkpoint, (str, os.PathLike), "the folder of one")
     folder = Path(checkpoint)
     step = checkpoints.step_of(folder)
     if not (folder / OPTIMIZER).is_file():
@@ -222,17 +214,19 @@ def load_sharded_optimizer(
     state: dict[int, dict] = {}
     for number, (name, parameter) in enumerate(_named(model, optimizer).items()):
         for key, value in states.get(name, {}).items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                got = list(value.shape)
+            is_like = isinstance(value, Tensor) and value.dim() > 0  # not a count of steps
+            if is_like and value.shape != parameter.shape:
                 raise ValueError(
-                    f"{name}:{key} in {folder} must have the shape of its parameter; got {got}"
+                    f"{name}:{key} in {folder} must have the shape of its parameter; got "
+                    f"{list(value.shape)}"
                 )
-            if (
-                isinstance(value, Tensor) and value.dim() and isinstance(parameter, DTensor)
-            ):  # not a count of steps
-                here = value.to(parameter.device)
-                mesh = parameter.device_mesh
-                value = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
+            if is_like and isinstance(parameter, DTensor):
+                value = distribute_tensor(
+                    value.to(parameter.device),
+                    parameter.device_mesh,
+                    parameter.placements,
+                    src_data_rank=None,
+                )
             state.setdefault(number, {})[key] = value
     numbered = optimizer.state_dict()["param_groups"]
     for now, then in zip(numbered, groups, strict=True):

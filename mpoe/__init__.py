@@ -5,8 +5,6 @@ operators.
 and transformers are imported by the first name that needs them.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

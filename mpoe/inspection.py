@@ -1,8 +1,6 @@
 """Looking into an MPOE model: routes of its tokens, spectra of its bonds; and what each expert of a
 composed mixture is worth on texts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

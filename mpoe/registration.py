@@ -10,8 +10,6 @@ configuration that was read from a file. A function of PEFT is therefore wrapped
 imported: LoRA on `MPOCores` then works without further steps.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

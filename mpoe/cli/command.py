@@ -7,8 +7,6 @@ Flags override the file, unknown names are refused. Options are spelled ``--like
 ``5e-5`` means the same in both places.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -283,7 +281,7 @@ def _stands_alone(token: str, known: Mapping[str, argparse.Action]) -> bool:
 
 def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
     values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init}
-    for name, least in getattr(kind, "LEAST", {}).items():
+    for name, least in getattr(kind, "LEAST", ()):
         if values[name] is not None and values[name] < least:
             raise CommandError(f"{name} must be at least {least}; got {values[name]}")
     try:

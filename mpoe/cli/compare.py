@@ -3,8 +3,6 @@
 It shows parameters, the settings that differ, scores, curves and time. Unfinished runs are shown as
 far as they got."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import statistics

@@ -8,14 +8,12 @@ adapter, fitted as `--neurons` on its text, or on what the adapted model itself 
 one dense network. Of fine-tunes (saved models, adapters) in place of experts, every network becomes
 a dense expert; these need `--texts`."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -84,7 +82,7 @@ class ComposeOptions:
     )
     overwrite: bool = option(False, "replace a model in output_dir")
 
-    LEAST: ClassVar[dict[str, int]] = {"top_k": 1, "max_texts": 2, "max_length": 2, "steps": 1}
+    LEAST = (("top_k", 1), ("max_texts", 2), ("max_length", 2), ("steps", 1))
 
 
 def recipe_words(file: str) -> list[str]:
@@ -97,7 +95,6 @@ def recipe_words(file: str) -> list[str]:
     """
     recipe = read_mapping(file, "recipe")
     kinds = get_type_hints(ComposeOptions)
-    kinds.pop("LEAST")  # no option
     known = ["base", "experts", *kinds]
     lists = ("experts", "texts", "remove", "background")
     for key, value in recipe.items():

@@ -3,8 +3,6 @@ parameters.
 
 With `--original_checkpoint` the weights come from a run of the original implementation instead."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -4,14 +4,12 @@ model forgets, and all three in one model.
 Model and texts come with the installation. `--compare` instead compares a dense model, a wider one,
 Switch and MPO experts that are trained alike: gain and size."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, mode
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from markupsafe import Markup
@@ -68,7 +66,7 @@ class DemoOptions:
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")
 
-    LEAST: ClassVar[dict[str, int]] = {"steps": 1}
+    LEAST = (("steps", 1),)
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)

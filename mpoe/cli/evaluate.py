@@ -3,12 +3,10 @@
 For a run, settings without an option are as in training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -183,7 +181,7 @@ class EvaluateOptions:
     )
     output_file: str | None = option(None, "also write the scores here, as JSON")
 
-    LEAST: ClassVar[dict[str, int]] = {"batch_size": 1}
+    LEAST = (("batch_size", 1),)
 
 
 @as_command(EvaluateOptions, DataOptions, words=(0, 1))

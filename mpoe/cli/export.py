@@ -6,8 +6,6 @@ The exported model is opened again with the stock class, and its logits are comp
 `mpoe export NAME.expert USER/REPO --to hub` uploads an expert's file, or those in a folder, with a
 card that says what it keeps and changes; with `--local`, OUT is a folder to upload later."""
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from pathlib import Path

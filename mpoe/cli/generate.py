@@ -1,11 +1,8 @@
 """`mpoe generate MODEL_DIR`: text from a saved model (or t5 / gpt2, the stand-ins), one line per
 prompt."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.config.checks import check_number, check_seed
@@ -24,7 +21,7 @@ class GenerateOptions:
     temperature: float = option(1.0, "of sampling")
     seed: int = option(0, "of sampling")
 
-    LEAST: ClassVar[dict[str, int]] = {"max_new_tokens": 1, "num_beams": 1}
+    LEAST = (("max_new_tokens", 1), ("num_beams", 1))
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, 0, open_low=True)

@@ -4,8 +4,6 @@ devices and cores.
 Of experts' files, and of folders of composed mixtures, it says instead what each expert was trained
 beside and on, and of mixtures how they are routed: experts per token, *none* and its background."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

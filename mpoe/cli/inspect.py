@@ -7,12 +7,10 @@ texts: the loss without it, and the distance to the best single expert of every 
 MODEL is the folder of a converted model or of a training run, whose own report.html has its
 curves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -94,7 +92,7 @@ class InspectOptions:
         None, "at most so many of them, or of each file of --texts; default: by size, of the model"
     )
 
-    LEAST: ClassVar[dict[str, int]] = {"num_items": 1}
+    LEAST = (("num_items", 1),)
 
     def __post_init__(self) -> None:
         if any(not text.strip() for text in self.text):

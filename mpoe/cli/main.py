@@ -1,8 +1,6 @@
 """The command ``mpoe``. Every command is a module of this package and imports what it needs
 itself."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

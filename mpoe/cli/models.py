@@ -1,8 +1,6 @@
 """Models by the name that the user typed (a stand-in, a folder or a hub name), and what commands
 write: atomic files, whole models, and folders that are checked before any work."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Options that several commands have, or that describe a model, as dataclasses, and the objects
 built from them."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

@@ -1,8 +1,6 @@
 """Where commands write: files and folders that are checked before any work, and models as a
 whole."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterable, Iterator

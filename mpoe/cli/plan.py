@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ class PlanOptions:
     inference: bool = option(False, "forward only, without the training's backward pass")
     json: str | None = option(None, "also write everything, matrix by matrix, to this file")
 
-    LEAST: ClassVar[dict[str, int]] = {"tokens": 0}
+    LEAST = (("tokens", 0),)
 
     @property
     def passes(self) -> int:

@@ -1,8 +1,6 @@
 """What an expert changes beside its base: the background kept beside experts, and the tables of
 `mpoe train --expert` and `mpoe compose`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ needs to run.
 `mpoe COMMAND --help all` asks the command itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

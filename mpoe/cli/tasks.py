@@ -1,13 +1,10 @@
 """The tasks of a command: the user's own folders and files, or tasks by name."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from mpoe.cli.command import CommandError, close_matches, option
 from mpoe.cli.options import read_json_option
@@ -81,7 +78,7 @@ class DataOptions:
     n_val: int | None = option(None, "the same for validation")
     n_test: int | None = option(None, "the same for test")
 
-    LEAST: ClassVar[dict[str, int]] = dict.fromkeys(LENGTHS, 2)
+    LEAST = (("max_source_length", 2), ("max_target_length", 2))
 
     def __post_init__(self) -> None:
         # lists may also be comma-separated, as in the original's configurations

@@ -1,8 +1,6 @@
 """`mpoe train [CONFIG.json|yaml] --flag value ...`: convert, train, evaluate, save. Flags override
 the file."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """Checks whose errors name the field, what was expected and what was given."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """A file of the user's as batches for a decoder, read as training reads it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path

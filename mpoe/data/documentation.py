@@ -8,8 +8,6 @@ that moves within its package (``pathlib`` -> ``pathlib._local``) takes nothing 
 split into the test split.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import hashlib
@@ -28,35 +26,32 @@ from mpoe.data.task import SPLITS
 
 # Third-party packages, test code, graphical demos and packages that only some Python versions (or
 # distributions) have.
-SKIPPED_PARTS = frozenset(
-    (
-        "site-packages",
-        "dist-packages",
-        "lib-dynload",
-        "__pycache__",
-        "pydoc_data",
-        "ensurepip",
-        "_pyinstaller",
-    )
-    + (
-        "test",
-        "tests",
-        "testing_tools",
-        "conftest.py",
-        "idlelib",
-        "turtledemo",
-        "lib2to3",
-        "distutils",
-    )
-    + (
-        "__phello__",
-        "__hello__.py",
-        "this.py",
-        "antigravity.py",
-        "sitecustomize.py",
-        "usercustomize.py",
-    )
-)
+SKIPPED_PARTS = {
+    "site-packages",
+    "dist-packages",
+    "lib-dynload",
+    "__pycache__",
+    "pydoc_data",
+    "ensurepip",
+    "_pyinstaller",
+    "test",
+    "tests",
+    "testing_tools",
+    "conftest.py",
+    "idlelib",
+    "turtledemo",
+    "lib2to3",
+    "distutils",
+    "__phello__",
+    "__hello__.py",
+    "this.py",
+    "antigravity.py",
+    "sitecustomize.py",
+    "usercustomize.py",
+}
+
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class DocRecord(NamedTuple):
@@ -105,10 +100,8 @@ def _corpus() -> tuple[DocRecord, ...]:
 
 def unit_hash(text: str) -> float:
     """A number in [0, 1) that depends on ``text`` alone, on every machine and Python version."""
-    return (
-        int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
-        / 2.0**64
-    )
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2.0**64
 
 
 def split_of(package: str, path: str) -> str:
@@ -145,11 +138,8 @@ def dotted_name(prefix: str, parts: tuple[str, ...]) -> str:
     names = [prefix] if prefix else []
     names += [part.removesuffix(".py") for part in parts if part != "__init__.py"]
     public = [name.strip("_").removesuffix("_impl") or name for name in names]
-    if public and public[0] in {
-        "pydecimal",
-        "pyio",
-        "pydatetime",
-    }:  # pure-Python twins of C modules
+    # pure-Python twins of C modules
+    if public and public[0] in ("pydecimal", "pyio", "pydatetime"):
         public[0] = public[0].removeprefix("py")
     return ".".join(public)
 
@@ -157,16 +147,14 @@ def dotted_name(prefix: str, parts: tuple[str, ...]) -> str:
 def read_module(node: ast.AST, module: str, path: str = "") -> Iterator[DocRecord]:
     """Records of a parsed module or of the definition ``path`` in it, of what is defined inside (in
     modules and classes, also under if/try), and of numpy's ``add_newdoc`` calls."""
-    if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    if isinstance(node, ast.Module | ast.ClassDef | _Function):
         text = ast.get_docstring(node)
         if text:
             yield _record(module, path, text)
-    for child in (
-        []
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        else ast.iter_child_nodes(node)
-    ):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    if isinstance(node, _Function):
+        return
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | _Function):
             yield from read_module(child, module, f"{path}.{child.name}" if path else child.name)
         elif isinstance(child, ast.If | ast.Try | ast.ExceptHandler):
             yield from read_module(child, module, path)

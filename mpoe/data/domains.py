@@ -1,8 +1,6 @@
 """Texts of three domains for the demo: licences of the installed packages, torch's C++ headers, and
 the names of Unicode's characters."""
 
-from __future__ import annotations
-
 import re
 import sysconfig
 import unicodedata
@@ -21,11 +19,9 @@ PACKAGES = ("torch", "numpy", "transformers", "safetensors", "tokenizers", "hugg
 _LICENCE = re.compile(r"(?i)(licen[cs]e|copying|notice)[^/]*(|\.txt|\.md)$")
 
 
-_LONGEST, _CHARACTERS, _RUN = (
-    20_000,
-    0x3000,
-    8,
-)  # characters of a header; code points; names of one item
+_LONGEST = 20_000  # characters of a header
+_CHARACTERS = 0x3000  # code points
+_RUN = 8  # names of one item
 
 
 def _licences() -> Iterator[str]:
@@ -46,20 +42,16 @@ def _licences() -> Iterator[str]:
 
 def _code() -> Iterator[str]:
     """C++ headers of torch without the licences at their head."""
-    for file in sorted(
-        (Path(str(metadata.distribution("torch").locate_file("torch"))) / "include/c10").rglob(
-            "*.h"
-        )
-    ):
+    headers = Path(str(metadata.distribution("torch").locate_file("torch/include/c10")))
+    for file in sorted(headers.rglob("*.h")):
         text = file.read_text(encoding="utf-8", errors="ignore")
         yield text[text.find("#") :][:_LONGEST]
 
 
 def _names() -> Iterator[str]:
     """Runs of neighbouring characters' names, one a line."""
-    names = [
-        name for name in (unicodedata.name(chr(code), "") for code in range(_CHARACTERS)) if name
-    ]
+    every = (unicodedata.name(chr(code), "") for code in range(_CHARACTERS))
+    names = list(filter(None, every))
     for start in range(0, len(names), _RUN):
         yield "\n".join(names[start : start + _RUN])
 

@@ -5,8 +5,6 @@ masked. ``doc_lm``: language modelling. Training and held-out items never share 
 source text.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re
@@ -45,21 +43,19 @@ FAMILIES = {
 
 
 # Words that would reveal the family directly.
-TELLING = frozenset(
-    (
-        "numpy",
-        "np",
-        "tk",
-        "tkinter",
-        "tcl",
-        "asyncio",
-        "importlib",
-        "unittest",
-        "doctest",
-        "multiprocessing",
-        "logging",
-    )
-)
+TELLING = {
+    "numpy",
+    "np",
+    "tk",
+    "tkinter",
+    "tcl",
+    "asyncio",
+    "importlib",
+    "unittest",
+    "doctest",
+    "multiprocessing",
+    "logging",
+}
 
 
 def family_of(name: str) -> str | None:
@@ -96,7 +92,7 @@ def _modules() -> dict[str, list[Example]]:
     known: set[str] = set()
     examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for split, items in examples.items():
-        for example in itertools.chain.from_iterable(map(module_items, load_documentation(split))):
+        for example in itertools.chain(*map(module_items, load_documentation(split))):
             if example.source.lower() not in known:
                 known.add(example.source.lower())
                 items.append(example)

@@ -1,8 +1,6 @@
 """From texts to token ids: text-to-text pairs for T5, running text or responses for GPT-2, labels
 for BERT."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

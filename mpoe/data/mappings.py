@@ -1,7 +1,5 @@
 """Text files, JSON and YAML files that hold one mapping, and the names in nested mappings."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

@@ -7,8 +7,6 @@ input), since a model that always answers the same has learned nothing. All metr
 texts but BLEU compare lower-case words without punctuation.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections import Counter
@@ -48,13 +46,9 @@ class Metric:
                 "predictions and references are empty; a metric needs at least one item"
             )
         for name, values in (("predictions", predictions), ("references", references)):
-            odd = [
-                value
-                for value in values
-                if isinstance(value, float | np.floating) and not np.isfinite(value)
-            ]
-            if odd:
-                raise ValueError(f"{name} must be finite numbers; got {odd[0]}")
+            for value in values:
+                if isinstance(value, float | np.floating) and not np.isfinite(value):
+                    raise ValueError(f"{name} must be finite numbers; got {value}")
         return float(self.count(predictions, references))
 
 
@@ -136,11 +130,9 @@ def _rouge(kind: str, predictions: Sequence[str], references: Sequence[str]) -> 
     scorer = RougeScorer([kind], tokenizer=SimpleNamespace(tokenize=str.split))
 
     def score(p: list[str], e: list[str]) -> float:
-        return (
-            scorer.score(" ".join(e), " ".join(p))[kind].fmeasure
-            if p or e
-            else float(kind != "rouge2")
-        )
+        if not p and not e:
+            return float(kind != "rouge2")
+        return scorer.score(" ".join(e), " ".join(p))[kind].fmeasure
 
     return _mean(score, predictions, references)
 
@@ -166,17 +158,15 @@ def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Any:
 METRICS = {
     "accuracy": Metric("classification", _accuracy),
     "f1": Metric("classification", partial(_f1, classes=[1])),  # of the second class
-    "macro_f1": Metric(
-        "classification", lambda p, e: _f1(p, e, np.unique(e))
-    ),  # of the references' classes
+    # of the references' classes
+    "macro_f1": Metric("classification", lambda p, e: _f1(p, e, np.unique(e))),
     "matthews": Metric("classification", partial(_correlation, "matthews")),
     "pearson": Metric("regression", partial(_correlation, "pearsonr")),
     "spearman": Metric("regression", partial(_correlation, "spearmanr")),
     "token_f1": Metric("generation", partial(_mean, _shared)),
     "exact_match": Metric("generation", partial(_mean, lambda p, e: float(p == e))),
     "bleu": Metric("generation", _bleu, "sacrebleu"),
-    **{
-        name: Metric("generation", partial(_rouge, name.replace("_l", "L")), "rouge_score")
-        for name in ("rouge1", "rouge2", "rouge_l")
-    },
+    "rouge1": Metric("generation", partial(_rouge, "rouge1"), "rouge_score"),
+    "rouge2": Metric("generation", partial(_rouge, "rouge2"), "rouge_score"),
+    "rouge_l": Metric("generation", partial(_rouge, "rougeL"), "rouge_score"),
 }

@@ -1,8 +1,6 @@
 """A model's predictions for a task (texts, labels or the mean loss of running text) and their
 scores."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mpoe.config.checks import check_integer
@@ -36,9 +35,8 @@ def is_classifier(model: Any) -> bool:
 def _is_decoder(model: Any) -> bool:
     """Whether ``model`` continues what it reads; what is no Transformers model reads and writes
     apart."""
-    return not (
-        is_classifier(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", True)
-    )
+    config = getattr(model, "config", None)
+    return not is_classifier(model) and not getattr(config, "is_encoder_decoder", True)
 
 
 @torch.inference_mode()
@@ -119,11 +117,7 @@ def token_losses(model: Any, batches: Iterable[Batch]) -> Tensor:
         logits = model(**moved).logits
         logits = logits[:, :-1] if decodes else logits
         counted = labels != IGNORED_LABEL
-        losses.append(
-            torch.nn.functional.cross_entropy(
-                logits[counted].float(), labels[counted], reduction="none"
-            )
-        )
+        losses.append(F.cross_entropy(logits[counted].float(), labels[counted], reduction="none"))
     if not sum(map(len, losses)):
         raise ValueError("batches must hold tokens to predict; got none")
     return torch.cat(losses)
@@ -214,11 +208,9 @@ def frequency_perplexity(tokens: Iterable[int]) -> float:
     entropy."""
     counts = Counter(tokens)
     total = counts.total()
-    return (
-        math.exp(-sum(n / total * math.log(n / total) for n in counts.values()))
-        if total
-        else math.nan
-    )
+    if not total:
+        return math.nan
+    return math.exp(-sum(n / total * math.log(n / total) for n in counts.values()))
 
 
 def collapse(answers: Sequence[str], targets: Sequence[str]) -> str | None:

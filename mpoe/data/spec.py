@@ -107,11 +107,7 @@ class TaskSpec:
         self._settle("metrics", tuple(self.metrics) or DEFAULT_METRICS.get(self.kind, of_labels))
         self._settle("column_names", tuple(self.column_names))
         self._settle("hub", _hub(self.name, self.hub))
-        if (
-            not self.columns
-            or "{" in _COLUMN.sub("", self.template)
-            or "}" in _COLUMN.sub("", self.template)
-        ):
+        if not self.columns or re.search("[{}]", _COLUMN.sub("", self.template)):
             raise ValueError(
                 f"template of task {self.name} must name columns in braces, as in 'is it good? "
                 f"{{sentence}}'; got {self.template!r}"
@@ -122,10 +118,8 @@ class TaskSpec:
     def from_mapping(cls, name: str, values: Any) -> TaskSpec:
         """The task called ``name`` as it was read from a file; raises TypeError or ValueError for
         invalid fields."""
-        if isinstance(values, Mapping):
-            values = {
-                key: value for key, value in values.items() if key != "description"
-            }  # of earlier versions
+        if isinstance(values, Mapping):  # some of earlier versions have a description
+            values = {key: value for key, value in values.items() if key != "description"}
         check_fields(cls, values, f"task {name}")
         if values.get("name", name) != name:
             raise ValueError(
@@ -168,19 +162,16 @@ class TaskSpec:
             ValueError: a missing column, a value that is neither text nor number, a label without a
             word, or messages that are no conversation.
         """
-        is_section = isinstance(cells, Section)
+        ends = not isinstance(cells, Section)
         if self.renamed_columns:
-            cells = {
-                **{self.renamed_columns.get(c, c): value for c, value in cells.items()},
-                **cells,
-            }
+            cells = {self.renamed_columns.get(c, c): v for c, v in cells.items()} | dict(cells)
         if self.columns == (MESSAGES,):
             return _conversation(cells, where)
-        label = ""
         number = None
-        if self.kind != "language_modeling":
-            label = read_cell(cells, self.label_column, where, f"label_column of task {self.name}")
-        target = label
+        is_text = self.kind == "language_modeling"
+        asker = f"label_column of task {self.name}"
+        label = "" if is_text else read_cell(cells, self.label_column, where, asker)
+        target: Any = label
         if self.kind == "regression":
             if not is_number(label):
                 raise ValueError(f"{where}: expected a finite number; got {label!r}")
@@ -193,32 +184,27 @@ class TaskSpec:
                     f"{where}: label_words of task {self.name} must have a word for {label!r}, "
                     f"which is in column {self.label_column!r}; it has words for {known}"
                 )
-            word = self.label_words[label]
-            if word is None:
-                return None
-            target = word
+            target = self.label_words[label]
         asker = f"template of task {self.name}"
-        as_it_is = self.kind == "language_modeling"
         source = _COLUMN.sub(
-            lambda match: read_cell(cells, match[1], where, asker, as_it_is), self.template
+            lambda match: read_cell(cells, match[1], where, asker, is_text), self.template
         )
-        return Example(source, target, number, ends=not is_section) if source.strip() else None
+        if target is None or not source.strip():
+            return None
+        return Example(source, target, number, ends=ends)
 
     def _words(self) -> dict[str, str | None]:
-        where = f"a label in label_words of task {self.name}"
-        words = {cell_text(label, where): word for label, word in self.label_words.items()}
+        where = f"label_words of task {self.name}"
         wanted = "a text (YAML reads yes, no, on and off as true and false: put them in quotes)"
-        for label, word in words.items():
-            check_type(
-                f"the word of label {label} in label_words of task {self.name}",
-                word,
-                str | None,
-                wanted,
-            )
+        words = {}
+        for key, word in self.label_words.items():
+            label = cell_text(key, f"a label in {where}")
+            check_type(f"the word of label {label} in {where}", word, str | None, wanted)
+            words[label] = word
         if self.kind == "classification" and len(set(words.values()) - {None}) < 2:
             raise ValueError(
-                f"label_words of task {self.name} must give at least two different words, label -> "
-                f"word; got {words or 'none'}"
+                f"{where} must give at least two different words, label -> word; got "
+                f"{words or 'none'}"
             )
         return words
 
@@ -230,19 +216,16 @@ def _conversation(cells: Cells, where: str) -> Example:
     """The conversation in the column `MESSAGES`; its source is the text of all messages but the
     last."""
     cell = cells.get(MESSAGES)
-    messages = tuple(
-        (m.get("role"), m.get("content")) if isinstance(m, Mapping) else (None, None)
-        for m in cell or ()
-    )
+    said = [message for message in cell or () if isinstance(message, Mapping)]
+    messages: Any = tuple((message.get("role"), message.get("content")) for message in said)
     fits = all(isinstance(role, str) and isinstance(text, str) for role, text in messages)
-    if len(messages) < 2 or not fits or messages[-1][0] != "assistant":
+    if len(messages) < max(2, len(cell or ())) or not fits or messages[-1][0] != "assistant":
         raise ValueError(
             f'{where}: messages must be two or more of {{"role": ..., "content": ...}}, the last '
             f"of the assistant; got {cell!r}"
         )
-    texts: Any = messages  # of texts alone, as was checked
-    source = "\n".join(f"{role}: {text}" for role, text in texts[:-1])
-    return Example(source, texts[-1][1], messages=texts)
+    source = "\n".join(f"{role}: {text}" for role, text in messages[:-1])
+    return Example(source, messages[-1][1], messages=messages)
 
 
 def read_cell(cells: Cells, column: str, where: str, asker: str, as_it_is: bool = False) -> str:

@@ -4,8 +4,6 @@ They saw the training split of the documentation only; ``stand_ins/README.md`` t
 made. They are not a substitute for real pretrained weights.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

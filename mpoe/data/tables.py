@@ -6,8 +6,6 @@ change some: of a csv file with a cell too many they make the first column an in
 a line lacks become empty; texts of a json file that look like dates become dates.
 """
 
-from __future__ import annotations
-
 import csv
 import functools
 import gzip
@@ -19,17 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mpoe.config.checks import refusing
 from mpoe.data.spec import Cells, HubData, Section, TaskSpec
 from mpoe.data.task import SPLITS, Example, Task, hold_out, with_packages
 
 Table = Sequence[tuple[Cells, str]]  # rows, each with its place
 Tables = Mapping[str, Callable[[], Table]]  # split -> a function that reads it
 TEXT_COLUMN = "text"  # the only column of a text file
-TEXT_SUFFIXES = (
-    ".txt",
-    ".raw",
-    ".tokens",
-)  # the last two are WikiText's: wiki.train.raw, wiki.train.tokens
+# the last two are WikiText's: wiki.train.raw, wiki.train.tokens
+TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
 SECTION = 2000  # characters of a text file's rows, at least, unless the file is short
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", *TEXT_SUFFIXES)
 SPLIT_STEMS = {
@@ -63,14 +59,15 @@ def find_files(data_dir: str | Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in filter(file_format, there):
         stem = path.name.removesuffix(".gz").removesuffix(file_format(path)).removeprefix("wiki.")
-        split = SPLIT_STEMS.get(stem, "")
+        split = SPLIT_STEMS.get(stem)
+        if split is None:
+            continue
         if split in files:
             raise ValueError(
                 f"data_dir {folder} must hold one {split} file; got {files[split].name}, "
                 f"{path.name}"
             )
-        if split:
-            files[split] = path
+        files[split] = path
     if "train" not in files:
         names = ", ".join(path.name for path in there[:8]) or "nothing"
         raise ValueError(
@@ -129,48 +126,37 @@ def _sections(path: Path, text: str) -> Iterator[tuple[Cells, str]]:
     """Parts of a text that are the text again when they are joined; they end with a line, if
     possible a blank one."""
     least = min(SECTION, len(text) // 20)
-    number = 1
-    part = ""
+    parts = [""]
     for line in text.splitlines(keepends=True):
-        part += line
+        parts[-1] += line
         enough = least if line.isspace() else 2 * least
-        if len(part) >= enough and part.strip():
-            yield Section({TEXT_COLUMN: part}), f"{path}, section {number}"
-            number += 1
-            part = ""
-    if part.strip():
+        if len(parts[-1]) >= enough and parts[-1].strip():
+            parts.append("")
+    for number, part in enumerate(filter(str.strip, parts), start=1):
         yield Section({TEXT_COLUMN: part}), f"{path}, section {number}"
 
 
 def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[Cells, str]]:
     for number, line in enumerate(lines, start=1):
+        place = f"{path}, line {number}"
         if not line.strip():
             continue
-        try:
-            cells = json.loads(line.rstrip())
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # also a number too long, or brackets nested too deeply
-            reason = (
-                f"{error.msg} at column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else str(error)
-            )
-            raise ValueError(f"{path}, line {number}: malformed JSON: {reason}") from error
+        # also a number too long, or brackets nested too deeply
+        with refusing(f"{place}: malformed JSON: ", (ValueError, RecursionError)):
+            cells = json.loads(line)
         if not isinstance(cells, dict):
             raise ValueError(
-                f"{path}, line {number}: expected one JSON object per line; got a "
-                f"{type(cells).__name__}"
+                f"{place}: expected one JSON object per line; got a {type(cells).__name__}"
             )
-        yield cells, f"{path}, line {number}"
+        yield cells, place
 
 
 def _csv_rows(
     path: Path, lines: Iterable[str], column_names: Sequence[str], skip_malformed: bool
 ) -> Iterator[tuple[Cells, str]]:
-    plain: dict = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(lines, strict=True, **plain if file_format(path) == ".tsv" else {})
+    reader = csv.reader(lines, strict=True)
+    if file_format(path) == ".tsv":
+        reader = csv.reader(lines, strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
     columns: list[str] = []
     skipped = 0
     try:
@@ -224,10 +210,8 @@ def hub_tables(hub: HubData, task: str) -> Tables:
         )
 
     def read(split: str) -> Table:
-        return [
-            (row, f"{hub.path}, {split}, row {index}")
-            for index, row in enumerate(splits[theirs[split]])
-        ]
+        rows = enumerate(splits[theirs[split]])
+        return [(row, f"{hub.path}, {split}, row {index}") for index, row in rows]
 
     return {split: partial(read, split) for split, name in theirs.items() if name in splits}
 

@@ -3,8 +3,6 @@ batches of several.
 
 The registry of tasks is in :mod:`mpoe.data.tasks`."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -63,16 +61,14 @@ class Task:
         if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name must be letters, digits, - and _; got {self.name!r}")
         check_choice(f"kind of task {self.name}", self.kind, KINDS)
-        if self.kind == "classification" and (
-            len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)
-        ):
+        differ = len(set(self.labels)) == len(self.labels) > 1
+        if self.kind == "classification" and not differ:
             raise ValueError(
                 f"labels of task {self.name} must be at least two different words; got "
                 f"{self.labels!r}"
             )
-        allowed = [name for name, metric in METRICS.items() if metric.kind == self.kind] or [
-            "perplexity"
-        ]
+        allowed = [name for name, metric in METRICS.items() if metric.kind == self.kind]
+        allowed = allowed or ["perplexity"]
         for metric in self.metrics:
             check_choice(f"metrics of the {self.kind} task {self.name}", metric, allowed)
         if not self.metrics:
@@ -85,13 +81,14 @@ class Task:
     def examples(self, split: str) -> tuple[Example, ...]:
         """Items of train, validation or test."""
         check_choice("split", split, SPLITS)
-        rows = tuple(row if self.to_text is None else self.to_text(row) for row in self.rows(split))
-        odd = next((row for row in rows if not isinstance(row, Example)), None)
-        if odd is not None:
-            raise TypeError(
-                f"rows must be Example, or to_text make them so; got {type(odd).__name__}"
-            )
-        return rows
+        rows = self.rows(split)
+        examples = tuple(rows if self.to_text is None else map(self.to_text, rows))
+        for row in examples:
+            if not isinstance(row, Example):
+                raise TypeError(
+                    f"rows must be Example, or to_text make them so; got {type(row).__name__}"
+                )
+        return examples
 
     def train(self) -> tuple[Example, ...]:
         """Training items."""
@@ -233,14 +230,13 @@ def hold_out(
         rest = " that are not in train" if known else ""
         raise ValueError(f"{name} must hold at least two different items{rest}; got {len(numbers)}")
     size = max(1, min(int(share * len(numbers)), most or len(numbers)))
-    _, chosen = next(
-        GroupShuffleSplit(1, test_size=size, random_state=seed).split(free, groups=groups)
-    )
+    splitter = GroupShuffleSplit(1, test_size=size, random_state=seed)
+    _, chosen = next(splitter.split(free, groups=groups))
     taken = {free[place] for place in chosen}
-    return (
-        tuple(item for index, item in enumerate(items) if index not in taken),
-        tuple(item for index, item in enumerate(items) if index in taken),
-    )
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for index, item in enumerate(items):
+        parts[index in taken].append(item)
+    return tuple(parts[0]), tuple(parts[1])
 
 
 def _source(item: Example) -> str:
@@ -284,9 +280,8 @@ def multitask_batches(
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0; got {temperature}")
     # Relative to the largest size, so that no power overflows.
-    powers = (np.array([*sizes.values()], dtype=np.float64) / max(sizes.values())) ** (
-        1.0 / temperature
-    )
+    relative = np.array([*sizes.values()], dtype=np.float64) / max(sizes.values())
+    powers = relative ** (1.0 / temperature)
     draws = _generator(seed).choice(len(sizes), size=num_steps, p=powers / powers.sum())
     batches = np.empty((num_steps, batch_size), dtype=np.int64)
     first = 0

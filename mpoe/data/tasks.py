@@ -4,8 +4,6 @@ A task is registered as a `TaskSpec`, which says how its rows in a folder or on 
 as a `Task` with rows from anywhere.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os
@@ -14,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpoe.config.checks import check_choice, check_type
+from mpoe.config.checks import check_choice, check_type, refusing
 from mpoe.data.embedded_tasks import EMBEDDED_TASKS
 from mpoe.data.mappings import read_mapping
 from mpoe.data.spec import MESSAGES, HubData, TaskSpec, is_number, read_cell
@@ -37,10 +35,8 @@ def read_task_file(path: str | os.PathLike[str]) -> dict[str, TaskSpec]:
     file = Path(path)
     specs = {}
     for name, values in read_mapping(file, "task file").items():
-        try:
+        with refusing(f"{file}: ", (TypeError, ValueError)):
             spec = TaskSpec.from_mapping(name, values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: {error}") from error
         if spec.data_dir:
             spec = dataclasses.replace(spec, data_dir=str(file.parent / spec.data_dir))
         specs[name] = spec
@@ -54,7 +50,7 @@ def standard_specs() -> dict[str, TaskSpec]:
     """The descriptions that come with the package: GLUE, SuperGLUE and others."""
     specs: dict[str, TaskSpec] = {}
     for file in sorted(STANDARD.glob("*.yaml")):
-        specs.update(read_task_file(file))
+        specs |= read_task_file(file)
     return specs
 
 
@@ -181,19 +177,16 @@ def load_task_from_folder(
             (file and line), of splits other than train when they are first read.
     """
     name = name or task_name(Path(data_dir).resolve().name)
-    hub_name = (
-        re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", data_dir) if isinstance(data_dir, str) else None
-    )
-    if hub_name and not Path(hub_name[1]).exists():
-        tables = hub_tables(HubData(hub_name[0]), name)
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(data_dir))
+    if isinstance(data_dir, str) and is_hub_name and not Path(data_dir).parent.exists():
+        tables = hub_tables(HubData(data_dir), name)
         source = f"hub data set {data_dir}"
     else:
         tables = folder_tables(data_dir, column_names)
         source = f"data_dir {data_dir}"
     rows = tables["train"]()
-    task = make_task(
-        detect_spec(rows, name, **detection), {**tables, "train": lambda: rows}, source
-    )
+    spec = detect_spec(rows, name, **detection)
+    task = make_task(spec, {**tables, "train": lambda: rows}, source)
     task.train()
     return task
 
@@ -237,28 +230,25 @@ def detect_spec(
     first, where = rows[0]
     columns = list(first)
     template, answer = _instructions(columns)
-    if (
-        template
-        and kind in (None, "generation")
-        and not (text_columns or label_column or label_words)
-    ):
+    is_labelled = bool(label_column or label_words)
+    if template and kind in (None, "generation") and not (text_columns or is_labelled):
         others = {"max_source_length": 512, "max_target_length": 256, **others}
         return TaskSpec(name, template, answer, kind="generation", **others)
     alone = columns == [TEXT_COLUMN]  # whose first paragraph may be a number
-    running = kind == "language_modeling" or (
-        kind is None and alone and not (label_column or label_words)
-    )
+    running = kind == "language_modeling" or (kind is None and alone and not is_labelled)
     label = "" if running else label_column or next((c for c in LABEL_COLUMNS if c in columns), "")
     if not label and not running:
         raise ValueError(
             f"{where}: no label column among {', '.join(columns)}; expected one of "
             f"{', '.join(LABEL_COLUMNS)}, or give label_column (--label_column NAME)"
         )
-    textual = {
-        c for c in columns if isinstance(first[c], str) and (alone or not is_number(first[c]))
-    }
     texts = text_columns or [
-        c for c in columns if c in textual - {label} and c.lower() not in ID_COLUMNS
+        column
+        for column, cell in first.items()
+        if isinstance(cell, str)
+        and (alone or not is_number(cell))
+        and column != label
+        and column.lower() not in ID_COLUMNS
     ]
     if not texts:
         raise ValueError(f"{where}: no text column among {', '.join(columns)}; give text_columns")
@@ -279,9 +269,8 @@ def detect_spec(
                 f"{', '.join(words)}"
             )
     template = " ".join([name, *(f"{c}: {{{c}}}" for c in texts)])
-    return TaskSpec(
-        name, template, label, words if kind == "classification" else {}, kind, **others
-    )
+    words = words if kind == "classification" else {}
+    return TaskSpec(name, template, label, words, kind, **others)
 
 
 def _instructions(columns: Sequence[str]) -> tuple[str, str]:
@@ -294,8 +283,7 @@ def _instructions(columns: Sequence[str]) -> tuple[str, str]:
 
 
 def _kind(labels: set[str]) -> str:
-    if all(map(is_number, labels)) and (
-        len(labels) > MAX_CLASSES or not all(float(x).is_integer() for x in labels)
-    ):
+    many = len(labels) > MAX_CLASSES
+    if all(map(is_number, labels)) and (many or not all(float(x).is_integer() for x in labels)):
         return "regression"
-    return "classification" if len(labels) <= MAX_CLASSES else "generation"
+    return "generation" if many else "classification"

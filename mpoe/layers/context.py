@@ -7,8 +7,6 @@ mask there and stores its router's output. Contexts are per thread, and activati
 restores them when it recomputes a layer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 import warnings

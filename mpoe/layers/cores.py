@@ -1,12 +1,9 @@
 """Weights of E experts: `MPOCores`, matrix product operators that share their central core, and
 `ExpertWeights`, full matrices ``[E, I, F]``, the Switch-style baseline."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +18,11 @@ from mpoe_kernels import (
     fold,
 )
 
+Device = torch.device | str | None
+DType = torch.dtype | None
 
-def check_placement(device: Any, dtype: Any) -> None:
+
+def check_placement(device: Device, dtype: DType) -> None:
     """Refuse what is no device that this machine has, or no dtype of floating-point numbers
     (ValueError); None means the default."""
     try:
@@ -83,8 +83,8 @@ class MPOCores(FromInitialValues):
         bias: bool = False,
         init_std: float = 0.02,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         check_type("shape", shape, MPOShape, "an MPOShape")
@@ -316,8 +316,8 @@ class ExpertWeights(FromInitialValues):
         init_std: float = 0.02,
         *,
         own_bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         if num_experts < 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config.checks import check_integer, check_type
-from mpoe.layers.cores import MPOCores
+from mpoe.layers.cores import Device, DType, MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, mpo_embedding, mpo_linear
 
 
@@ -60,8 +60,8 @@ class MPOLinear(nn.Module):
         init_std: float | None = None,
         *,
         shape: MPOShape | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         if shape is None and not isinstance(in_features, int):
@@ -152,8 +152,8 @@ class MPOEmbedding(nn.Module):
         backend: str | None = None,
         init_std: float = 1.0,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         check_type("shape", shape, MPOShape, "an MPOShape")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoe.config.checks import check_choice
-from mpoe.layers.cores import ExpertWeights, MPOCores
+from mpoe.layers.cores import Device, DType, ExpertWeights, MPOCores
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import TopKRouter
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn
@@ -86,8 +86,8 @@ class MPOExperts(_Network):
         init_std: Mapping[str, float] | None = None,
         backend: str | None = None,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation)
@@ -221,8 +221,8 @@ class DenseExperts(_Network):
         *,
         own_bias: bool = False,
         own_output_bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation)

@@ -1,8 +1,6 @@
 """`MPOEFeedForward`: a router and experts in place of a dense feed-forward network;
 `KeptFeedForward`: around one."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Mapping
@@ -15,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.context import RouterRecord, check_mask, current_routing, is_recorded
+from mpoe.layers.cores import Device, DType
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.losses import count_choices
@@ -78,8 +77,8 @@ class RoutedFeedForward(nn.Module):
         output_dropout: float = 0.0,
         stream: str = "main",
         init_std: Mapping[str, float] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         config = MPOEConfig() if config is None else config

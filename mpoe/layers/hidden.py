@@ -1,13 +1,11 @@
 """Experts that own blocks only on the hidden side of a feed-forward network, whose projections stay
 unchanged."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.cores import FromInitialValues
+from mpoe.layers.cores import Device, DType, FromInitialValues
 from mpoe.layers.drop_in import is_conv1d
 from mpoe.layers.experts import check_activation
 from mpoe.layers.feed_forward import KeptFeedForward, MPOEFeedForward, is_observed, sizes_by_kind
@@ -48,8 +46,8 @@ class HiddenExperts(FromInitialValues):
         bias: bool = False,
         backend: str | None = None,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation)

@@ -7,8 +7,6 @@ the fractions f need the other processes, and no gradient flows through them: on
 of counts, ``[layers, E]``, makes a step of many processes equal to that of one process.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.context import is_recorded
-from mpoe.layers.cores import FromInitialValues
+from mpoe.layers.cores import Device, DType, FromInitialValues
 from mpoe.layers.experts import check_activation
 from mpoe.layers.feed_forward import KeptFeedForward
 from mpoe.layers.router import TopKRouter
@@ -62,8 +62,8 @@ class NeuronExperts(FromInitialValues):
         backend: str | None = None,
         *,
         init_std: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation)

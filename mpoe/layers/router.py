@@ -1,8 +1,6 @@
 """`TopKRouter`: which experts a token goes to, and with which weights; its logits in float32,
 without a float32 copy of the tokens where the device allows it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from mpoe.config import RouterConfig
 from mpoe.config.checks import check_integer, check_type
-from mpoe.layers.cores import FromInitialValues, check_placement
+from mpoe.layers.cores import Device, DType, FromInitialValues, check_placement
 from mpoe_kernels import Routing, route
 from mpoe_kernels.checks import no_autocast
 from mpoe_kernels.routing.gating import (
@@ -154,8 +152,8 @@ class TopKRouter(FromInitialValues):
         config: RouterConfig | None = None,
         *,
         backend: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         check_integer("in_features", in_features, 1)

@@ -5,8 +5,6 @@ Importing this package is cheap. The classes of a family (``MPOELlamaForCausalLM
 them is first used.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -7,8 +7,6 @@ arXiv 2406.08464). A general text, the licences of a few installed packages, is 
 of a user's is needed, and statistics alone are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 copied: subclasses call their dense parent's forward inside a routing context and add the auxiliary
 loss."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect

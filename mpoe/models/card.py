@@ -1,7 +1,5 @@
 """The model card: what a converted model is, in Markdown with the hub's metadata."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,8 +1,6 @@
 """Loading and saving: `load_mpoe`, saves with only the MPOE parameters, and taking components from
 a checkpoint."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

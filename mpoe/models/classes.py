@@ -4,8 +4,6 @@ Transformers' own tables list the class of each family for each head. They are r
 created, when a family is first used.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Mapping

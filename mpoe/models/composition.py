@@ -19,8 +19,6 @@ That needs nothing but these statistics, so domains can be added and removed lat
 others' texts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -1,8 +1,6 @@
 """`convert_to_mpoe` (dense model to MPO experts) and `merge_experts` (MPO experts to dense
 experts)."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -6,8 +6,6 @@ I]``; ``bias``: ``[m]``) and ``statistics.LAYER.*`` (see `mpoe.models.compositio
 hold a JSON object, `Expert.facts`, and the SHA-256 of both.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

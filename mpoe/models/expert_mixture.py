@@ -1,8 +1,6 @@
 """`compose_experts`: experts that were trained apart become one mixture, without texts of theirs or
 joint training."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -9,8 +9,6 @@ is 1, and a constant factor of the gates goes into the down projections. Exports
 exact are refused.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

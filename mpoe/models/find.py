@@ -1,8 +1,6 @@
 """Which modules a configuration converts; the dense model with wider networks, the baseline of
 equal size."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator

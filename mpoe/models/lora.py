@@ -5,8 +5,6 @@ addition ``scale * B A`` (Hu et al. 2021, arXiv 2106.09685). The central core's 
 by the experts, like the core itself. Needs the extra ``peft``.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, cast
 

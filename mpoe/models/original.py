@@ -13,8 +13,6 @@ central core, index 2 of 5, is saved once per expert although all share it::
     shared_mpo.tensor_set.<k>                       embedding, [d, vocabulary_k, model_k, d']
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import re

@@ -1,8 +1,6 @@
 """How quiet an expert is: what a model gains on a domain, and what it changes of what its base says
 by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

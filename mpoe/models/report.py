@@ -1,8 +1,6 @@
 """Parameter counts, against the dense model and dense experts; and `mpoe_summary`, one row for
 every MPO weight."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,8 +1,6 @@
 """The dense modules of a model that become MPOE modules: their replacements and the initial
 weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

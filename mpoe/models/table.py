@@ -1,8 +1,6 @@
 """The model families that conversion knows, and how each builds its layers. Nothing here imports
 torch."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

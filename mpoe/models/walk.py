@@ -1,8 +1,6 @@
 """Walks over the modules of a model: its MPO cores, its layers with routers, networks that keep
 their projections; and their names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeVar

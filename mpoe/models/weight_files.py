@@ -6,8 +6,6 @@ sizes they declare are compared with what its configuration describes before a m
 built.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile

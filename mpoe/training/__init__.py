@@ -4,8 +4,6 @@ Names are loaded on first use: the Trainer takes seconds to import, and the grad
 need it.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`MPOETrainingArguments`: the Hugging Face Trainer's arguments and those of MPO experts."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterable

@@ -1,8 +1,6 @@
 """Trainer callbacks of mpoe; they work in any Hugging Face Trainer. One ends a diverged run with an
 error, before the optimizer spreads what is not finite."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

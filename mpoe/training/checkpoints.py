@@ -8,8 +8,6 @@ folders, plus leftovers under names that are never resumed from; a run resumes f
 checkpoint whose contents are intact.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Balance of experts without a loss: the bias of the choice follows the load."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -13,8 +13,6 @@ momentum and through weight decay; therefore a masked core gets no gradient
 compute it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import numbers
 from collections.abc import Iterator

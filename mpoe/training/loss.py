@@ -6,8 +6,6 @@ micro-batch; and T5 accepts `num_items_in_batch` but ignores it, so with the Tra
 loss and gradients would grow with the number of micro-batches.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -2,8 +2,6 @@
 configuration; and `metrics.jsonl`: one JSON object per log call, appended and flushed, readable
 after any crash."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -12,8 +12,6 @@ multiply every group's `lr` by the same factor, so the proportions hold through 
 decay.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any

@@ -7,8 +7,6 @@ what a kill interrupts there, the next call finishes. Only files that an earlier
 replaced or deleted, or, in a folder without one, those that would have been written.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,8 +1,6 @@
 """Learning rates that worked (the table used by `mpoe train` and docs/fine_tuning.md), and a short
 search for one."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import math

@@ -6,8 +6,6 @@ it ends, so a killed run never blocks the next one; the leftover file locks noth
 `docs/reliability.md` covers network file systems.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import errno

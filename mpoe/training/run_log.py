@@ -1,7 +1,5 @@
 """What a run logs of its steps: losses, and the distribution of tokens over experts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -11,8 +11,6 @@ parameters are gathered one at a time, and only the first rank keeps their state
 rank reads its own shard.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

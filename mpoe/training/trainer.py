@@ -1,7 +1,5 @@
 """`MPOETrainer`: the Hugging Face Trainer with additions for mixtures of MPO experts."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import warnings

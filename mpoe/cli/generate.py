@@ -56,16 +56,16 @@ def command(request: Request) -> None:
 
     model = load_model(source)
     torch.manual_seed(options.seed)
-    how: dict = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-    how |= {
+    how = {
+        "num_beams": options.num_beams,
+        "max_new_tokens": options.max_new_tokens,
         "do_sample": options.do_sample and not options.no_do_sample,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    how |= {"temperature": options.temperature} if how["do_sample"] else {}
+    if how["do_sample"]:
+        how["temperature"] = options.temperature
     for prompt in prompts:
-        batch = tokenizer([prompt], return_tensors="pt", return_token_type_ids=False).to(
-            model.device
-        )
+        batch = tokenizer([prompt], return_tensors="pt", return_token_type_ids=False)
         with torch.inference_mode():
-            out = model.generate(**batch, **how)
+            out = model.generate(**batch.to(model.device), **how)
         print(tokenizer.decode(out[0], skip_special_tokens=True).strip())

@@ -86,12 +86,11 @@ def mixture_facts(place: Path, experts: Sequence) -> dict:
 
     values = read_mapping(place / "config.json", "configuration")
     names, config, _ = mixture_config(place)
-    background = place / BACKGROUND_FILE
-    routing = {
-        name: value
-        for name, value in (values.get("mpoe_routing") or {}).items()
-        if value is not None
-    }
+    none = told = "absent"
+    if NONE in names:
+        none = "adds nothing: what is like the background stays as in the base"
+        told = f"{BACKGROUND_FILE}, {(place / BACKGROUND_FILE).stat().st_size:,} bytes"
+    routing = (values.get("mpoe_routing") or {}).items()
     first = experts[0].facts
     return {
         "name": "the mixture",
@@ -99,12 +98,8 @@ def mixture_facts(place: Path, experts: Sequence) -> dict:
         "base_name": first["base_name"],
         "model": first["model"],
         "experts": names,
-        "none": "adds nothing: what is like the background stays as in the base"
-        if NONE in names
-        else "absent",
-        "background": f"{BACKGROUND_FILE}, {background.stat().st_size:,} bytes"
-        if NONE in names
-        else "absent",
+        "none": none,
+        "background": told,
         "experts_per_token": config.top_k,
-        "routing": routing or "defaults",
+        "routing": {name: value for name, value in routing if value is not None} or "defaults",
     }

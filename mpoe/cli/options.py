@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from mpoe.cli.command import CommandError, option
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.config.checks import check_choice
+from mpoe.config.checks import check_choice, refusing
 from mpoe.config.shapes import SEPARABLE
 
 # the original's names of components -> target_modules
@@ -67,12 +67,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         from mpoe.models.checkpoint import parse_components
 
-        components = [
-            value for value in self.load_layer if value != "noload"
-        ]  # the original's scripts load nothing so
-        self.load_layer = (
-            list(parse_components(",".join(components), "load_layer") or ()) if components else []
-        )
+        # the original's scripts load nothing so
+        components = ",".join(value for value in self.load_layer if value != "noload")
+        self.load_layer = list(parse_components(components or None, "load_layer") or ())
         if self.load_layer and self.load_experiment is None:
             raise ValueError(
                 "load_layer needs load_experiment: the run or model whose cores are taken"
@@ -113,17 +110,14 @@ _ALIASES = {
 
 def _described(config: type) -> dict[str, str]:
     """Field -> the first sentence about it in the configuration's docstring."""
-    text = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[
-        2
-    ]  # nothing with python -OO
+    # nothing with python -OO
+    _, _, text = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")
     parts = re.split(r"^    (\w+): ", text, flags=re.M)[1:]
-    about = (
-        re.split(r"(?<!eq)(?<!al)\.\s", text.replace("`", ""))[0].split() for text in parts[1::2]
-    )
-    return {
-        name: " ".join(words).removesuffix(".")
-        for name, words in zip(parts[::2], about, strict=True)
-    }
+    described = {}
+    for name, words in zip(parts[::2], parts[1::2], strict=True):
+        sentence, *_ = re.split(r"(?<!eq)(?<!al)\.\s", words.replace("`", ""))
+        described[name] = " ".join(sentence.split()).removesuffix(".")
+    return described
 
 
 def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
@@ -131,18 +125,14 @@ def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
     kinds = get_type_hints(config)
     about = _described(config)
     for field in fields(config):
-        if field.name not in _NO_OPTIONS:
-            declared = (
-                (kinds[field.name] | None, None)
-                if field.name in _OPTIONAL
-                else (kinds[field.name], field.default)
-            )
-            kind, default = _OPTIONS.get(field.name, declared)
-            yield (
-                field.name,
-                kind,
-                option(default, about.get(field.name, ""), *_ALIASES.get(field.name, ())),
-            )
+        name = field.name
+        if name in _NO_OPTIONS:
+            continue
+        declared = (kinds[name], field.default)
+        if name in _OPTIONAL:
+            declared = (kinds[name] | None, None)
+        kind, default = _OPTIONS.get(name, declared)
+        yield name, kind, option(default, about.get(name, ""), *_ALIASES.get(name, ()))
 
 
 _Fields: Any = make_dataclass("_Fields", [*_options_of(MPOEConfig), *_options_of(RouterConfig)])
@@ -186,9 +176,7 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
         values |= {
             "expert_type": expert_type,
             "target_modules": targets if len(targets) > 1 else targets[0],
-        }
-        values |= {
-            "router": {f.name: given[f.name] for f in fields(RouterConfig) if f.name in given}
+            "router": {f.name: given[f.name] for f in fields(RouterConfig) if f.name in given},
         }
         if self.shape is not None and self.shape.lstrip().startswith("{"):
             values["shape"] = read_json_option("shape", self.shape)
@@ -202,20 +190,15 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
 
     def _targets(self) -> tuple[list[str], str]:
         """`MPOEConfig`'s target_modules and expert_type; no targets = the model is unchanged."""
-        if not self.mpo_layers:
-            targets = self.target_modules or ["ffn"]
-            expert_type = self.expert_type
-        else:
-            if self.target_modules or self.expert_type != "mpo":
+        targets = self.target_modules or ["ffn"]
+        expert_type = self.expert_type
+        if self.mpo_layers:
+            if self.target_modules or expert_type != "mpo":
                 raise CommandError(
                     "mpo_layers sets target_modules and expert_type; give either it or them"
                 )
-            layers = [
-                part.strip()
-                for value in self.mpo_layers
-                for part in value.split(",")
-                if part.strip()
-            ]
+            parts = ",".join(self.mpo_layers).split(",")
+            layers = [part.strip() for part in parts if part.strip()]
             for name in layers:
                 check_choice("mpo_layers", name, (*MPO_LAYERS, NO_MPO))
             if NO_MPO in layers and len(layers) > 1:
@@ -226,16 +209,13 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
             expert_type = "mpo" if "mlp" in layers else "dense"
             targets = ["ffn", *(MPO_LAYERS[name] for name in layers if name not in (NO_MPO, "mlp"))]
         if self.moe_type == "none" and expert_type == "dense":
-            targets = [
-                target for target in targets if target != "ffn"
-            ]  # one dense expert is the existing network
+            # one dense expert is the existing network
+            targets = [target for target in targets if target != "ffn"]
         return targets, expert_type
 
 
 def read_json_option(name: str, text: str) -> Any:
-    """The value of an option that is JSON; `CommandError` names the option and the place of the
+    """The value of an option that is JSON; a ValueError names the option and the place of the
     error."""
-    try:
+    with refusing(f"{name}: bad JSON: ", (ValueError, RecursionError)):
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CommandError(f"{name}: bad JSON: {error}") from None

@@ -32,6 +32,7 @@ from mpoe.cli.options import ExpertOptions
 from mpoe.cli.outputs import check_writable_file, write_json
 from mpoe.cli.report import Table
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import refusing
 from mpoe.data.mappings import read_mapping
 from mpoe.layers import MPOEmbedding, TopKRouter
 from mpoe.layers.cores import MPOCores
@@ -95,8 +96,9 @@ def command(request: Request) -> None:
         "schema": SCHEMA,
         "name": name,
         "class": type(model).__name__.removeprefix(CLASS_PREFIX),
+        "work": vars(options),
+        **costs(model, options),
     }
-    planned |= {"work": vars(options), **costs(model, options)}
     table(planned).show(WIDTH)
     if options.json is not None:
         write_json(Path(options.json), planned)
@@ -159,28 +161,16 @@ def build(name: str, values: Mapping, config: MPOEConfig) -> Any:
     family = known_type(name, values).removeprefix(TYPE_PREFIX)
     config = config if TABLE[family].takes_blocks else config.with_cores()
     classes = {dense.__name__: made for dense, made in classes_of(family).items()}
-    named = [
-        str(architecture).removeprefix(CLASS_PREFIX)
-        for architecture in values.get("architectures") or []
-    ]
-    made = classes[
-        next(
-            (architecture for architecture in named if architecture in classes),
-            default_class(family),
-        )
-    ]
-    fields = {
-        key: value
-        for key, value in values.items()
-        if key not in ("model_type", "mpoe", "architectures")
-    }
-    try:
-        with torch.device("meta"):
-            model = made(made.config_class(**fields, mpoe=config))
-    except Exception as error:  # configurations and models raise many types of errors
-        raise ValueError(
-            f"model: the configuration of {name!r} builds no {made.__name__}: {error}"
-        ) from error
+    architectures = values.get("architectures") or []
+    named = [str(architecture).removeprefix(CLASS_PREFIX) for architecture in architectures]
+    made = classes[next(filter(classes.__contains__, named), default_class(family))]
+    fields = {**values, "mpoe": config}
+    for key in ("model_type", "architectures"):
+        fields.pop(key, None)
+    # configurations and models raise many types of errors
+    invalid = f"model: the configuration of {name!r} builds no {made.__name__}: "
+    with refusing(invalid), torch.device("meta"):
+        model = made(made.config_class(**fields))
     return model if values.get("tie_word_embeddings", True) else with_own_head(model)
 
 
@@ -231,9 +221,11 @@ def costs(model: Any, work: PlanOptions) -> dict:
     groups: dict[str, dict] = {}
     every: list[Costs] = []
     flops = 0
-    total = sum(parameter.numel() for parameter in model.parameters())
-    networks = kept_modules(model).values()
-    kept = {projection for network in networks for projection in network.projections().values()}
+    kept = {
+        projection
+        for network in kept_modules(model).values()
+        for projection in network.projections().values()
+    }
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module not in kept and "pooler" not in name:
             flops += 2 * work.tokens * linear_weight(module).numel() * work.passes
@@ -242,24 +234,20 @@ def costs(model: Any, work: PlanOptions) -> dict:
         for values, part_costs in _parts(model, name, module, work):
             every.append(part_costs)
             if values:
-                group = groups.setdefault(
-                    repr(values), {**values, "count": 0, **_values(part_costs, work)}
-                )
-                group["count"] += 1
+                new = {**values, "count": 0, **_values(part_costs, work)}
+                groups.setdefault(repr(values), new)["count"] += 1
     converted = {design: sum((part[design] for part in every), Cost()) for design in DESIGNS}
-    others = Cost(total - converted["mpoe"].parameters, flops)
+    others = Cost(model.num_parameters() - converted["mpoe"].parameters, flops)
     whole = {design: cost + others for design, cost in converted.items()}
-    totals = {
-        "converted": _values(converted, work),
-        "rest": others.values(work),
-        "whole": _values(whole, work),
-    }
-    layers = len(modules_of(model, RoutedFeedForward))
     return {
         "config": model.config.mpoe,
-        "layers": layers,
+        "layers": len(modules_of(model, RoutedFeedForward)),
         "parts": list(groups.values()),
-        "totals": totals,
+        "totals": {
+            "converted": _values(converted, work),
+            "rest": others.values(work),
+            "whole": _values(whole, work),
+        },
     }
 
 
@@ -283,23 +271,19 @@ def _parts(
         matrices = len(module.projections())
         forward = 2 * work.tokens * elements
         of_shared = 2 * work.tokens * shared
-        added_flops = round(forward * (module.relative_flops(top_k) - 1)) - of_shared
-        added_flops = (
-            added_flops if work.inference else added_flops * (4 * matrices - 1) // matrices
-        )
+        added = round(forward * (module.relative_flops(top_k) - 1)) - of_shared
+        if not work.inference:
+            added = added * (4 * matrices - 1) // matrices
         parameters = elements + shared + module.own_parameters()
-        mpoe = Cost(parameters, (forward + of_shared) * work.passes + added_flops)
+        mpoe = Cost(parameters, (forward + of_shared) * work.passes + added)
         sizes = (module.in_features, module.hidden_features)
         lossless = True
         kind = "network"
         strategies: tuple[str, str | None] = (module.shape, None)
     elif isinstance(model.get_submodule(name.rpartition(".")[0]), MPOEmbedding):
-        elements = module.in_features * module.out_features
-        yield (
-            None,
-            dict.fromkeys(DESIGNS, Cost(elements))
-            | {"mpoe": Cost(module.shape.parameters(experts))},
-        )
+        dense_table = Cost(module.in_features * module.out_features)
+        mpo_table = Cost(module.shape.parameters(experts))
+        yield None, {"mpoe": mpo_table, "switch": dense_table, "dense": dense_table}
         return
     else:
         plan = plan_contraction(
@@ -315,17 +299,17 @@ def _parts(
         elements = module.in_features * module.out_features
         strategies = (plan.strategy, plan.backward_strategy)
         lossless = module.shape.is_full
-    dense = 2 * work.tokens * elements * work.passes
-    values = {"kind": kind, "in_features": sizes[0], "out_features": sizes[1], "lossless": lossless}
-    values |= {"strategy": strategies[0], "backward_strategy": strategies[1]}
-    yield (
-        values,
-        {
-            "mpoe": mpoe,
-            "switch": Cost(experts * elements, top_k * dense),
-            "dense": Cost(elements, dense),
-        },
-    )
+    flops = 2 * work.tokens * elements * work.passes
+    values = {
+        "kind": kind,
+        "in_features": sizes[0],
+        "out_features": sizes[1],
+        "lossless": lossless,
+        "strategy": strategies[0],
+        "backward_strategy": strategies[1],
+    }
+    switch = Cost(experts * elements, top_k * flops)
+    yield values, {"mpoe": mpoe, "switch": switch, "dense": Cost(elements, flops)}
 
 
 # ------------------------------------------------------------- what is shown
@@ -359,19 +343,18 @@ def table(values: Mapping) -> Table:
     def cells(cost: Mapping) -> list[str]:
         temporary = cost["temporary_bytes"]
         x_dense = cost["x_dense"]
-        texts = [count(cost["parameters"]), scaled(cost["weight_bytes"], "B")]
-        if state:
-            texts.append(scaled(cost["state_bytes"], "B"))
-        texts.append(scaled(temporary, "B") if temporary else "-")
-        texts.append(scaled(cost["flops"]))
-        texts.append("-" if x_dense is None else f"{x_dense:.2f}")
-        return texts
+        return [
+            count(cost["parameters"]),
+            scaled(cost["weight_bytes"], "B"),
+            *[scaled(cost["state_bytes"], "B") for _ in state],
+            scaled(temporary, "B") if temporary else "-",
+            scaled(cost["flops"]),
+            "-" if x_dense is None else f"{x_dense:.2f}",
+        ]
 
     def add(part: str, design_costs: Mapping, second: str = "") -> None:
-        rows.extend(
-            [first, DESIGNS[d], *cells(design_costs[d])]
-            for d, first in zip(DESIGNS, (part, second, ""), strict=True)
-        )
+        for design, first in zip(DESIGNS, (part, second, ""), strict=True):
+            rows.append([first, DESIGNS[design], *cells(design_costs[design])])
 
     for part in values["parts"]:
         by = dict.fromkeys(filter(None, (part["strategy"], part["backward_strategy"])))
@@ -388,20 +371,16 @@ def _notes(values: Mapping) -> Iterator[str]:
     work = values["work"]
     totals = values["totals"]
     phase = "inference" if work["inference"] else "training"
-    model = (
-        f"{values['name']} ({values['class']}, {count(totals['whole']['dense']['parameters'])} "
-        "parameters)"
-    )
+    parameters = count(totals["whole"]["dense"]["parameters"])
+    model = f"{values['name']} ({values['class']}, {parameters} parameters)"
     yield f"{model}, {phase}: {work['tokens']:,} tokens a step"
     yield (
         "MPOE: experts around shared matrices; Switch: as many dense experts; "
         "dense: the model as it is."
     )
-    state = (
-        ""
-        if work["inference"]
-        else "state: with gradients and AdamW, float32 (16 bytes per parameter). "
-    )
+    state = "state: with gradients and AdamW, float32 (16 bytes per parameter). "
+    if work["inference"]:
+        state = ""
     yield (
         f"weights: in {work['dtype']}. {state}temporary: rebuilt for one product, at most two "
         "experts' of one matrix. Activations are not counted."

@@ -123,9 +123,8 @@ class Table:
             console = Console(width=max(console.width, least_width))
         drawn = Drawn(title=Text(self.title) if self.title else None, show_header=any(self.header))
         for place, name in enumerate(self.header):
-            drawn.add_column(
-                Text(name), justify="right" if place and self.kind != "text" else "left"
-            )
+            is_number = place and self.kind != "text"
+            drawn.add_column(Text(name), justify="right" if is_number else "left")
         for row in self._marked():
             drawn.add_row(*map(Text, row))
         console.print(drawn)
@@ -134,11 +133,9 @@ class Table:
 
     def html(self) -> Markup:
         """The table alone."""
-        return Markup(
-            _TABLE.render(
-                header=self.header, rows=self._marked(), kind=self.kind, best=set(self.best)
-            )
-        )
+        rows = self._marked()
+        html = _TABLE.render(header=self.header, rows=rows, kind=self.kind, best=set(self.best))
+        return Markup(html)
 
     def section(self) -> Markup:
         """The table under its title, with how to read it."""
@@ -149,13 +146,13 @@ def section(title: str, *parts: Any, note: str = "") -> Markup:
     """``parts``, `Markup`, texts or figures of matplotlib, under a heading; ``note`` explains
     them."""
     image = Markup('<figure><img alt="{}" src="data:image/png;base64,{}"></figure>')
-    encoded = (
-        base64.b64encode(png(part)).decode() if hasattr(part, "savefig") else None for part in parts
-    )
-    shown = [
-        part if data is None else image.format(title, data)
-        for part, data in zip(parts, encoded, strict=True)
-    ]
+    shown = []
+    for part in parts:
+        if hasattr(part, "savefig"):
+            buffer = io.BytesIO()
+            part.savefig(buffer, format="png")
+            part = image.format(title, base64.b64encode(buffer.getvalue()).decode())
+        shown.append(part)
     below = Markup('<p class="note">{}</p>').format(note) if note else ""
     return Markup("<h2>{}</h2>{}{}").format(title, Markup("").join(shown), below)
 
@@ -180,11 +177,8 @@ def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], names: Sequence[st
     the experts."""
     from mpoe.models.walk import short_name
 
-    return Markup(
-        _ROUTES.render(
-            texts=texts, names=names, colours=expert_colours(len(names)), short=short_name
-        )
-    )
+    colours = expert_colours(len(names))
+    return Markup(_ROUTES.render(texts=texts, names=names, colours=colours, short=short_name))
 
 
 def tokens_html(texts: Mapping[str, Sequence[tuple[str, int]]], names: Sequence[str]) -> Markup:
@@ -222,13 +216,6 @@ def _new(panels: int, columns: int, width: float, height: float) -> tuple[Any, A
     return figure, grid
 
 
-def png(figure: Any) -> bytes:
-    """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 _TRAINING = "Training: task loss"
 _OF_ONE_RUN = {  # panel -> line -> key of a record
     "Balancing loss": {"weighted, all layers": "aux_loss"},
@@ -250,14 +237,12 @@ def curves(runs: Mapping[str, Records]) -> Any:
         keys |= _OF_ONE_RUN if len(runs) == 1 else {}
         for key in dict.fromkeys(key for record in records for key in record):
             if key.startswith("eval_") and key.endswith("loss"):
-                keys["Validation loss"][
-                    key.removeprefix("eval_").removesuffix("loss").strip("_")
-                ] = key
+                label = key.removeprefix("eval_").removesuffix("loss").strip("_")
+                keys["Validation loss"][label] = key
+        logged = [record for record in records if "step" in record]
         for panel, lines in keys.items():
             for label, key in lines.items():
-                line = [
-                    (r["step"], r[key]) for r in records if r.get(key) is not None and "step" in r
-                ]
+                line = [(r["step"], r[key]) for r in logged if r.get(key) is not None]
                 name = ", ".join(filter(None, (run if len(runs) > 1 else "", label))) or "all tasks"
                 if line:
                     panels.setdefault(panel, {})[name] = line
@@ -268,19 +253,11 @@ def curves(runs: Mapping[str, Records]) -> Any:
             width = max(1, len(values) // 12)
             means = [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-            axes.plot(
-                steps,
-                means,
-                color=colour,
-                label=name,
-                marker="o" if width == 1 else None,
-                markersize=3,
-            )
-        axes.set(
-            xlabel="optimizer step",
-            title=panel,
-            **({"ylim": (0, 1.02)} if panel == "Expert load" else {}),
-        )
+            marker = "o" if width == 1 else None
+            axes.plot(steps, means, color=colour, label=name, marker=marker, markersize=3)
+        axes.set(xlabel="optimizer step", title=panel)
+        if panel == "Expert load":
+            axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     return figure
@@ -295,13 +272,11 @@ def load_map(load: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
     high = max(map(max, shares))
     image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0.0, vmax=high)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    for (row, line), column in itertools.product(
-        enumerate(shares), range(experts if experts <= _READABLE else 0)
-    ):
-        colour = "white" if line[column] > 0.6 * high else "black"
-        axes.text(
-            column, row, f"{line[column]:.0f}", ha="center", va="center", fontsize=7, color=colour
-        )
+    style = {"ha": "center", "va": "center", "fontsize": 7}
+    for row, line in enumerate(shares if experts <= _READABLE else []):
+        for column, share in enumerate(line):
+            colour = "white" if share > 0.6 * high else "black"
+            axes.text(column, row, f"{share:.0f}", color=colour, **style)
     figure.colorbar(image, ax=axes, label="% of the layer's tokens")
     axes.set(xlabel="expert", title=f"Expert load (even would be {100 / experts:.3g}% each)")
     axes.set_xticks(range(0, experts, max(1, experts // 16)))
@@ -321,11 +296,8 @@ def spectrum_lines(spectra: Spectra) -> Any:
     figure, grid = _new(len(panels), 4, 2.6, 2.5)
     for axes, (title, layers) in zip(grid, panels.items(), strict=False):
         for depth, bond in enumerate(layers):
-            values = (
-                (bond.singular_values / bond.singular_values[:, :1].clamp_min(1e-300))
-                .mean(0)
-                .clamp_min(1e-6)
-            )
+            largest = bond.singular_values[:, :1].clamp_min(1e-300)
+            values = (bond.singular_values / largest).mean(0).clamp_min(1e-6)
             shade = colormaps["viridis"](depth / len(layers))
             axes.plot(range(1, len(values) + 1), values.tolist(), color=shade, linewidth=1.1)
         rank = f"effective rank {fmean(bond.used for bond in layers):.0%} of d"

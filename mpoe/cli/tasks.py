@@ -83,12 +83,8 @@ class DataOptions:
     def __post_init__(self) -> None:
         # lists may also be comma-separated, as in the original's configurations
         for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
-            values = getattr(self, name)
-            setattr(
-                self,
-                name,
-                [part.strip() for v in values for part in str(v).split(",") if part.strip()],
-            )
+            parts = ",".join(map(str, getattr(self, name))).split(",")
+            setattr(self, name, [part.strip() for part in parts if part.strip()])
         if isinstance(self.label_words, str):  # a mapping in the record of a run
             words = read_json_option("label_words", self.label_words)
             if not isinstance(words, dict):
@@ -99,12 +95,8 @@ class DataOptions:
 
     def of(self, *names: str) -> dict:
         """Those of the options that are set."""
-        values = ((name, getattr(self, name)) for name in names)
-        return {
-            name: value
-            for name, value in values
-            if value is not None and value is not False and value != []
-        }
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value not in (None, [])}
 
 
 def _one_task(
@@ -127,9 +119,8 @@ def _one_task(
                 f"{folder} holds no validation file: a tenth of the training items, at most 1,000, "
                 "is held out"
             )
-        given_name = (
-            task_name(os.path.normpath(name)) if name else None
-        )  # en/s and fr/s are two tasks, en_s and fr_s
+        # en/s and fr/s are two tasks, en_s and fr_s
+        given_name = task_name(os.path.normpath(name)) if name else None
         task = load_task_from_folder(folder or str(options.data_dir), given_name, **detection)
     elif detection:
         raise CommandError(
@@ -145,10 +136,9 @@ def _one_task(
         )
     else:
         task = get_task(name)
-    changes = {
-        **options.of(*LENGTHS),
-        **({"metrics": tuple(options.metrics)} if options.metrics else {}),
-    }
+    changes = options.of(*LENGTHS)
+    if options.metrics:
+        changes["metrics"] = tuple(options.metrics)
     task = with_packages(dataclasses.replace(task, **changes))
     if options.split_validation_test:
         task = with_validation_test_split(task, data_seed)
@@ -191,16 +181,13 @@ def resolve(
             two tasks with the same name, a kind of task that a model of this ``style`` does not
             support.
     """
-    if (
-        options.data_dir is not None
-        and (names or options.task_file)
-        and not Path(options.data_dir).is_dir()
-    ):
-        raise CommandError(f"data_dir must be an existing folder; got {options.data_dir!r}")
+    data_dir = options.data_dir
+    if data_dir is not None and (names or options.task_file) and not Path(data_dir).is_dir():
+        raise CommandError(f"data_dir must be an existing folder; got {data_dir!r}")
     described = read_descriptions(options.task_file) if described is None else described
     if not names and options.task_file:
         names = list(described)
-    names = names or ([""] if options.data_dir is not None else DEFAULT_TASKS[style])
+    names = names or (DEFAULT_TASKS[style] if data_dir is None else [""])
     tasks = [_one_task(name, options, described, data_seed) for name in names]
     chosen = [task.name for task in tasks]
     if len(set(chosen)) < len(chosen):
@@ -270,13 +257,10 @@ def data_of_run(
     if taken:
         print("as in training: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
     training = run.get("training", {})
-    of_earlier = (
-        training.get("seed", 0) if training.get("data_seed") is None else training["data_seed"]
-    )
-    seed = run.get("drawn_by", of_earlier)
+    of_earlier = training.get("data_seed")
+    if of_earlier is None:
+        of_earlier = training.get("seed", 0)
     data = dataclasses.replace(data, **taken) if taken else data
-    described = None if "task_file" in flags else run.get("described")
-    specs = {
-        name: TaskSpec.from_mapping(name, values) for name, values in (described or {}).items()
-    }
-    return data, int(seed), specs or None
+    described = {} if "task_file" in flags else run.get("described") or {}
+    specs = {name: TaskSpec.from_mapping(name, values) for name, values in described.items()}
+    return data, int(run.get("drawn_by", of_earlier)), specs or None

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpoe.config.checks import refusing
 from mpoe.data.spec import Cells, HubData, Section, TaskSpec
 from mpoe.data.task import SPLITS, Example, Task, hold_out, with_packages
 
@@ -141,9 +140,13 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[Cells, str]]:
         place = f"{path}, line {number}"
         if not line.strip():
             continue
-        # also a number too long, or brackets nested too deeply
-        with refusing(f"{place}: malformed JSON: ", (ValueError, RecursionError)):
-            cells = json.loads(line)
+        try:
+            cells = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg} at column {error.colno}"
+            raise ValueError(f"{place}: malformed JSON: {reason}") from error
+        except (ValueError, RecursionError) as error:  # a number too long, too many brackets
+            raise ValueError(f"{place}: malformed JSON: {error}") from error
         if not isinstance(cells, dict):
             raise ValueError(
                 f"{place}: expected one JSON object per line; got a {type(cells).__name__}"

@@ -135,9 +135,9 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
     the same masks and stores no second record.
     """
     captured = current_routing()
-    return nullcontext(), Entered(
-        None if captured is None else dataclasses.replace(captured, records=None)
-    )
+    if captured is not None:
+        captured = dataclasses.replace(captured, records=None)
+    return nullcontext(), Entered(captured)
 
 
 @contextmanager
@@ -163,11 +163,8 @@ def checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     def both() -> tuple[AbstractContextManager, ...]:
         return tuple(_joined(*pair) for pair in zip(checkpoint_contexts(), users(), strict=True))
 
-    return {
-        **chosen,
-        "use_reentrant": False,
-        "context_fn": checkpoint_contexts if users is None else both,
-    }
+    contexts = checkpoint_contexts if users is None else both
+    return {**chosen, "use_reentrant": False, "context_fn": contexts}
 
 
 # ------------------------------------------------------------ the global batch

@@ -122,7 +122,8 @@ class MPOCores(FromInitialValues):
         # Iterating over a ParameterList takes as long as a small product; a parametrized core is
         # not among its parameters.
         parameters = self.auxiliary._parameters.values()
-        cores: list = list(parameters if len(parameters) == len(self.auxiliary) else self.auxiliary)
+        is_plain = len(parameters) == len(self.auxiliary)
+        cores: list = list(parameters if is_plain else self.auxiliary)
         central = self.central.detach() if self.central_masked else self.central
         cores.insert(self.shape.central, central)
         return cores
@@ -165,10 +166,8 @@ class MPOCores(FromInitialValues):
         std = self.init_std or 1.0
         ratios = []
         for k, (d, i, j, e) in enumerate(shape.core_shapes):
-            if k == shape.central:
-                ratios.append(self._central_std() / std)
-            else:
-                ratios.append(1.0 / math.sqrt(d * i * j if k < shape.central else i * j * e) / std)
+            rows = d * i * j if k < shape.central else i * j * e
+            ratios.append((self._central_std() if k == shape.central else rows**-0.5) / std)
         return tuple(ratios)
 
     def _central_std(self) -> float:
@@ -242,11 +241,8 @@ def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
     """`torch.nn.functional.grouped_mm` needs float32 or half precision and rows aligned to 16
     bytes. On a CPU, few rows take one product after another, which reads the weights of the experts
     that have some, and no others'."""
-    if (
-        x.device.type == "cpu"
-        and x.shape[0] < weight.shape[0]
-        and not torch.compiler.is_compiling()
-    ):
+    is_few = x.device.type == "cpu" and x.shape[0] < weight.shape[0]
+    if is_few and not torch.compiler.is_compiling():
         return False
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return False
@@ -277,9 +273,8 @@ def grouped_dense_linear(
         x = x.to(dtype)
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if (
-        bias is not None and bias.dim() == 2
-    ):  # a row for every slot; those past the last offset are dropped below
+    # a row for every slot; those past the last offset are dropped below
+    if bias is not None and bias.dim() == 2:
         slots = torch.arange(x.shape[0], device=x.device, dtype=expert_offsets.dtype)
         expert = torch.searchsorted(expert_offsets[1:].contiguous(), slots, right=True)
         bias = bias[expert.clamp_max(len(weight) - 1)]
@@ -320,21 +315,16 @@ class ExpertWeights(FromInitialValues):
         dtype: DType = None,
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+        check_integer("num_experts", num_experts, 1)
         self.in_features = in_features
         self.out_features = out_features
         self.num_experts = num_experts
         self.init_std = init_std
-        self.weight = nn.Parameter(
-            torch.empty(num_experts, in_features, out_features, device=device, dtype=dtype)
-        )
+        options: dict = {"device": device, "dtype": dtype}
+        weight = torch.empty(num_experts, in_features, out_features, **options)
+        self.weight = nn.Parameter(weight)
         size = (num_experts, out_features) if own_bias else (out_features,)
-        self.bias = (
-            nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-            if bias or own_bias
-            else None
-        )
+        self.bias = nn.Parameter(torch.empty(size, **options)) if bias or own_bias else None
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:

@@ -26,9 +26,7 @@ def linear_weight(module: nn.Module) -> Tensor:
     if isinstance(module, nn.Linear):
         return module.weight.T
     if is_conv1d(module):
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return module.weight  # type: ignore[return-value]
     raise TypeError(f"expected an nn.Linear or a Conv1D; got {type(module).__name__}")
 
 
@@ -66,9 +64,8 @@ class MPOLinear(nn.Module):
         super().__init__()
         if shape is None and not isinstance(in_features, int):
             in_features, shape = None, in_features
-        if (shape is None) == (in_features is None) or (out_features is None) != (
-            shape is not None
-        ):
+        sizes = (in_features, out_features)
+        if None in sizes if shape is None else sizes != (None, None):
             raise TypeError(
                 "MPOLinear takes in_features and out_features, as nn.Linear does, or a shape alone "
                 f"(then bias goes by name); got in_features {in_features!r}, out_features "
@@ -79,9 +76,8 @@ class MPOLinear(nn.Module):
             assert out_features is not None
             shape = MPOShape.paper(in_features, out_features)
             init_std = (3 * in_features) ** -0.5 if init_std is None else init_std
-        self.cores = MPOCores(
-            shape, 1, bias, 0.02 if init_std is None else init_std, device=device, dtype=dtype
-        )
+        std = 0.02 if init_std is None else init_std
+        self.cores = MPOCores(shape, 1, bias, std, device=device, dtype=dtype)
         self.backend = backend
 
     @classmethod
@@ -95,16 +91,13 @@ class MPOLinear(nn.Module):
         """Decompose an `nn.Linear` or `Conv1D`; ``shape=None`` takes the paper's factors at full
         bonds (lossless)."""
         weight = linear_weight(linear)
-        rows, columns = weight.shape
-        shape = MPOShape.paper(rows, columns) if shape is None else shape
+        shape = MPOShape.paper(*weight.shape) if shape is None else shape
         bias = getattr(linear, "bias", None)
-        module = cls(
-            shape, None, bias is not None, backend, device=weight.device, dtype=weight.dtype
-        )
+        placed: dict = {"device": weight.device, "dtype": weight.dtype}
+        module = cls(shape, None, bias is not None, backend, **placed)
         module.cores.load_weight_(weight, gauge)
         if bias is not None:
-            with torch.no_grad():
-                module.cores.bias.copy_(bias)  # type: ignore[union-attr]
+            module.cores.bias.data.copy_(bias)  # type: ignore[union-attr]
         return module.train(linear.training)
 
     @property
@@ -159,7 +152,7 @@ class MPOEmbedding(nn.Module):
         check_type("shape", shape, MPOShape, "an MPOShape")
         if padding_idx is not None:
             check_integer("padding_idx", padding_idx, -shape.in_features)
-            if not -shape.in_features <= padding_idx < shape.in_features:
+            if padding_idx >= shape.in_features:
                 raise ValueError(
                     f"padding_idx must be within the {shape.in_features} embeddings; got "
                     f"{padding_idx}"
@@ -182,9 +175,8 @@ class MPOEmbedding(nn.Module):
         check_type("embedding", embedding, nn.Embedding, "an nn.Embedding")
         weight = embedding.weight
         shape = MPOShape.automatic(*weight.shape) if shape is None else shape
-        module = cls(
-            shape, embedding.padding_idx, backend, device=weight.device, dtype=weight.dtype
-        )
+        placed: dict = {"device": weight.device, "dtype": weight.dtype}
+        module = cls(shape, embedding.padding_idx, backend, **placed)
         module.cores.load_weight_(weight, gauge)
         return module.train(embedding.training)
 

@@ -97,13 +97,12 @@ class MPOExperts(_Network):
         down = shapes["down"]
         gate = shapes.get("gate_proj")
         size = [up.in_features, up.out_features]
-        for kind, wanted, why in (
-            ("down", size[::-1], ", the way back of up"),
-            ("gate_proj", size, " like up"),
+        for kind, given, wanted, why in (
+            ("down", down, size[::-1], ", the way back of up"),
+            ("gate_proj", gate or up, size, " like up"),
         ):
-            given = shapes.get(kind)
-            if given is not None and [given.in_features, given.out_features] != wanted:
-                got = [given.in_features, given.out_features]
+            got = [given.in_features, given.out_features]
+            if got != wanted:
                 raise ValueError(f"the {kind} shape must be {wanted}{why}; got {got}")
         std = dict(init_std or {})
 
@@ -179,8 +178,9 @@ class MPOExperts(_Network):
         Returns the result, which is the same, or None with gradients, autocast, a compiler, another
         backend, several dtypes, or where `forward` has full weights.
         """
-        tensors = [core for cores in self.projections().values() for core in cores.cores()]
-        tensors += [bias for bias in (self.up.bias, self.down.bias) if bias is not None]
+        tensors = [bias for bias in (self.up.bias, self.down.bias) if bias is not None]
+        for cores in self.projections().values():
+            tensors += cores.cores()
         if (
             self.backend != router.backend
             or any(tensor.dtype != x.dtype for tensor in tensors)
@@ -195,15 +195,13 @@ class MPOExperts(_Network):
 
     def _chains(self, kept: KeptExperts | None) -> Chains:
         """The folded chains."""
-        blocks = (
-            {kind: cores.blocks() for kind, cores in self.projections().items()}
-            if kept is None
-            else kept.blocks
-        )
-        up = blocks["up"]
-        down = blocks["down"]
+        if kept is None:
+            blocks = {kind: cores.blocks() for kind, cores in self.projections().items()}
+        else:
+            blocks = dict(kept.blocks)
         gate = blocks.get("gate_proj")
-        return Chains(up, down, gate, self.up.bias, self.down.bias, self.activation)
+        biases = (self.up.bias, self.down.bias)
+        return Chains(blocks["up"], blocks["down"], gate, *biases, self.activation)
 
 
 class DenseExperts(_Network):
@@ -229,21 +227,24 @@ class DenseExperts(_Network):
         self.num_experts = num_experts
         std = dict(init_std or {})
 
-        def weights(
-            kind: str, rows: int, columns: int, with_bias: bool, own: bool = False
-        ) -> ExpertWeights:
-            options: dict = {"own_bias": own, "device": device, "dtype": dtype}
+        sizes = (in_features, hidden_features)
+
+        def weights(kind: str, rows: int, columns: int, biased: bool, own: bool) -> ExpertWeights:
             return ExpertWeights(
-                rows, columns, num_experts, with_bias, std.get(kind, 0.02), **options
+                rows,
+                columns,
+                num_experts,
+                biased,
+                std.get(kind, 0.02),
+                own_bias=own,
+                device=device,
+                dtype=dtype,
             )
 
         # If experts have their own biases, so does the projection before the activation.
-        own_up = own_bias and (bias or not gated)
-        self.up = weights("up", in_features, hidden_features, bias, own_up)
-        self.down = weights("down", hidden_features, in_features, bias, bias and own_output_bias)
-        self.gate_proj = (
-            weights("gate_proj", in_features, hidden_features, False, own_bias) if gated else None
-        )
+        self.up = weights("up", *sizes, bias, own_bias and (bias or not gated))
+        self.down = weights("down", *sizes[::-1], bias, bias and own_output_bias)
+        self.gate_proj = weights("gate_proj", *sizes, False, own_bias) if gated else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -257,9 +258,10 @@ class DenseExperts(_Network):
         rows = dispatch(x, routing)
         act = ACTIVATIONS[self.activation]
         hidden = self.up(rows, offsets)
-        hidden = (
-            act(hidden) if self.gate_proj is None else act(self.gate_proj(rows, offsets)) * hidden
-        )
+        if self.gate_proj is None:
+            hidden = act(hidden)
+        else:
+            hidden = act(self.gate_proj(rows, offsets)) * hidden
         if dropout > 0.0:
             hidden = nn.functional.dropout(hidden, dropout)
         return combine(self.down(hidden, offsets), routing, top_k_weights)

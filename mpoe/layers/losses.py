@@ -39,11 +39,9 @@ def count_choices(
 ) -> Tensor:
     """How often each expert was chosen by a valid token: ``top_k_index [..., T, K]`` -> int64
     ``[..., E]``."""
-    kept = (
-        torch.ones_like(top_k_index)
-        if token_mask is None
-        else token_mask.long()[:, None].expand_as(top_k_index)
-    )
+    kept = torch.ones_like(top_k_index)
+    if token_mask is not None:
+        kept = token_mask.long()[:, None].expand_as(top_k_index)
     counts = top_k_index.new_zeros(*top_k_index.shape[:-2], num_experts)
     return counts.scatter_add(-1, top_k_index.flatten(-2), kept.flatten(-2))
 

@@ -34,8 +34,7 @@ def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Ten
     if x.dtype == torch.float32:
         return F.linear(x, weight.float())
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        logits: Tensor = _Logits.apply(x, weight, backend)
-        return logits
+        return _Logits.apply(x, weight, backend)
     return _logits(x, weight, backend)
 
 
@@ -91,9 +90,8 @@ class _Logits(torch.autograd.Function):
         if not need_weight:
             return dx, None, None
         if _on_gpu(x) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            parts = torch.bmm(
-                bfloat16_parts(grad).mT, x.expand(3, *x.shape), out_dtype=torch.float32
-            )
+            grads = bfloat16_parts(grad).mT
+            parts = torch.bmm(grads, x.expand(3, *x.shape), out_dtype=torch.float32)
             return dx, parts.sum(0).to(weight.dtype), None
         return dx, (grad.t() @ x.float()).to(weight.dtype), None
 
@@ -184,12 +182,10 @@ class TopKRouter(FromInitialValues):
             nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std)
         else:
             value.zero_()
-        if self.e_score_correction_bias is None:
-            return {"weight": value}
-        return {
-            "weight": value,
-            "e_score_correction_bias": torch.zeros_like(self.e_score_correction_bias),
-        }
+        values = {"weight": value}
+        if self.e_score_correction_bias is not None:
+            values["e_score_correction_bias"] = torch.zeros_like(self.e_score_correction_bias)
+        return values
 
     def capacity(self, num_tokens: int) -> int | None:
         """Slots an expert may own, ``ceil(factor * T * K / E)``, with GShard's gating ``ceil(factor
@@ -228,14 +224,13 @@ class TopKRouter(FromInitialValues):
         with no_autocast(x.device):
             if self.training and self.config.jitter:
                 x = x.float()
-                x = x * torch.empty_like(x).uniform_(
-                    1.0 - self.config.jitter, 1.0 + self.config.jitter
-                )
+                low, high = 1.0 - self.config.jitter, 1.0 + self.config.jitter
+                x = x * torch.empty_like(x).uniform_(low, high)
             elif self.can_gate_natively(x):
-                decided = native_gating(x, self.weight, self.top_k, self.config.is_scale_prob)
-                return RouterOutput(
-                    decided.logits, decided.top_k_index, self._scaled(decided.top_k_weights)
+                logits, index, weights = native_gating(
+                    x, self.weight, self.top_k, self.config.is_scale_prob
                 )
+                return RouterOutput(logits, index, self._scaled(weights))
             if self._is_softmax_alone:
                 gating = gating_on_gpu(
                     x, self.weight, self.top_k, self.config.is_scale_prob, self.scale, self.backend
@@ -249,24 +244,16 @@ class TopKRouter(FromInitialValues):
             if self.config.is_gshard:
                 return self._gshard(logits, weights, index)
             if not self.config.is_scale_prob:
-                weights = weights / (
-                    weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True)
-                )
+                total = weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True)
+                weights = weights / total
         return RouterOutput(logits, index, self._scaled(weights))
 
     def scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Experts' scores ``[T, E]``, and those that choose: with the correction bias."""
-        scores = (
-            logits.sigmoid()
-            if self.config.scoring_func == "sigmoid"
-            else torch.softmax(logits, dim=-1)
-        )
-        return (
-            scores,
-            scores
-            if self.e_score_correction_bias is None
-            else scores + self.e_score_correction_bias,
-        )
+        is_sigmoid = self.config.scoring_func == "sigmoid"
+        scores = logits.sigmoid() if is_sigmoid else torch.softmax(logits, dim=-1)
+        bias = self.e_score_correction_bias
+        return scores, scores if bias is None else scores + bias
 
     @property
     def scale(self) -> float:
@@ -280,12 +267,9 @@ class TopKRouter(FromInitialValues):
     def can_gate_natively(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether one native call can do the gating, see `mpoe_kernels.routing.gating`; ``others``
         are its other tensors."""
-        jitters = self.training and self.config.jitter
-        return (
-            not jitters
-            and self._is_softmax_alone
-            and can_route_natively(x, self.weight, self.backend, *others)
-        )
+        if (self.training and self.config.jitter) or not self._is_softmax_alone:
+            return False
+        return can_route_natively(x, self.weight, self.backend, *others)
 
     @property
     def _is_softmax_alone(self) -> bool:

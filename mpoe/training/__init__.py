@@ -8,26 +8,23 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    name: home
-    for home, names in {
-        "arguments": "MPOETrainingArguments",
-        "callbacks": "DivergenceError GradientMaskCallback LogLineCallback",
-        "checkpoints": "find_last_checkpoint",
-        "correction_bias": "update_correction_bias",
-        "freezing": "GradientMask freeze_all_but_experts freeze_cores",
-        "loss": "rank_share",
-        "output_dir": "prepare_output_dir read_metrics",
-        "param_groups": "build_param_groups",
-        "run_lock": "FolderInUseError",
-        "sharding": "load_sharded_optimizer save_sharded save_sharded_checkpoint shard_model",
-        "trainer": "MPOETrainer",
-    }.items()
-    for name in names.split()
+    "arguments": "MPOETrainingArguments",
+    "callbacks": "DivergenceError GradientMaskCallback LogLineCallback",
+    "checkpoints": "find_last_checkpoint",
+    "correction_bias": "update_correction_bias",
+    "freezing": "GradientMask freeze_all_but_experts freeze_cores",
+    "loss": "rank_share",
+    "output_dir": "prepare_output_dir read_metrics",
+    "param_groups": "build_param_groups",
+    "run_lock": "FolderInUseError",
+    "sharding": "load_sharded_optimizer save_sharded save_sharded_checkpoint shard_model",
+    "trainer": "MPOETrainer",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(" ".join(_HOMES.values()).split())
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -120,17 +120,16 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         check_choice("regime", self.regime, sorted(LR_SCALES))
         for name, kind in MPOETrainingArguments.__annotations__.items():
             value = getattr(self, name)
-            if kind == "bool":
+            if kind is bool:
                 check_flag(name, value)
-            elif name.endswith(("_lr", "_lr_scale")) and (value is not None or "None" not in kind):
+            elif name.endswith(("_lr", "_lr_scale")) and (value is not None or kind is float):
                 check_number(name, value, 0, open_low=True)
         check_type("output_dir", self.output_dir, str | os.PathLike | None, "a path")
         check_seed("seed", self.seed)
         if self.data_seed is not None:
             check_seed("data_seed", self.data_seed)
-        self.gradient_mask_prob = GradientMask(
-            None, self.gradient_mask_prob, self.mask_seed
-        ).probability
+        mask = GradientMask(None, self.gradient_mask_prob, self.mask_seed)
+        self.gradient_mask_prob = mask.probability
         # Configuration files may hold lists or a bare number; the stored value is always text.
         self.update_mpo_layer = _as_text(self.update_mpo_layer)
         self.train_AT_index = _as_text(self.train_AT_index)
@@ -145,9 +144,8 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
                 )
             self.ddp_find_unused_parameters = True
         if self.allow_non_finite:
-            self.logging_nan_inf_filter = (
-                False  # it would log a non-finite loss as an earlier one, or as 0
-            )
+            # it would log a non-finite loss as an earlier one, or as 0
+            self.logging_nan_inf_filter = False
         if self.fsdp:
             advice = (
                 "shard the model in a plain loop with mpoe.shard_model (see "

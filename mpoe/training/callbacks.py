@@ -104,17 +104,13 @@ class LogLineCallback(TrainerCallback):
             base = f"  base {logs['base_loss']:.4f}" if "base_loss" in logs else ""
             self.write(f"{step}  loss {loss:.4f}{base}  rate {rate:.2e}  {speed:.3g} steps/s{left}")
         for name, value in logs.items():
-            if (
-                name.startswith("eval_")
-                and name.endswith("loss")
-                and not name.endswith("base_loss")
-            ):
-                task = name.removeprefix("eval_").removesuffix("loss").strip("_")
-                base_loss = logs.get(f"{name.removesuffix('loss')}base_loss")
-                base = "" if base_loss is None else f"  base {base_loss:.4f}"
-                self.write(
-                    f"{step}  validation loss {value:.4f}{base}{f'  {task}' if task else ''}"
-                )
+            stem = name.removesuffix("loss")
+            if not name.startswith("eval_") or stem == name or stem.endswith("base_"):
+                continue
+            base_loss = logs.get(f"{stem}base_loss")
+            base = "" if base_loss is None else f"  base {base_loss:.4f}"
+            task = stem.removeprefix("eval_").strip("_")
+            self.write(f"{step}  validation loss {value:.4f}{base}  {task}".rstrip())
 
 
 # Every skipped step halves the scale of the loss: after so many in a row the scale (2^16 at first)
@@ -135,11 +131,9 @@ class DivergenceError(RuntimeError):
         saved = list_checkpoints(run_dir)
         self.step = step
         self.checkpoint = saved[-1] if saved else None
-        last = (
-            f"the last good checkpoint is {self.checkpoint}"
-            if saved
-            else "no checkpoint was written before"
-        )
+        last = "no checkpoint was written before"
+        if saved:
+            last = f"the last good checkpoint is {self.checkpoint}"
         super().__init__(
             f"training diverged at step {step}: {what}; {last}, and nothing was published. Lower "
             "learning_rate, warm up longer (warmup_steps) or clip harder (max_grad_norm); "
@@ -197,11 +191,12 @@ class DivergenceGuard(TrainerCallback):
         self._loss = self.norm = None
         self._skipped += 1
         if self._skipped >= MOST_SKIPPED:
-            what = (
+            raise DivergenceError(
                 f"the gradients of {self._skipped} steps in a row overflowed, however small the "
-                "loss was scaled"
+                "loss was scaled",
+                state.global_step,
+                str(args.output_dir),
             )
-            raise DivergenceError(what, state.global_step, str(args.output_dir))
 
     def _check(self, run_dir: str, step: int) -> None:
         values = [0.0 if value is None else float(value) for value in (self._loss, self.norm)]
@@ -220,8 +215,7 @@ def check_weights(model: nn.Module, step: int, run_dir: str | Path) -> None:
     """Raise `DivergenceError` if a parameter is not finite; reads all parameters."""
     for name, parameter in model.named_parameters():
         if parameter.numel() and parameter.is_floating_point():
-            largest = torch.linalg.vector_norm(
-                parameter.detach(), ord=math.inf
-            )  # NaN if there is one; no temporary
+            # NaN if there is one; no temporary
+            largest = torch.linalg.vector_norm(parameter.detach(), ord=math.inf)
             if not float(largest) < math.inf:
                 raise DivergenceError(f"the weights are not finite ({name})", step, run_dir)

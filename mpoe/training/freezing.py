@@ -24,7 +24,7 @@ from mpoe.config.checks import check_integer, check_number, check_type
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.checkpoint import component_of, parse_components
-from mpoe.models.walk import mpo_modules
+from mpoe.models.walk import modules_of, mpo_modules
 
 
 def parse_core_indices(text: str | None) -> tuple[int, ...]:
@@ -55,20 +55,16 @@ def freeze_all_but_experts(model: nn.Module) -> int:
         TypeError, ValueError: what is no module; a model without experts.
     """
     check_type("model", model, nn.Module, "a module")
-    parts = [
-        part
-        for m in model.modules()
-        if isinstance(m, RoutedFeedForward)
-        for part in (m.router, m.experts)
-    ]
-    if not parts:
+    layers = modules_of(model, RoutedFeedForward).values()
+    if not layers:
         raise ValueError(
             f"model must have experts (see convert_to_mpoe); {type(model).__name__} has none"
         )
     model.requires_grad_(False)
-    for part in parts:
-        if isinstance(part, nn.Module):
-            part.requires_grad_(True)
+    for layer in layers:
+        layer.experts.requires_grad_(True)
+        if layer.router is not None:
+            layer.router.requires_grad_(True)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -122,10 +118,8 @@ def freeze_cores(
     for name, cores in modules:
         trained = components is None or component_of(name) in components
         for index, parameter in enumerate(cores.chain()):
-            frozen = (
-                not trained or index in indices or (tensor_learn and index == cores.shape.central)
-            )
-            if frozen:
+            is_central = tensor_learn and index == cores.shape.central
+            if not trained or index in indices or is_central:
                 parameter.requires_grad_(False)
             counts["trained" if parameter.requires_grad else "frozen"] += 1
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -204,15 +198,12 @@ class GradientMask:
                 projection that stays is not trained.
         """
         self.end_step()
-        modules = {
-            name: m
-            for name, m in model.named_modules()
-            if isinstance(m, MPOCores | KeptFeedForward)
-        }
-        for name, module in modules.items():
+        self._cores = []
+        for name, module in model.named_modules():
             if self.probability > 0 and isinstance(module, KeptFeedForward):
                 module.check_maskable(name)
-        self._cores = list(modules.values())
+            if isinstance(module, MPOCores | KeptFeedForward):
+                self._cores.append(module)
         if self.probability > 0 and not self._cores:
             raise ValueError(
                 f"gradient_mask_prob={self.probability} needs a model with MPO cores; "

@@ -106,11 +106,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         )
         self._previous_optimizer = previous_optimizer
         config = getattr(model, "config", None)
-        if (
-            args.predict_with_generate
-            and config is not None
-            and not getattr(config, "is_encoder_decoder", False)
-        ):
+        is_other = config is not None and not getattr(config, "is_encoder_decoder", False)
+        if args.predict_with_generate and is_other:
             raise ValueError(
                 "predict_with_generate needs an encoder-decoder model such as T5; got "
                 f"{type(model).__name__} (language models are evaluated by eval_loss and "
@@ -125,12 +122,10 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._is_warned = False
         self._corrects_bias = corrects_bias(self.model)
         self._step_load: Tensor | None = None  # of the optimizer step in progress
-        self._base_excess: Tensor | None = (
-            None  # loss without experts less that with them, since the last log
-        )
-        self._base_losses: dict[
-            str, float
-        ] = {}  # of evaluations without experts, by prefix of their metrics
+        # loss without experts less that with them, since the last log
+        self._base_excess: Tensor | None = None
+        # of evaluations without experts, by prefix of their metrics
+        self._base_losses: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None
         if args.adapter:
@@ -166,11 +161,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 already not finite).
         """
         # With several processes, the first one writes the folder.
-        with (
-            hold(str(self.args.output_dir))
-            if self.is_world_process_zero()
-            else contextlib.nullcontext()
-        ):
+        is_first = self.is_world_process_zero()
+        with hold(str(self.args.output_dir)) if is_first else contextlib.nullcontext():
             return self._train_alone(resume_from_checkpoint, *args, **kwargs)
 
     def _train_alone(
@@ -181,9 +173,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         step = 0
         if self.args.should_save:
             if resume_from_checkpoint:
-                step = TrainerState.load_from_json(
-                    str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
-                ).global_step
+                state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+                step = TrainerState.load_from_json(str(state)).global_step
             if (run_dir / METRICS_FILE).exists() or step:
                 # Readers drop records that an earlier attempt logged after this step.
                 write_metrics(run_dir, {"event": "resume", "step": step})
@@ -210,21 +201,21 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             ValueError: `previous_optimizer` is of another kind, or has the state of no parameter of
                 the model.
         """
-        if self.optimizer is None:
-            module: Any = self.model if model is None else model
-            given = self.optimizer_cls_and_kwargs
-            kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, module)
-            if not options.keys() & {"params", "model", "optimizer_dict"}:
-                options = {**options, "params": build_param_groups(module, self.args)}
-            self.optimizer_cls_and_kwargs = (kind, options)
-            try:
-                made: torch.optim.Optimizer = super().create_optimizer(model)
-            finally:
-                self.optimizer_cls_and_kwargs = given
-            if self._previous_optimizer is not None:
-                keep_state(self._previous_optimizer, made)
-            return made
-        return super().create_optimizer(model)
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        module: Any = self.model if model is None else model
+        given = self.optimizer_cls_and_kwargs
+        kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, module)
+        if not options.keys() & {"params", "model", "optimizer_dict"}:
+            options = {**options, "params": build_param_groups(module, self.args)}
+        self.optimizer_cls_and_kwargs = (kind, options)
+        try:
+            made = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+        if self._previous_optimizer is not None:
+            keep_state(self._previous_optimizer, made)
+        return made
 
     def training_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
         with global_batch() if self.args.global_router_losses else contextlib.nullcontext():
@@ -375,14 +366,11 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, plus the mixture's own numbers, also written to `metrics.jsonl`."""
-        details: dict = {}
-        if "loss" in logs:
-            details = self._training_details(logs)
+        details = self._training_details(logs) if "loss" in logs else {}
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
-            write_metrics(
-                str(self.args.output_dir), {"step": self.state.global_step, **logs, **details}
-            )
+            record = {"step": self.state.global_step, **logs, **details}
+            write_metrics(str(self.args.output_dir), record)
 
     def _training_details(self, logs: dict[str, float]) -> dict:
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks."""
@@ -397,15 +385,10 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if counts is None:
             return {}
         logs.update(load_summary(counts))
-        router = (
-            self.model.mpoe_config.router
-        )  # GShard's second choices may be dropped: a token has one for certain
-        warning = (
-            None
-            if self._is_warned
-            else one_sided(counts, 1 if router.second_policy else router.top_k)
-        )
-        if warning is not None and self.is_world_process_zero():
+        # GShard's second choices may be dropped: a token has one for certain
+        router = self.model.mpoe_config.router
+        warning = one_sided(counts, 1 if router.second_policy else router.top_k)
+        if warning is not None and self.is_world_process_zero() and not self._is_warned:
             self._is_warned = True
             warnings.warn(warning, stacklevel=2)
         return {"expert_load": {"share": load_shares(counts)}}
@@ -429,12 +412,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             evaluations = [record for record in self.state.log_history if "eval_loss" in record]
-            last = (evaluations or [{}])[-1].items()
-            metrics = {
-                name: value
-                for name, value in last
-                if not name.endswith(("_runtime", "_per_second"))
-            }
+            last = evaluations[-1].items() if evaluations else ()
+            speeds = ("_runtime", "_per_second")
+            metrics = {name: value for name, value in last if not name.endswith(speeds)}
             write_card(self.model, str(self.args.output_dir), metrics)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

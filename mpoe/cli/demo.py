@@ -15,6 +15,7 @@ import torch
 from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
+from torch.optim.lr_scheduler import OneCycleLR
 from transformers.utils import logging
 
 from mpoe.cli.command import CommandError, Request, as_command, check_installed, option
@@ -137,17 +138,16 @@ def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> N
     from mpoe.cli import compare, train
 
     settings, of_baselines, of_mixtures = SETTINGS[kind]
-    settings += f" --model {kind} --seed {seed} {_ALIKE}" + (
-        f" --max_steps {steps}" if steps else ""
-    )
+    settings += f" --model {kind} --seed {seed} {_ALIKE}"
+    if steps:
+        settings += f" --max_steps {steps}"
     for arm, options in ARMS.items():
         print(f"{arm}:")
         rate = of_baselines if "--baseline" in options else of_mixtures
         words = f"{settings} --learning_rate {rate} {options}"
         train.command([*words.split(), "--output_dir", str(output_dir / arm)])
-    compare.command(
-        [*(str(output_dir / arm) for arm in ARMS), "--output_dir", str(output_dir), "--overwrite"]
-    )
+    runs = [str(output_dir / arm) for arm in ARMS]
+    compare.command([*runs, "--output_dir", str(output_dir), "--overwrite"])
     print(_COMPARED)
 
 
@@ -202,15 +202,16 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict:
     lost: dict[str, dict[str, float]] = {}
     files = []
     after: dict = {}
-    (output_dir / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    folder = output_dir / EXPERTS_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
     # Without the general text of the default background, which is a domain here.
     background = pooled_background(base, [token_batches(own_texts(base, tokenizer))])
-    save_background(background, base, output_dir / EXPERTS_FOLDER / BACKGROUND_FILE)
+    save_background(background, base, folder / BACKGROUND_FILE)
     for number, name in enumerate(DOMAINS):
         started = time.perf_counter()
         domain_pieces = pieces(domain_text(name, False), tokenizer, LENGTH, MOST)
         model = _train(base, domain_pieces, steps, seed + number)
-        files.append(output_dir / EXPERTS_FOLDER / f"{name}.expert")
+        files.append(folder / f"{name}.expert")
         # of all of its files
         taken = torch.randperm(len(domain_pieces))[:OF_STATISTICS]
         statistics = collect_statistics(model, batches(domain_pieces[taken]))
@@ -229,9 +230,8 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict:
     after[FOREIGN] = mixture
     for text in held_out:
         losses[text]["composed"] = loss(mixture, text)
-    with model_folder(
-        check_model_output("model", output_dir / MODEL_FOLDER, True), mixture, tokenizer
-    ) as staging:
+    output = check_model_output("model", output_dir / MODEL_FOLDER, True)
+    with model_folder(output, mixture, tokenizer) as staging:
         keep_experts(mixture, staging)
     first = {text: batch[0]["input_ids"][0] for text, batch in held_out.items()}
     results: dict = {
@@ -262,12 +262,9 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
     """An expert beside ``base``, trained on random pieces."""
     torch.manual_seed(seed)
     model = start_expert(base, NEURONS).train()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=steps + 1, pct_start=0.1
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    schedule = OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
     for _ in range(steps):
         ids = pieces[torch.randint(len(pieces), (AT_ONCE,))]
         model(input_ids=ids, labels=ids).loss.backward()
@@ -351,9 +348,7 @@ def _tell(file: Path, results: Mapping) -> None:
     mixture = Table(_TOGETHER_HEADER, together, "All three in one model", _TOGETHER)
     lines = []
     for text, said in results["continued"].items():
-        lines.append([text, said["prompt"]])
-        lines.append(["before", said["before"]])
-        lines.append(["after", said["after"]])
+        lines += [[text, said["prompt"]], *([when, said[when]] for when in ("before", "after"))]
     continued = Table((), lines, "Before and after", _CONTINUED, kind="text")
     conclusion = conclusions(results)
     apart.show()

@@ -149,9 +149,7 @@ def section(title: str, *parts: Any, note: str = "") -> Markup:
     shown = []
     for part in parts:
         if hasattr(part, "savefig"):
-            buffer = io.BytesIO()
-            part.savefig(buffer, format="png")
-            part = image.format(title, base64.b64encode(buffer.getvalue()).decode())
+            part = image.format(title, base64.b64encode(png(part)).decode())
         shown.append(part)
     below = Markup('<p class="note">{}</p>').format(note) if note else ""
     return Markup("<h2>{}</h2>{}{}").format(title, Markup("").join(shown), below)
@@ -214,6 +212,13 @@ def _new(panels: int, columns: int, width: float, height: float) -> tuple[Any, A
     for axes in grid[panels:]:
         axes.set_axis_off()
     return figure, grid
+
+
+def png(figure: Any) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 _TRAINING = "Training: task loss"

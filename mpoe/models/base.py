@@ -89,19 +89,16 @@ def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight:
     ]
     everyone, ranks = sum_over_ranks(torch.cat(choices))
     total = records[0].logits.new_zeros(())
-    for alike, index, mine, ours in zip(
-        layers, indices, choices, everyone.split([len(o) for o in choices]), strict=True
-    ):
+    by_stream = everyone.split(list(map(len, choices)))
+    for alike, index, mine, ours in zip(layers, indices, choices, by_stream, strict=True):
         logits = torch.stack([record.logits for record in alike])
         mask = alike[0].token_mask
         # Means over this rank's tokens, weighted by its tokens relative to those of an average
         # rank: 1 for one rank.
         weight = mine.sum(-1) * ranks / ours.sum(-1).clamp_min(1)
         if balance_weight:
-            total = (
-                total
-                + balance_weight * (weight * load_balancing_loss(logits, index, mask, ours)).sum()
-            )
+            balancing = load_balancing_loss(logits, index, mask, ours)
+            total = total + balance_weight * (weight * balancing).sum()
         if z_weight:
             total = total + z_weight * (weight * router_z_loss(logits, mask)).sum()
     return total
@@ -181,29 +178,22 @@ class MPOEModelMixin(_Model):
         replicated on every rank. The projections of one block are either all sharded or none, as
         experts between them need whole rows.
         """
-        modules = [(re.sub(r"\d+", "*", name), module) for name, module in self.named_modules()]
-        names = {
-            name
-            for name, module in modules
-            if not isinstance(module, (MPOEmbedding, SharedEmbedding, TiedHead))
-        }
-        names |= {re.sub(r"\d+", "*", name) for name, _ in self.named_parameters()}
-        whole = {
-            name.rpartition(".")[0] for name, module in modules if isinstance(module, MPOLinear)
-        }
-        whole |= {name for name, module in modules if getattr(module, "shape", None) == HIDDEN}
+        names = {re.sub(r"\d+", "*", name) for name, _ in self.named_parameters()}
+        whole = set()
+        for module_name, module in self.named_modules():
+            name = re.sub(r"\d+", "*", module_name)
+            if not isinstance(module, (MPOEmbedding, SharedEmbedding, TiedHead)):
+                names.add(name)
+            if isinstance(module, MPOLinear):
+                whole.add(name.rpartition(".")[0])
+            if getattr(module, "shape", None) == HIDDEN:
+                whole.add(name)
         for attribute in ("_tp_plan", "_ep_plan"):
-            plan = getattr(self, attribute, None) or {}
-            kept = {
-                key: how
-                for key, how in plan.items()
-                if key in names and key.rpartition(".")[0] not in whole
-            }
-            setattr(self, attribute, kept)
+            plan = (getattr(self, attribute, None) or {}).items()
+            fits = {key for key in names if key.rpartition(".")[0] not in whole}
+            setattr(self, attribute, {key: how for key, how in plan if key in fits})
         parts = {part for name in names for part in name.split(".")}
-        self._keep_in_fp32_modules = {
-            name for name in self._keep_in_fp32_modules or () if name in parts
-        }
+        self._keep_in_fp32_modules = parts & set(self._keep_in_fp32_modules or ())
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -212,17 +202,16 @@ class MPOEModelMixin(_Model):
         This must come first, because nested stacks dispatch to their own ``_init_weights``, which
         does not know our modules.
         """
-        for module in self.modules():
-            if not isinstance(module, FromInitialValues) or getattr(
-                module, "_is_hf_initialized", False
-            ):
-                continue
+
+        def is_filled(part: Any) -> bool:
+            return getattr(part, "_is_hf_initialized", False)
+
+        for module in modules_of(self, FromInitialValues).values():
             parameters = module.named_tensors()
-            if not all(
-                getattr(p, "_is_hf_initialized", False) or p.is_meta for p in parameters.values()
-            ):
+            absent = [p for p in parameters.values() if not is_filled(p) and not p.is_meta]
+            if absent and not is_filled(module):
                 for name, value in module.initial_values().items():
-                    if not getattr(parameters[name], "_is_hf_initialized", False):
+                    if not is_filled(parameters[name]):
                         parameters[name].copy_(value)
             module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
@@ -261,9 +250,8 @@ class MPOEModelMixin(_Model):
             output = forward(**kwargs, return_dict=True)
         output = self._with_routing(output, context.records or [], kwargs)
         if shown is False:
-            output = self.mpoe_output(
-                **{name: value for name, value in output.items() if name not in ROUTING_FIELDS}
-            )
+            plain = {name: output[name] for name in output if name not in ROUTING_FIELDS}
+            output = self.mpoe_output(**plain)
         return output if return_dict else output.to_tuple()
 
     def _with_routing(self, output: Any, records: list[RouterRecord], kwargs: dict) -> Any:
@@ -459,12 +447,10 @@ class MPOEModelMixin(_Model):
         self._train_central(True)
 
     def _train_central(self, trained: bool) -> None:
-        parts = [
-            module for module in self.modules() if isinstance(module, (MPOCores, KeptFeedForward))
-        ]
-        central = [
-            parameter for module in parts for parameter in module.central_parameters().values()
-        ]
+        central: list[Tensor] = []
+        for module in self.modules():
+            if isinstance(module, (MPOCores, KeptFeedForward)):
+                central += module.central_parameters().values()
         if not central:
             raise ValueError(
                 f"there are no central cores to freeze: {type(self).__name__} has none"

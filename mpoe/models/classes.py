@@ -86,13 +86,11 @@ class RoutingFields:
 @functools.cache
 def output_with_routing(dense: type[ModelOutput]) -> type[ModelOutput]:
     """``dense`` with `RoutingFields`, named ``MPOE<dense>``."""
-    documentation = f"`{dense.__name__}` with `RoutingFields`."
-    made = type(
-        f"MPOE{dense.__name__}",
-        (RoutingFields, dense),
-        {"__doc__": documentation, "__module__": __name__},
-    )
-    return dataclass(made)
+    names = {
+        "__doc__": f"`{dense.__name__}` with `RoutingFields`.",
+        "__module__": __name__,
+    }
+    return dataclass(type(f"MPOE{dense.__name__}", (RoutingFields, dense), names))
 
 
 def output_of(forward: Callable) -> type[ModelOutput]:
@@ -151,9 +149,9 @@ def config_class_for(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The configuration class of converted ``dense`` models."""
 
     def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
-        self.mpoe = (
-            mpoe if isinstance(mpoe, MPOEConfig) else MPOEConfig.from_dict(mpoe or {})
-        ).to_dict()
+        if not isinstance(mpoe, MPOEConfig):
+            mpoe = MPOEConfig.from_dict(mpoe or {})
+        self.mpoe = mpoe.to_dict()
         dense.__init__(self, **kwargs)
 
     ignored = [*IGNORED_AT_INFERENCE, *(getattr(dense, "keys_to_ignore_at_inference", None) or [])]
@@ -173,8 +171,7 @@ def config_class_for(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 def _config_name(model_type: str) -> str:
     """Name of the dense configuration class of a family."""
-    names: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
-    return names[model_type]
+    return vars(configuration_auto)["CONFIG_MAPPING_NAMES"][model_type]
 
 
 def dense_names(model_type: str) -> dict[str, str]:
@@ -203,10 +200,8 @@ def make_class(
         mixin: `MPOEModelMixin` or a class below it.
         autos: Auto class -> name of the converted class, for the whole family.
     """
-    causal = (
-        "AutoModelForCausalLM" in autos
-        and autos["AutoModelForCausalLM"] == f"{CLASS_PREFIX}{dense.__name__}"
-    )
+    name = f"{CLASS_PREFIX}{dense.__name__}"
+    causal = autos.get("AutoModelForCausalLM") == name
     original = inspect.unwrap(dense.forward)
 
     @functools.wraps(dense.forward)
@@ -237,9 +232,9 @@ def make_class(
         # themselves.
         "accepts_loss_kwargs": causal and "loss_function" in original.__code__.co_names,
         "auto_classes": {
-            auto: name
-            for auto, name in autos.items()
-            if auto == "AutoModel" or name == CLASS_PREFIX + dense.__name__
+            auto: converted
+            for auto, converted in autos.items()
+            if auto == "AutoModel" or converted == name
         },
         "_keep_in_fp32_modules_strict": in_float32,
         # Transformers looks for it in the file that defines the class.
@@ -251,7 +246,7 @@ def make_class(
     if issubclass(dense, GenerationMixin):
         bases = (*bases, GenerationMixin)
         namespace["generate"] = functools.wraps(dense.generate)(generate)
-    made: type[Any] = type(f"{CLASS_PREFIX}{dense.__name__}", bases, namespace)
+    made: Any = type(name, bases, namespace)
     return made
 
 
@@ -284,20 +279,16 @@ def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
 @functools.cache
 def foreign_class(dense: Any) -> type[Any]:
     """The MPOE class of a dense class whose family is not in `TABLE`."""
-    head = next(
-        (
-            auto
-            for auto, table in HEADS.items()
-            if dense.__name__ in getattr(modeling_auto, table).values()
-        ),
-        "",
-    )
+    heads = [
+        auto
+        for auto, table in HEADS.items()
+        if dense.__name__ in getattr(modeling_auto, table).values()
+    ]
     config = config_class_for(dense.config_class)
-    mixin = (
-        MPOESeq2SeqMixin
-        if "decoder_input_ids" in inspect.signature(dense.forward).parameters
-        else MPOEModelMixin
-    )
+    mixin: Any = MPOEModelMixin
+    if "decoder_input_ids" in inspect.signature(dense.forward).parameters:
+        mixin = MPOESeq2SeqMixin
+    head = heads[0] if heads else ""
     return _made({head: dense}, config, dense.config_class.model_type, mixin)[dense]
 
 
@@ -314,20 +305,15 @@ def class_named(name: str) -> type[Any] | None:
     for model_type in TABLE:
         is_config = dense == _config_name(model_type)
         if is_config or dense in dense_names(model_type).values():
-            made = classes_of(model_type).values()
-            return next(
-                cls.config_class if is_config else cls
-                for cls in made
-                if is_config or cls.__name__ == name
-            )
-    exported = getattr(
-        transformers, dense, None
-    )  # of a Transformers model outside `TABLE`, converted with ``sites``
-    if inspect.isclass(exported) and issubclass(exported, PreTrainedConfig):
+            made = list(classes_of(model_type).values())
+            if is_config:
+                return made[0].config_class
+            return next(cls for cls in made if cls.__name__ == name)
+    # of a Transformers model outside `TABLE`, converted with ``sites``
+    exported: Any = getattr(transformers, dense, None)
+    if not inspect.isclass(exported):
+        return None
+    if issubclass(exported, PreTrainedConfig):
         return config_class_for(exported)
-    known: Any = exported
-    return (
-        foreign_class(known)
-        if inspect.isclass(exported) and issubclass(exported, PreTrainedModel)
-        else None
-    )
+    # classes can be hashed
+    return foreign_class(exported) if issubclass(exported, PreTrainedModel) else None  # type: ignore[arg-type]

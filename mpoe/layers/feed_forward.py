@@ -97,24 +97,18 @@ class RoutedFeedForward(nn.Module):
                 in_features, self.num_experts, config.router, backend=config.backend, device=device
             )
         self.dropout = nn.Dropout(output_dropout)
-        options: dict = {
+        options = {
             "activation": activation,
             "gated": gated,
+            "bias": bias,
+            "init_std": dict(init_std or {}),
             "device": device,
             "dtype": dtype,
         }
-        self.experts: Any = self.new_experts(config, bias, dict(init_std or {}), options)
+        self.experts: Any = self.new_experts(config, options)
 
-    def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
-    ) -> nn.Module:
-        """Experts for a network of these sizes.
-
-        Args:
-            bias: whether the network has biases on up and down.
-            init_std: see the class.
-            options: arguments of the constructors of all experts.
-        """
+    def new_experts(self, config: MPOEConfig, options: dict) -> nn.Module:
+        """Experts for a network of these sizes; ``options`` are those of the network by name."""
         raise NotImplementedError
 
     def tokens(
@@ -218,9 +212,7 @@ class MPOEFeedForward(RoutedFeedForward):
         init_std: per kind of projection, for random weights.
     """
 
-    def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
-    ) -> nn.Module:
+    def new_experts(self, config: MPOEConfig, options: dict) -> nn.Module:
         """`MPOExperts` or `DenseExperts`; of the shape "hidden", `HiddenExperts` and projections
         around them."""
         if config.is_hidden:
@@ -228,18 +220,19 @@ class MPOEFeedForward(RoutedFeedForward):
 
             made: Any = self
             made.__class__ = HiddenMixture
-            return HiddenMixture.new_experts(made, config, bias, init_std, options)
+            return HiddenMixture.new_experts(made, config, options)
         sizes = (self.in_features, self.hidden_features)
         if config.expert_type == "dense":
-            options |= {
-                "own_bias": config.expert_bias,
-                "own_output_bias": config.expert_output_bias,
-            }
-            return DenseExperts(*sizes, config.num_experts, bias=bias, init_std=init_std, **options)
+            return DenseExperts(
+                *sizes,
+                config.num_experts,
+                own_bias=config.expert_bias,
+                own_output_bias=config.expert_output_bias,
+                **options,
+            )
         kinds = sizes_by_kind(*sizes, options.pop("gated")).items()
         shapes = {kind: config.shape_for(kind, *size) for kind, size in kinds}
-        options |= {"bias": bias, "init_std": init_std, "backend": config.backend}
-        return MPOExperts(shapes, config.num_experts, **options)
+        return MPOExperts(shapes, config.num_experts, backend=config.backend, **options)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token and compute its experts.

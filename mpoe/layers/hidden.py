@@ -162,13 +162,20 @@ class HiddenFeedForward(KeptFeedForward):
 
     shape = "hidden"
 
-    def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
-    ) -> HiddenExperts:
+    def new_experts(self, config: MPOEConfig, options: dict) -> HiddenExperts:
         """`HiddenExperts`."""
-        block_size = config.hidden_block(self.hidden_features)
-        sizes = (self.hidden_features, config.num_experts, block_size, config.block_per_group)
-        return HiddenExperts(*sizes, bias=config.expert_bias, backend=config.backend, **options)
+        return HiddenExperts(
+            self.hidden_features,
+            config.num_experts,
+            config.hidden_block(self.hidden_features),
+            config.block_per_group,
+            options["activation"],
+            options["gated"],
+            config.expert_bias,
+            config.backend,
+            device=options["device"],
+            dtype=options["dtype"],
+        )
 
     def relative_flops(self, top_k: int) -> float:
         """1 + k b / I."""
@@ -269,19 +276,15 @@ class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
     """An `MPOEFeedForward` of the shape "hidden": hidden-side experts between projections of its
     own."""
 
-    def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
-    ) -> HiddenExperts:
+    def new_experts(self, config: MPOEConfig, options: dict) -> HiddenExperts:
         """`HiddenExperts`; also makes the projections."""
         kinds = sizes_by_kind(self.in_features, self.hidden_features, options["gated"])
         self.keep({kind: kind for kind in kinds}, {})
-        made = {
-            kind: nn.Linear(
-                *size, bias and kind != "gate_proj", options["device"], options["dtype"]
-            )
-            for kind, size in kinds.items()
-        }
-        for kind, std in init_std.items():
+        made = {}
+        for kind, size in kinds.items():
+            bias = options["bias"] and kind != "gate_proj"
+            made[kind] = nn.Linear(*size, bias, options["device"], options["dtype"])
+        for kind, std in options["init_std"].items():
             nn.init.normal_(made[kind].weight, std=std)
         self.adopt(made)
-        return HiddenFeedForward.new_experts(self, config, bias, init_std, options)
+        return HiddenFeedForward.new_experts(self, config, options)

@@ -235,14 +235,13 @@ class NeuronFeedForward(KeptFeedForward):
         del self.dropout  # the dense module's may have this name
         self.output_dropout, self.adds_input = output_dropout, adds_input
 
-    def new_experts(
-        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict
-    ) -> nn.Module:
+    def new_experts(self, config: MPOEConfig, options: dict) -> nn.Module:
         """`NeuronExperts`."""
         assert config.neurons is not None  # settled at construction
+        options["bias"] = options["bias"] or config.expert_bias
+        options["init_std"] = options["init_std"].get("up")
         sizes = (self.in_features, config.num_experts, config.neurons, config.latent)
-        options |= {"init_std": init_std.get("up"), "backend": config.backend}
-        return NeuronExperts(*sizes, bias=bias or config.expert_bias, **options)
+        return NeuronExperts(*sizes, backend=config.backend, **options)
 
     def around(self, dense: nn.Module, projections: Mapping[str, nn.Module]) -> None:
         """Become ``dense``, with the experts added. It must not be used any more.

@@ -70,7 +70,7 @@ def parsed_mpoe(values: dict, folder: Path) -> MPOEConfig:
         return MPOEConfig.from_dict(values["mpoe"])
 
 
-def _check_ratios(modules: Mapping[str, MPOCores], ratios: Mapping[str, Any], folder: Path) -> None:
+def _check_ratios(modules: Mapping[str, MPOCores], ratios: Mapping, folder: Path) -> None:
     for name, cores in modules.items():
         if len(ratios.get(name, ())) != len(cores.rate_ratios):
             raise ValueError(

@@ -251,7 +251,7 @@ def make_class(
 
 
 def _made(
-    dense_of: Mapping[str, Any], config: type[PreTrainedConfig], model_type: str, mixin: type[Any]
+    dense_of: Mapping, config: type[PreTrainedConfig], model_type: str, mixin: type[Any]
 ) -> dict[type[PreTrainedModel], type[Any]]:
     """Dense class -> MPOE class, registered with Transformers' Auto classes, for the dense class of
     each Auto class."""

@@ -120,7 +120,7 @@ def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> dict[str, T
 
 
 def _statistics(
-    model: Any, layers: Mapping[str, Any], batches: Iterable[Batch], rank: int | None
+    model: Any, layers: Mapping, batches: Iterable[Batch], rank: int | None
 ) -> dict[str, Tensor]:
     # Sums over tokens of the outer products [I, I] of a router's inputs and of these, [I], float64;
     # and their number.

@@ -447,7 +447,7 @@ def kept(losses: Mapping[str, Any]) -> float | None:
     return (base - quiet) / (base - alone)
 
 
-def _changes_row(name: str, training: Mapping[str, Any]) -> str:
+def _changes_row(name: str, training: Mapping) -> str:
     """What an expert keeps and changes, as a row of the card; a dash where its file says
     nothing."""
 

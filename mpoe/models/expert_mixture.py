@@ -91,7 +91,7 @@ def background_batches(base: Any, tokenizer: Any) -> list[list[dict[str, Tensor]
     return [token_batches(ids) for ids in background_parts(base, tokenizer).values()]
 
 
-def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) -> list[Expert]:
+def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping) -> list[Expert]:
     """The experts, with statistics from ``texts`` where there are some."""
     if isinstance(experts, (str, bytes)) or not isinstance(experts, Sequence) or not experts:
         raise ValueError(f"experts must be a list of at least one expert; got {experts!r}")

@@ -108,7 +108,7 @@ def choices_of(checkpoint: str | Path) -> dict[str, str]:
     return {problem: choice for problem, choice in choices.items() if isinstance(choice, str)}
 
 
-def _manifest(checkpoint: Path) -> dict[str, Any]:
+def _manifest(checkpoint: Path) -> dict:
     try:
         record = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):

@@ -328,7 +328,7 @@ def _check_same_model(checkpoint: Path, config: Any) -> None:
         )
 
 
-def _jsonable(config: Mapping[str, Any]) -> dict[str, Any]:
+def _jsonable(config: Mapping) -> dict:
     # Through JSON and back, so that values compare equal to those from a file on resume (tuples
     # become lists).
     return json.loads(json.dumps(dict(config), default=str))

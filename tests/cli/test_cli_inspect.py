@@ -2,6 +2,7 @@
 refusals."""
 
 import math
+import os
 import re
 
 import pytest
@@ -50,7 +51,7 @@ def test_report_of_a_t5(cli, models, sentiment, tmp_path):
     out, run = tmp_path / "out", models / "t5"
     cli(f"inspect {run} --data_dir {sentiment} --output_dir {out} --text 'the film is <good>'")
     text = page(out)
-    assert {p.name for p in out.iterdir()} == {"report.html", "inspect.json"}
+    assert set(os.listdir(out)) == {"report.html", "inspect.json"}
     assert text.count("data:image/png;base64,iVBOR") == 2  # load, bonds
     assert "the film is &lt;good&gt;" in text
     numbers = read_json(out / "inspect.json")

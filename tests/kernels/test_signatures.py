@@ -99,9 +99,7 @@ WRONG = [
         {"num_experts": 2**31},
         f"num_experts must lie between 1 and {MOST_EXPERTS}; got 2147483648",
     ),
-    ("route", {"num_experts": 0}, "num_experts must"),
     ("combine", {"backend": "relu"}, "backend must be one of .*; got 'relu'"),
-    ("route", {"capacity": 0}, "capacity must be at least 1; got 0"),
     *(
         (
             op,
@@ -112,13 +110,6 @@ WRONG = [
         for size in (0, 1)
     ),
     ("route", {"top_k_index": torch.zeros(TOKENS, 0).long()}, "top_k_index must be .* with K >= 1"),
-    (
-        "route",
-        {"token_mask": torch.zeros(TOKENS)},
-        r"token_mask must be bool \[T\], T = 5; got float32",
-    ),
-    ("grouped_mpo_linear", {"activation": "tanh"}, "activation must be one of .*; got 'tanh'"),
-    ("grouped_mpo_linear", {"strategy": "fast"}, "strategy must be one of .*; got 'fast'"),
     ("grouped_mpo_linear", {"in_features": 99}, r"I = 99|I must be at most"),
     ("grouped_mpo_linear", {"out_features": 0}, "out_features must be at least 1"),
     (
@@ -134,18 +125,6 @@ WRONG = [
     ),
     ("hidden_experts_backward", {"need": [True]}, "need must name every gradient, 7; got"),
     ("neuron_experts_backward", {"need": [True]}, "need must name every gradient, 6; got"),
-    (
-        "neuron_experts",
-        {"down": torch.randn(EXPERTS, 5, 9)},
-        r"down must be of x's dtype \[E, m, F\], E = 3, m = 4",
-    ),
-    ("hidden_experts", {"u_gate": None}, "u_gate and right_gate must be given together"),
-    ("hidden_experts", {"activation": "gelu_pytorch"}, "activation must be one of"),
-    (
-        "hidden_experts",
-        {n: torch.randn(EXPERTS, 1, 5, 5) for n in ("right", "left", "right_gate")},
-        r"right must be \[E, G, b, b\] with b a divisor of F = 12",
-    ),
     (
         "mpo_embedding",
         {"left": torch.randn(1, 2, 2, 3000)},

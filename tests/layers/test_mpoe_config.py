@@ -19,66 +19,71 @@ from tests.cases import either
 
 # What raises the error -> fields, and what the message says.
 REFUSED = {
-    (MPOEConfig, ValueError): [
-        ({"num_experts": 0}, "num_experts must be at least 1; got 0"),
-        ({"expert_type": "mop"}, "did you mean 'mpo'"),
-        ({"shape": "sepparable"}, "did you mean 'separable'"),
-        ({"shape": {"up": {"in_factors": [2], "out_factors": [3]}}}, "missing ['down']"),
-        ({"shape": {"upp": {}}}, "did you mean 'up'"),
-        ({"gauge": "symetric"}, "did you mean 'symmetric'"),
-        ({"num_experts": 2, "router": {"top_k": 3}}, "at most num_experts = 2; got 3"),
-        ({"target_modules": "fnn"}, "did you mean 'ffn'"),
-        ({"layers_to_transform": [-1]}, "layers_to_transform"),
-        ({"separable_left": 0}, "separable_left"),
-        ({"moe_type": "mop"}, "did you mean 'moe'"),
-        ({"moe_type": "moe", "router": RouterConfig(top_k=2)}, "router with a second_policy"),
-        ({"router": RouterConfig.gshard()}, "router with second_policy None; got 'random'"),
-        ({"moe_type": "moe", "router": {"top_k": 1}}, "second_policy needs top_k 2; got 1"),
-        ({"moe_type": "moe", "router": {"second_policy": "rand"}}, "did you mean 'random'"),
-        ({"router": {"eval_second_policy": "all"}}, "eval_second_policy needs second_policy"),
-        ({"router": {"second_threshold": 0.0}}, "second_threshold must be greater than 0"),
-        ({"router": {"min_capacity": 0}}, "min_capacity must be at least 1"),
-        ({"shape": "hidden", "block_size": 0}, "block_size must be at least 1"),
-        ({"shape": "hidden", "neurons": 8}, "neurons needs shape 'neurons'; got 'hidden'"),
-        ({"shape": "neurons", "block_size": 8}, "block_size needs shape 'hidden'; got 'neurons'"),
-        ({"shape": "hidden", "moe_type": "moe"}, "needs moe_type 'switch' or 'none'"),
-        ({"shape": "hidden", "router": {"capacity_factor": 1.0}}, "router.capacity_factor"),
-        ({"router": {"routed_scaling_factor": 2.0}}, "routed_scaling_factor needs shape"),
-        (
-            {"shape_pattern": {"encoder": "neurons"}, "router": {"routed_scaling_factor": 2.0}},
-            "routed_scaling_factor needs shape 'neurons'",
-        ),
-    ],
-    (MPOEConfig, TypeError): [
-        ({"num_experts": True}, "num_experts"),
-        ({"shape": 3}, "shape must be"),
-        ({"shape": {"up": 3, "down": 3}}, "['up'] must be an MPOShape or its mapping; got int"),
-        ({"shape": "hidden", "block_per_group": 1}, "block_per_group must be True or False"),
-        ({"shape": "neurons", "neurons": 8.0}, "neurons must be an integer or None"),
-    ],
-    (RouterConfig, ValueError): [
-        ({"top_k": 0}, "top_k"),
-        ({"capacity_factor": 0.0}, "capacity_factor"),
-        ({"eval_capacity_factor": -1}, "eval_capacity_factor"),
-        ({"jitter": 1.0}, "jitter must be below 1"),
-        ({"balance_loss_weight": -1}, "balance_loss_weight"),
-        ({"z_loss_weight": float("nan")}, "z_loss_weight"),
-        ({"expert_dropout": 1.0}, "expert_dropout"),
-        ({"init_scale": -0.1}, "init_scale"),
-        ({"scoring_func": "tanh"}, "must be one of 'softmax', 'sigmoid'; got 'tanh'"),
-        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor must be greater than 0"),
-        ({"bias_update_rate": -1.0}, "bias_update_rate must be at least 0"),
-        (
-            {"top_k": 2, "second_policy": "all", "scoring_func": "sigmoid"},
-            "second_policy needs scoring_func 'softmax' and bias_update_rate 0",
-        ),
-    ],
+    (MPOEConfig, ValueError): {
+        "num_experts must be at least 1; got 0": {"num_experts": 0},
+        "did you mean 'mpo'": {"expert_type": "mop"},
+        "did you mean 'separable'": {"shape": "sepparable"},
+        "missing ['down']": {"shape": {"up": {"in_factors": [2], "out_factors": [3]}}},
+        "did you mean 'up'": {"shape": {"upp": {}}},
+        "did you mean 'symmetric'": {"gauge": "symetric"},
+        "at most num_experts = 2; got 3": {"num_experts": 2, "router": {"top_k": 3}},
+        "did you mean 'ffn'": {"target_modules": "fnn"},
+        "layers_to_transform": {"layers_to_transform": [-1]},
+        "separable_left": {"separable_left": 0},
+        "did you mean 'moe'": {"moe_type": "mop"},
+        "router with a second_policy": {"moe_type": "moe", "router": RouterConfig(top_k=2)},
+        "router with second_policy None; got 'random'": {"router": RouterConfig.gshard()},
+        "second_policy needs top_k 2; got 1": {"moe_type": "moe", "router": {"top_k": 1}},
+        "did you mean 'random'": {"moe_type": "moe", "router": {"second_policy": "rand"}},
+        "eval_second_policy needs second_policy": {"router": {"eval_second_policy": "all"}},
+        "second_threshold must be greater than 0": {"router": {"second_threshold": 0.0}},
+        "min_capacity must be at least 1": {"router": {"min_capacity": 0}},
+        "block_size must be at least 1": {"shape": "hidden", "block_size": 0},
+        "neurons needs shape 'neurons'; got 'hidden'": {"shape": "hidden", "neurons": 8},
+        "block_size needs shape 'hidden'; got 'neurons'": {"shape": "neurons", "block_size": 8},
+        "needs moe_type 'switch' or 'none'": {"shape": "hidden", "moe_type": "moe"},
+        "router.capacity_factor": {"shape": "hidden", "router": {"capacity_factor": 1.0}},
+        "routed_scaling_factor needs shape": {"router": {"routed_scaling_factor": 2.0}},
+        "routed_scaling_factor needs shape 'neurons'": {
+            "shape_pattern": {"encoder": "neurons"},
+            "router": {"routed_scaling_factor": 2.0},
+        },
+    },
+    (MPOEConfig, TypeError): {
+        "num_experts": {"num_experts": True},
+        "shape must be": {"shape": 3},
+        "['up'] must be an MPOShape or its mapping; got int": {"shape": {"up": 3, "down": 3}},
+        "block_per_group must be True or False": {"shape": "hidden", "block_per_group": 1},
+        "neurons must be an integer or None": {"shape": "neurons", "neurons": 8.0},
+    },
+    (RouterConfig, ValueError): {
+        "top_k": {"top_k": 0},
+        "capacity_factor": {"capacity_factor": 0.0},
+        "eval_capacity_factor": {"eval_capacity_factor": -1},
+        "jitter must be below 1": {"jitter": 1.0},
+        "balance_loss_weight": {"balance_loss_weight": -1},
+        "z_loss_weight": {"z_loss_weight": float("nan")},
+        "expert_dropout": {"expert_dropout": 1.0},
+        "init_scale": {"init_scale": -0.1},
+        "must be one of 'softmax', 'sigmoid'; got 'tanh'": {"scoring_func": "tanh"},
+        "routed_scaling_factor must be greater than 0": {"routed_scaling_factor": 0.0},
+        "bias_update_rate must be at least 0": {"bias_update_rate": -1.0},
+        "second_policy needs scoring_func 'softmax' and bias_update_rate 0": {
+            "top_k": 2,
+            "second_policy": "all",
+            "scoring_func": "sigmoid",
+        },
+    },
 }
 
 
 @pytest.mark.parametrize(
     "kind, error, values, words",
-    [(*raised, *row) for raised, rows in REFUSED.items() for row in rows],
+    [
+        (*raised, values, words)
+        for raised, rows in REFUSED.items()
+        for words, values in rows.items()
+    ],
 )
 def test_refusals_name_the_field(kind, error, values, words):
     refuses(error, re.escape(words), kind, **values)

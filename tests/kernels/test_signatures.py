@@ -20,7 +20,7 @@ from tests.assertions import refuses
 from tests.cases import either
 
 from .backend_cases import need_of, on_every_backend
-from .problems import EXPERTS, TOKENS, TOP_K, calls, run
+from .problems import TOKENS, TOP_K, calls, run
 
 
 def emptied(tensor):

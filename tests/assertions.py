@@ -102,6 +102,10 @@ def read_json(file):
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def write_json(file, value):
+    file.write_text(json.dumps(value))
+
+
 @contextmanager
 def poisoned_memory(device="cpu"):
     """Fill everything that ``torch.empty`` and similar functions return with NaN (integers: their
@@ -123,14 +127,7 @@ def poisoned_memory(device="cpu"):
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def refuses(
-    error,
-    message,
-    call,
-    /,
-    *arguments,
-    **options,
-):
+def refuses(error, message, call, /, *arguments, **options):
     """Require that a call raises ``error`` with a text in which the pattern ``message`` is
     found."""
     with pytest.raises(error, match=message):

@@ -290,15 +290,7 @@ class Product(LinearProblem):
 # ------------------------------------------------------------------ networks
 
 
-def check_ffn(
-    backend,
-    shape,
-    dtype,
-    gated,
-    tokens=11,
-    experts=4,
-    device="cpu",
-):
+def check_ffn(backend, shape, dtype, gated, tokens=11, experts=4, device="cpu"):
     """`mpo_ffn` and its gradients with dropped and masked tokens and idle experts, calibrated in
     the same dtype."""
     index, mask = expert_choice("some_idle", tokens, experts, 2), torch.arange(tokens) % 4 != 1

@@ -11,14 +11,7 @@ def parts_of(routing):
     return routing.expert_offsets, routing.token_of_slot, routing.slot_of_token
 
 
-def check_route(
-    index,
-    experts,
-    capacity=None,
-    mask=None,
-    *,
-    backend,
-):
+def check_route(index, experts, capacity=None, mask=None, *, backend):
     """The routing, which must be that of the reference."""
     with poisoned_memory():
         routing = route(index, experts, capacity, mask, backend=backend)
@@ -30,14 +23,7 @@ def check_route(
     return routing
 
 
-def check_rows(
-    routing,
-    features,
-    dtype,
-    backend,
-    gate_dtype=torch.float32,
-    place=lambda t: t,
-):
+def check_rows(routing, features, dtype, backend, gate_dtype=torch.float32, place=lambda t: t):
     """dispatch, combine and their gradients. What nobody reads is NaN: tokens, rows and gates
     without a slot.
 

@@ -206,9 +206,7 @@ def test_the_table_of_mutants_names_files_and_tests():
         assert all((ROOT / each).exists() for each in tests), area
 
 
-def test_kernels_import_neither_transformers_nor_mpoe_and_info_no_transformers(
-    tmp_path,
-):
+def test_kernels_import_neither_transformers_nor_mpoe_and_info_no_transformers(tmp_path):
     """A copy of the package without compiled kernels, which says why it has none."""
     package = tmp_path / "mpoe_kernels"
     shutil.copytree(

@@ -224,9 +224,7 @@ def test_what_has_no_time_is_named():
     assert results["skipped"] == list(dict.fromkeys(titles))
 
 
-def test_after_a_capture_that_broke_off_nothing_is_measured(
-    monkeypatch,
-):
+def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch):
     """Not in that section, not in a later one; the run has failed and says why."""
 
     def graphed(function):

@@ -47,10 +47,7 @@ def write_described(data_dir, spec):
     """A folder ``spec.name`` in ``data_dir`` with a few rows that the description fits."""
     folder = data_dir / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    labels = [label for label, word in spec.label_words.items() if word is not None] or [
-        0.4,
-        3,
-    ]
+    labels = [label for label, word in spec.label_words.items() if word is not None] or [0.4, 3]
     for split, size in (("train", 16), ("validation", 8), ("test", 4)):
         rows = [
             {

@@ -17,7 +17,7 @@ from mpoe.cli.train import going_on
 from mpoe.data.domains import DOMAINS, domain_text
 from mpoe.models.expert_mixture import experts_in
 from mpoe.training.callbacks import LogLineCallback
-from tests.assertions import read_json, run_python
+from tests.assertions import read_json, run_python, write_json
 from tests.cases import ROOT
 
 from .cli_data import run, words
@@ -50,7 +50,7 @@ def make_run(folder, accuracy, rate, ended=True, **more):
         "command": f"mpoe train --output_dir {folder.name} <b>",
         "learning_rate_from": "as given",
     }
-    (folder / "run.json").write_text(json.dumps({"config": config}))
+    write_json(folder / "run.json", {"config": config})
     records = [
         {
             "step": k,
@@ -79,7 +79,7 @@ def make_run(folder, accuracy, rate, ended=True, **more):
         **more,
     }
     if ended:
-        (folder / "results.json").write_text(json.dumps(results))
+        write_json(folder / "results.json", results)
     return folder
 
 
@@ -107,11 +107,7 @@ def test_runs_side_by_side(cli, tmp_path):
     assert "&lt;b&gt;" in text
     assert "<td class=best>0.7000 *</td>" in text
     assert text.count("data:image/png;base64,iVBOR") == 1
-    assert [run["name"] for run in read_json(tmp_path / "out/compare.json")] == [
-        "a",
-        "b",
-        "c",
-    ]
+    assert [run["name"] for run in read_json(tmp_path / "out/compare.json")] == ["a", "b", "c"]
 
 
 def test_means_over_seeds(cli, tmp_path):
@@ -121,7 +117,7 @@ def test_means_over_seeds(cli, tmp_path):
         record = read_json(runs[-1] / "run.json")
         record["config"]["training"]["seed"] = k % 2
         record["config"]["arm"] = {"baseline": "dense" if rate == 2e-3 else None}
-        (runs[-1] / "run.json").write_text(json.dumps(record))
+        write_json(runs[-1] / "run.json", record)
     answer = cli("compare", *runs, "--output_dir", tmp_path / "out")
     arms = answer.out.split("Arms")[1].split("Parameters")[0]
     cells = (re.split("[│┃]", line)[1:-1] for line in arms.splitlines())

@@ -10,6 +10,7 @@ from transformers import AutoConfig, GPT2LMHeadModel, T5ForConditionalGeneration
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
 from mpoe.cli.plan import PlanOptions, build, costs, read_values
+from tests.assertions import write_json
 from tests.cases import either, pairwise
 
 DESIGNS = ("mpoe", "switch", "dense")
@@ -88,7 +89,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape, values", pairwise(SHAPES, [T5, GATED, GPT2]))
 def test_parameters_are_those_of_the_converted_model(tmp_path, values, shape):
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    write_json(tmp_path / "config.json", values)
     costs = costs_of(str(tmp_path), num_experts=3, **shape)["totals"]["whole"]
     cls = GPT2LMHeadModel if values is GPT2 else T5ForConditionalGeneration
     own = {k: v for k, v in values.items() if k != "model_type"}
@@ -155,7 +156,7 @@ def test_operations_of_the_designs_by_hand(cli, tmp_path):
 def test_hidden_side_blocks_add_their_products(tmp_path, training):
     """FLOPs 1 + k b / I forward, 1 + 7/6 k b / I with the backward pass, which recomputes; no rows
     are copied."""
-    (tmp_path / "config.json").write_text(json.dumps(T5))
+    write_json(tmp_path / "config.json", T5)
     shape = {"shape": "hidden", "num_experts": 8, "block_size": 16, "router": RouterConfig(top_k=2)}
     (network,) = costs_of(str(tmp_path), training, **shape)["parts"]
     added = network["mpoe"]["flops"] - network["dense"]["flops"]
@@ -169,7 +170,7 @@ def test_hidden_side_blocks_add_their_products(tmp_path, training):
 def test_neurons_add_their_products(tmp_path, training, latent):
     """As `NeuronFeedForward.relative_flops`; with the backward pass, which recomputes, 4, 4 and 3
     products."""
-    (tmp_path / "config.json").write_text(json.dumps(GATED))
+    write_json(tmp_path / "config.json", GATED)
     shape = {
         "shape": "neurons",
         "num_experts": 8,
@@ -187,7 +188,7 @@ def test_neurons_add_their_products(tmp_path, training, latent):
 def test_one_expert_and_temporary_weights(tmp_path):
     for part in costs_of("gpt2", num_experts=1, shape="separable")["parts"]:
         assert part["switch"] == part["dense"]
-    (tmp_path / "config.json").write_text(json.dumps({**T5, "d_model": 1024, "d_ff": 4096}))
+    write_json(tmp_path / "config.json", {**T5, "d_model": 1024, "d_ff": 4096})
     for shape in ("paper", "light", "separable"):  # below two experts
         found = costs_of(str(tmp_path), num_experts=1024, shape=shape)
         assert found["totals"]["whole"]["mpoe"]["temporary_bytes"] <= 2 * 1024 * 4096 * 2
@@ -211,8 +212,8 @@ def test_published_sizes(name, parameters):
 
 def test_a_head_of_its_own_is_counted(tmp_path):
     """Of T5 v1.1, although Transformers 5 builds every T5 with a tied one."""
-    (tmp_path / "config.json").write_text(json.dumps(GATED))
-    (tmp_path / "untied.json").write_text(json.dumps({**GATED, "tie_word_embeddings": False}))
+    write_json(tmp_path / "config.json", GATED)
+    write_json(tmp_path / "untied.json", {**GATED, "tie_word_embeddings": False})
     files = (str(tmp_path), str(tmp_path / "untied.json"))
     tied, untied = (costs_of(file)["totals"]["whole"]["dense"]["parameters"] for file in files)
     assert untied - tied == 64 * 100
@@ -251,7 +252,7 @@ def test_no_tokens(cli, tmp_path, flags):
 
 
 def test_configuration_files_and_converted_models(cli, refused, tmp_path):
-    (tmp_path / "c.json").write_text(json.dumps(GATED))
+    write_json(tmp_path / "c.json", GATED)
     values = plan(cli, tmp_path, f"{tmp_path}/c.json --layers_to_transform 1 --shape separable")
     assert [(part["kind"], part["count"]) for part in values["parts"]] == [
         ("up", 2),
@@ -265,7 +266,7 @@ def test_configuration_files_and_converted_models(cli, refused, tmp_path):
         "architectures": ["MPOET5ForConditionalGeneration"],
         "mpoe": mpoe,
     }
-    (tmp_path / "config.json").write_text(json.dumps(converted))
+    write_json(tmp_path / "config.json", converted)
     own = plan(cli, tmp_path, tmp_path)["config"]
     assert (own["num_experts"], own["shape"], own["light_p"], own["router"]["top_k"]) == (
         5,

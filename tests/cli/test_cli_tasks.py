@@ -353,9 +353,7 @@ def test_pairs(cli, tmp_path):
     scores = read_json(tmp_path / "run/results.json")["validation"]["pairs"]
     assert scores["exact_match"] == 1.0
     assert scores["loss"] < 0.5
-    cli(
-        f"train --model t5 {flags} --max_steps 1 --max_target_length 4 --output_dir {tmp_path}/t5",
-    )
+    cli(f"train --model t5 {flags} --max_steps 1 --max_target_length 4 --output_dir {tmp_path}/t5")
 
 
 def test_conversations(cli, refused, tmp_path):
@@ -373,9 +371,7 @@ def test_conversations(cli, refused, tmp_path):
     end = tokenizer.eos_token
     assert whole == f"<user>say list{end}<assistant>list{end}<user>again{end}<assistant>list{end}"
     assert counted == f"list{end}list{end}"
-    cli(
-        f"train --model {tmp_path}/model --data_dir {chats} {CHAT} --output_dir {tmp_path}/run",
-    )
+    cli(f"train --model {tmp_path}/model --data_dir {chats} {CHAT} --output_dir {tmp_path}/run")
     assert read_json(tmp_path / "run/results.json")["validation"]["chats"]["exact_match"] == 1.0
     flags = f"--data_dir {chats} --output_dir {tmp_path}/none"
     assert "messages need a tokenizer with a chat template" in refused(

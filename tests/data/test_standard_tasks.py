@@ -49,10 +49,7 @@ LOCAL = ("movie_sentiment", "sms_spam", "word_in_context", "sentiment_rating")
 
 # columns of the hub's data sets: template columns, label column, labels
 HUB_LABELS = {
-    **dict.fromkeys(
-        "cola sst2 mrpc qqp qnli rte wnli paws imdb yelp_polarity".split(),
-        (0, 1),
-    ),
+    **dict.fromkeys("cola sst2 mrpc qqp qnli rte wnli paws imdb yelp_polarity".split(), (0, 1)),
     **dict.fromkeys(("superglue-boolq", "superglue-rte"), (0, 1)),
     **dict.fromkeys(("mnli", "superglue-cb", "sick"), (0, 1, 2)),
     **dict.fromkeys(("cosmos_qa", "hellaswag"), (0, 1, 2, 3)),

@@ -15,7 +15,7 @@ from mpoe.data.tasks import (
     standard_specs,
     task_names,
 )
-from tests.assertions import refuses
+from tests.assertions import refuses, write_json
 
 
 def tiny_task(name="tiny", **changes):
@@ -188,8 +188,8 @@ def test_yaml_and_python_describe_the_same(tmp_path):
         ("bad", "good"),
         ("sentence",),
     )
-    (tmp_path / "tasks.json").write_text(
-        json.dumps({"prose": {"template": "{text}", "kind": "language_modeling"}})
+    write_json(
+        tmp_path / "tasks.json", {"prose": {"template": "{text}", "kind": "language_modeling"}}
     )
     assert read_task_file(tmp_path / "tasks.json")["prose"] == specs["prose"]
     for spec in (*specs.values(), *standard_specs().values()):
@@ -369,7 +369,7 @@ GOOD = {"template": "{a}", "label_words": {0: "no", 1: "yes"}}
     ],
 )
 def test_refusals_name_field_and_file(tmp_path, changes, message):
-    (tmp_path / "tasks.json").write_text(json.dumps({"t": {**GOOD, **changes}}))
+    write_json(tmp_path / "tasks.json", {"t": {**GOOD, **changes}})
     refuses(ValueError, r"tasks\.json: .*" + message, read_task_file, tmp_path / "tasks.json")
 
 

@@ -71,14 +71,7 @@ def require_strategy(backend, strategy, dtype, device):
         pytest.skip(f"backend {backend} does not compute the strategy {strategy}")
 
 
-def check_linear(
-    backend,
-    strategies,
-    shape,
-    dtype,
-    device,
-    **options,
-):
+def check_linear(backend, strategies, shape, dtype, device, **options):
     """Forward and backward with bias and ReLU; the op is told which slots read a token."""
     options = {
         "tokens": 37,

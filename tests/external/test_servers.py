@@ -41,11 +41,7 @@ PROMPTS = (
     "To sort a list in Python, you can",
 )
 NEW_TOKENS = 24
-EXACTLY = {
-    "max_new_tokens": NEW_TOKENS,
-    "min_new_tokens": NEW_TOKENS,
-    "do_sample": False,
-}
+EXACTLY = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
 ROUNDS = 5  # of speeds, dense and mixture in turns
 VLLM = f"""
 import json, sys, vllm

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mpoe import MPOEConfig, convert_to_mpoe, import_original, load_mpoe, save_mpoe_only
 from mpoe.models import load_layers
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir
-from tests.assertions import refuses
+from tests.assertions import refuses, write_json
 from tests.training.tiny import dense_model, make_trainer, mpoe_model, resume_options
 
 from .processes import resident_bytes
@@ -86,9 +86,7 @@ def in_shards(name, outside=False):
         os.rename(weights(folder), folder / "a.safetensors")
         names = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
         values = {**names, next(iter(names)): name.format(folder.parent.resolve())}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": values})
-        )
+        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": values})
 
     return spoil
 
@@ -98,7 +96,7 @@ def change_config(**changes):
         values = json.loads((folder / "config.json").read_text())
         for name, value in changes.items():
             (values["mpoe"] if name in values["mpoe"] else values)[name] = value
-        (folder / "config.json").write_text(json.dumps(values))
+        write_json(folder / "config.json", values)
 
     return spoil
 

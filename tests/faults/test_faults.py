@@ -25,14 +25,7 @@ from tests.assertions import in_threads, refuses
 from tests.models.tiny_models import tiny_model
 from tests.training.tiny import Rows, dense_model, make_trainer, mpoe_model, resume_options
 
-from .processes import (
-    SEED,
-    command_says,
-    full_disk,
-    kill_runs,
-    resident_bytes,
-    straight_run,
-)
+from .processes import SEED, command_says, full_disk, kill_runs, resident_bytes, straight_run
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
@@ -122,8 +115,7 @@ ENDS = {  # of a run that replaces another, in their order: where it is killed
 
 
 @pytest.mark.parametrize(
-    "point",
-    [name if name == "the exchange" else pytest.param(name, marks=slow) for name in ENDS],
+    "point", [name if name == "the exchange" else pytest.param(name, marks=slow) for name in ENDS]
 )
 def test_a_killed_run_leaves_the_earlier_expert_or_its_own(tmp_path, monkeypatch, point):
     run = tmp_path / "out"

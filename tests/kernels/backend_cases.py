@@ -28,11 +28,7 @@ def supports(backend, op, dtype):
     return not backends.BACKENDS[backend].unsupported_reasons(Request(op, "cpu", dtype))
 
 
-def candidate_backend(
-    name,
-    kernels,
-    reasons=lambda _: [],
-):
+def candidate_backend(name, kernels, reasons=lambda _: []):
     """A backend with one candidate per strategy of the ops in ``kernels``; a kernel takes a
     call."""
     ops = {phase: op for op, phase in CONTRACTIONS.items()}

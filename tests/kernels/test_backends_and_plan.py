@@ -67,9 +67,7 @@ def test_eager_is_always_there():
         assert run().shape == (3, 12)
 
 
-def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(
-    broken_backend,
-):
+def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(broken_backend):
     assert "broken" not in available_backends()
     assert backend_reasons()["broken"] == ["it needs a device that is not here"]
     with pytest.raises(BackendError) as caught:
@@ -84,9 +82,7 @@ def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(
     assert run().shape == (3, 12), "the automatic choice passes it over"
 
 
-def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(
-    monkeypatch,
-):
+def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(monkeypatch):
     calls = []
 
     def logged(name):

@@ -87,9 +87,7 @@ def test_layers_run_on_tensors_without_memory(case, top_k):
 
 
 @pytest.mark.usefixtures("card")
-def test_what_waits_runs_if_it_is_named_or_there_is_no_other(
-    monkeypatch,
-):
+def test_what_waits_runs_if_it_is_named_or_there_is_no_other(monkeypatch):
     dims = BlockDims.of_shape(workload_shape("paper_64", 768, 3072))
     problem = Problem(OPS[0], dims, 8, 64, torch.float32, "cuda:0")
     assert all(candidate.waits for candidate in rank(problem._replace(backend="eager")))

@@ -2,6 +2,7 @@
 with what runs in test_backends_and_plan.py."""
 
 import itertools
+from functools import partial
 
 import opt_einsum
 import pytest
@@ -124,19 +125,14 @@ COUNTED["separable"] = BlockDims(
 
 def test_masked_and_partial_backwards_leave_out_what_is_not_needed():
     for strategy, dims in COUNTED.items():
-        whole = Contraction(strategy, dims, 2, 12, torch.float32, "backward")
-        masked = Contraction(
-            strategy, dims, 2, 12, torch.float32, "backward", (True, True, False, True)
-        )
-        only_x = Contraction(
-            strategy, dims, 2, 12, torch.float32, "backward", (True, False, False, False)
-        )
-        nothing = Contraction(strategy, dims, 2, 12, torch.float32, "backward", (False,) * 4)
+        of = partial(Contraction, strategy, dims, 2, 12, torch.float32)
+        whole, masked = of("backward"), of("backward", (True, True, False, True))
+        only_x = of("backward", (True, False, False, False))
+        nothing = of("backward", (False,) * 4)
         assert masked.flops < whole.flops
         assert "d C" in {product.result for product in whole.program.products}
         assert "d C" not in {product.result for product in masked.program.products}
-        forward = Contraction(strategy, dims, 2, 12, torch.float32, "forward")
-        assert only_x.flops == forward.flops, "dx costs what y costs"
+        assert only_x.flops == of("forward").flops, "dx costs what y costs"
         assert (nothing.flops, nothing.program.products) == (0, ())
 
 

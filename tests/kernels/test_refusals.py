@@ -71,12 +71,7 @@ def named(blocks, **changes):
     return MPOBlocks(blocks.left, blocks.central, blocks.right, **sizes)
 
 
-def blocks(
-    left=(1, 2, 3, 4),
-    central=(4, 1, 1, 4),
-    right=(1, 4, 3, 2),
-    **sizes,
-):
+def blocks(left=(1, 2, 3, 4), central=(4, 1, 1, 4), right=(1, 4, 3, 2), **sizes):
     return MPOBlocks(
         ONES(left), ONES(central), ONES(right), **{"in_features": 6, "out_features": 6, **sizes}
     )
@@ -98,10 +93,7 @@ def plan(**changes):
 
 def both(gates):
     """Gates of a token's rows, as they are placed and as they are combined."""
-    return [
-        lambda: placed_mpo_linear(*PLACED, gates, None),
-        lambda: combine(X, PLACED[-1], gates),
-    ]
+    return [lambda: placed_mpo_linear(*PLACED, gates, None), lambda: combine(X, PLACED[-1], gates)]
 
 
 def without_an_axis(name, size):
@@ -268,7 +260,7 @@ CASES = {
         # routing
         "mpo_x .*eager: it has no kernel for mpo_x": lambda: select(
             Request("mpo_x", "cpu", torch.float32)
-        ),
+        )
     },
 }
 WRONG = {

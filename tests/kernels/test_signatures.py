@@ -317,9 +317,7 @@ def test_a_plain_call_is_seen_by_function_modes():
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 2.0))
 
 
-def test_a_plain_call_is_recorded_for_its_gradient_without_the_dispatcher(
-    monkeypatch,
-):
+def test_a_plain_call_is_recorded_for_its_gradient_without_the_dispatcher(monkeypatch):
     """The same gradients in fewer steps."""
     op = scaled("scaled_and_recorded")
     x = torch.ones(3, requires_grad=True)

@@ -90,8 +90,7 @@ def test_refusals_name_the_field(kind, error, values, words):
 
 
 @pytest.mark.parametrize(
-    "kind, odd, known",
-    [(MPOEConfig, "num_expert", "num_experts"), (RouterConfig, "topk", "top_k")],
+    "kind, odd, known", [(MPOEConfig, "num_expert", "num_experts"), (RouterConfig, "topk", "top_k")]
 )
 def test_unknown_fields_offer_close_matches(kind, odd, known):
     refuses(ValueError, f"did you mean '{known}'", kind.from_dict, {odd: 4})

@@ -40,14 +40,7 @@ class Dense(nn.Module):
         return self.scale * self.down(self.dropout(h))
 
 
-def made(
-    kind="separable",
-    gated=False,
-    bias=False,
-    dtype=F32,
-    options=None,
-    **router,
-):
+def made(kind="separable", gated=False, bias=False, dtype=F32, options=None, **router):
     """5 experts that contribute, in eval mode; ``options``: of the `MPOEConfig`."""
     torch.manual_seed(0)
     own = {

@@ -250,9 +250,7 @@ def test_gates_sum_to_one(domains):
     assert_close(mixture(input_ids=ids).logits, want, rtol=1e-3, atol=1e-3)
 
 
-def test_an_encoder_decoders_background_is_the_packaged_text(
-    monkeypatch,
-):
+def test_an_encoder_decoders_background_is_the_packaged_text(monkeypatch):
     shorten_documentation(monkeypatch)
     base = dense_model("t5")
     batches = documentation_batches(base, tokenizer())

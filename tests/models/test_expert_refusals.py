@@ -18,7 +18,7 @@ from mpoe.models.expert_files import _checksum, write_expert
 from mpoe.models.expert_mixture import experts_in, keep_experts, mixture_config
 from mpoe.models.table import known_type
 from mpoe.models.weight_files import check_links
-from tests.assertions import read_json, refuses
+from tests.assertions import read_json, refuses, write_json
 
 from .tiny_models import M
 
@@ -240,22 +240,22 @@ def test_a_mixtures_config_is_of_one_schema(mixture):
     assert [expert.name for expert in experts_in(mixture)[0]] == ["domain0", "domain1"]
     for names in NAMES:
         names = [name.format(mixture.parent) if isinstance(name, str) else name for name in names]
-        file.write_text(json.dumps({**values, "mpoe_experts": names}))
+        write_json(file, {**values, "mpoe_experts": names})
         refuses(ValueError, re.escape("mpoe_experts in "), experts_in, mixture)
     for names in ("domain0", None, {}):
-        file.write_text(json.dumps({**values, "mpoe_experts": names}))
+        write_json(file, {**values, "mpoe_experts": names})
         refuses(
             ValueError, "must hold a mixture that was composed of experts", mixture_config, mixture
         )
     for mpoe in (None, 3, {}, {"top_k": 2}, {**values["mpoe"], "num_experts": 2, "router": None}):
-        file.write_text(json.dumps({**values, "mpoe": mpoe}))
+        write_json(file, {**values, "mpoe": mpoe})
         with pytest.raises(ValueError) as error:
             mixture_config(mixture)
         assert "must hold a valid field 'mpoe'" in str(error.value) or "must describe 3" in str(
             error.value
         ), mpoe
     del values["mpoe"]
-    file.write_text(json.dumps(values))
+    write_json(file, values)
     refuses(ValueError, "must hold a valid field 'mpoe'", mixture_config, mixture)
 
 
@@ -264,7 +264,7 @@ def test_a_mixture_without_a_number_of_experts_per_token_has_the_default(mixture
     values = read_json(file)
     assert next(facts_of(mixture))["experts_per_token"] == 3
     del values["mpoe"]["router"]["top_k"]
-    file.write_text(json.dumps(values))
+    write_json(file, values)
     default = load_mpoe(mixture).mpoe_config.top_k
     assert next(facts_of(mixture))["experts_per_token"] == default == 1
 
@@ -288,7 +288,7 @@ def test_messages_quote_little_of_a_long_value(mixture):
     file = mixture / "config.json"
     values = read_json(file)
     for name, value in LONG:
-        file.write_text(json.dumps({**values, name: value}))
+        write_json(file, {**values, name: value})
         with pytest.raises((ValueError, TypeError)) as error:
             (mixture_config if name.startswith("mpoe_") else load_mpoe)(mixture)
         assert len(str(error.value)) < 1500, (name, value)

@@ -162,8 +162,7 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "family, more",
-    [("t5", ["embedding"]), ("gpt2", []), ("bert", []), ("bert_mlm", ["embedding"])],
+    "family, more", [("t5", ["embedding"]), ("gpt2", []), ("bert", []), ("bert_mlm", ["embedding"])]
 )
 def test_mpoe_only_save(family, more, converted, tmp_path):
     model, base = stirred(converted(family, target_modules=["ffn", *more])), dense_model(family)
@@ -280,9 +279,7 @@ def test_they_give_their_logits_and_keep_their_configuration(name, tmp_path):
         assert (model(**inputs).logits - logits).abs().max() > 1e-4
 
 
-def test_a_mixture_of_transformers_converted_by_an_earlier_version_is_refused(
-    tmp_path,
-):
+def test_a_mixture_of_transformers_converted_by_an_earlier_version_is_refused(tmp_path):
     shutil.copytree(SAVED / "gpt2_hidden", tmp_path / "saved")
     file = tmp_path / "saved/config.json"
     file.write_text(

@@ -1,13 +1,11 @@
 """Which files hold a model's weights, and what its configuration may claim of them."""
 
-import json
-
 import torch
 from torch import nn
 
 from mpoe.models.checkpoint import read_mpoe_config
 from mpoe.models.weight_files import check_repeats, check_shapes, weight_files
-from tests.assertions import refuses
+from tests.assertions import refuses, write_json
 
 
 def test_shards_are_those_of_the_index_in_its_folder(tmp_path):
@@ -15,7 +13,7 @@ def test_shards_are_those_of_the_index_in_its_folder(tmp_path):
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     weight_map = {"a": names[1], "b": names[0], "c": names[1]}
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    write_json(index, {"weight_map": weight_map})
     (tmp_path / names[0]).touch()
     refuses(ValueError, f"names {names[1]}", weight_files, tmp_path)
     (tmp_path / names[1]).touch()
@@ -49,7 +47,7 @@ def test_as_many_layers_as_tensors_are_possible(tmp_path):
 def test_architectures_are_of_the_model_type(tmp_path):
     config = tmp_path / "config.json"
     for name in ("MPOET5ForConditionalGeneration", "MPOEGPT2LMHeadModel"):
-        config.write_text(json.dumps({"model_type": "mpoe_gpt2", "architectures": [name]}))
+        write_json(config, {"model_type": "mpoe_gpt2", "architectures": [name]})
         if name.startswith("MPOET5"):
             refuses(
                 ValueError, "must name an MPOE class of 'mpoe_gpt2'", read_mpoe_config, tmp_path

@@ -179,15 +179,7 @@ def by_accelerate(folder, ranks, family, config):
     }
 
 
-def by_sharding(
-    folder,
-    ranks,
-    family,
-    config,
-    checkpointing=False,
-    bf16=False,
-    dtype=None,
-):
+def by_sharding(folder, ranks, family, config, checkpointing=False, bf16=False, dtype=None):
     """A plain loop; with two ranks sharded (FSDP2), gathered and saved at the end."""
     model = mpoe_model(
         family, seed=dist.get_rank() if ranks > 1 else 0, **config

@@ -55,14 +55,7 @@ def pretrained_toy(gauge="symmetric"):
         ({"mpo_lr": 2e-4, "central_lr_scale": 0.25, "auxiliary_lr_scale": 3}, 2e-4, 0.25, 3.0),
     ],
 )
-def test_core_rates(
-    tmp_path,
-    gauge,
-    options,
-    base,
-    central,
-    auxiliary,
-):
+def test_core_rates(tmp_path, gauge, options, base, central, auxiliary):
     model = pretrained_toy(gauge)
     found = rates(build_param_groups(model, arguments(tmp_path, **options)))
     for _, cores in mpo_modules(model):

@@ -11,12 +11,7 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.info import facts_of
 from mpoe.cli.outputs import check_model_output, model_folder
 from mpoe.cli.quiet import background_beside
-from mpoe.training.output_dir import (
-    RUN_FILE,
-    holds_earlier_model,
-    prepare_output_dir,
-    publish_run,
-)
+from mpoe.training.output_dir import RUN_FILE, holds_earlier_model, prepare_output_dir, publish_run
 from mpoe.training.published import (
     MANIFEST,
     check_free_names,

@@ -115,11 +115,7 @@ def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch
     resumed = make_trainer(tmp_path / "run", **resume_options("t5", 6))
     resumed.train(resume_from_checkpoint=True)
     assert not differing(straight.model, resumed.model)
-    assert set(os.listdir(tmp_path / "run")) == {
-        "checkpoint-3",
-        "checkpoint-6",
-        "metrics.jsonl",
-    }
+    assert set(os.listdir(tmp_path / "run")) == {"checkpoint-3", "checkpoint-6", "metrics.jsonl"}
 
 
 def test_run_that_died_before_its_first_checkpoint_starts_again(tmp_path):

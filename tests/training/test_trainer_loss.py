@@ -27,14 +27,7 @@ class Gradients(TrainerCallback):
         )
 
 
-def one_step(
-    tmp_path,
-    family,
-    rows,
-    size,
-    pieces,
-    **options,
-):
+def one_step(tmp_path, family, rows, size, pieces, **options):
     gradients = Gradients()
     model = options.pop("model", None) or mpoe_model(family)
     defaults = {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}

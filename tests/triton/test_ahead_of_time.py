@@ -78,9 +78,7 @@ def test_every_shipped_tile_is_compiled():
 
 
 @on_architectures
-def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(
-    architecture,
-):
+def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(architecture):
     problems = list(shipped.FAMILIES["linear"](torch.bfloat16, False, shipped.T5_BASE))
     chosen = [
         each for each in problems if each.name.startswith("separable") and "E=8 T=4096" in each.name

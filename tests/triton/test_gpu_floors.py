@@ -1,6 +1,5 @@
 """tools/gpu_floors.py: what it counts, and that it finds kernels that became slower."""
 
-import json
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from mpoe_bench.layers import PHASES
 from shipped_kernels import bytes_of
 
 from mpoe_kernels.testing.launches import Launch
-from tests.assertions import read_json, refuses
+from tests.assertions import read_json, refuses, write_json
 from tests.cases import ROOT
 
 # A loop in a loop, the endless one behind the end, and what runs once.
@@ -169,10 +168,7 @@ def test_the_table_has_every_call():
 
 
 def test_the_page_says_the_tables_figures_and_which_miss_their_limits():
-    calls, page = (
-        read_json(floors.TABLE),
-        (ROOT / "docs/kernels_triton.md").read_text(),
-    )
+    calls, page = (read_json(floors.TABLE), (ROOT / "docs/kernels_triton.md").read_text())
     wanted = []
     for name, case in floors.CASES.items():
         if case.masked:
@@ -203,7 +199,7 @@ def planted(monkeypatch, tmp_path):
     monkeypatch.setattr(floors, "recorded", lambda *_: [])
     monkeypatch.setattr(floors, "figures", lambda *_: dict(kept))
     table = {call: dict(kept)}
-    floors.TABLE.write_text(json.dumps(table))
+    write_json(floors.TABLE, table)
     assert floors.main(["--only", call]) == 0
     return table
 
@@ -223,14 +219,14 @@ def test_what_is_worse_than_the_table_fails(planted, change, line, capsys, monke
         name = call.rpartition(" ")[0]
         monkeypatch.setitem(floors.CASES, name, replace(floors.CASES[name], limits=limits))
     planted[call] |= change
-    floors.TABLE.write_text(json.dumps(planted))
+    write_json(floors.TABLE, planted)
     assert floors.main(["--only", call]) == 1
     assert capsys.readouterr().err == f"{call}: {line}\n"
 
 
 def test_a_call_that_the_table_lacks_fails(planted, capsys):
     (call,) = planted
-    floors.TABLE.write_text(json.dumps({}))
+    write_json(floors.TABLE, {})
     assert floors.main(["--only", call]) == 1
     assert capsys.readouterr().err == f"{call}: not in gpu.json\n"
     assert floors.main(["--only", call, "--write"]) == 0

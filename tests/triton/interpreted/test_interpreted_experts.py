@@ -65,8 +65,7 @@ def test_a_thousand_experts():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
-    "kind, own",
-    [(HiddenProblem, {"groups": 1, "block": 16}), (NeuronProblem, {"neurons": 130})],
+    "kind, own", [(HiddenProblem, {"groups": 1, "block": 16}), (NeuronProblem, {"neurons": 130})]
 )
 def test_half_precision(kind, own, dtype):
     kind(tokens=18, experts=2, gated=True, with_bias=True, dtype=dtype, **own).check("triton")
@@ -316,14 +315,7 @@ def test_most_rows_of_tiles_are_in_use(tokens, least):
 
 def test_few_tokens_share_an_idle_device():
     """Programs for parts of the columns, each of which computes the hidden activations."""
-    sizes = {
-        "top_k": 2,
-        "experts": 8,
-        "width": 256,
-        "out": 4096,
-        "neurons": 32,
-        "none_share": 0.0,
-    }
+    sizes = {"top_k": 2, "experts": 8, "width": 256, "out": 4096, "neurons": 32, "none_share": 0.0}
     calls = [
         started(NeuronProblem(tokens=tokens, dtype=torch.bfloat16, **sizes))
         for tokens in (65, 4096)

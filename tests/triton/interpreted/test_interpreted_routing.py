@@ -30,16 +30,7 @@ CASES = [
 
 @pytest.mark.parametrize("few, most_parts", [(256, 512), (0, 512), (0, 2)])
 @pytest.mark.parametrize("tokens, experts, top_k, capacity, masked", CASES)
-def test_route_equals_loops(
-    tokens,
-    experts,
-    top_k,
-    capacity,
-    masked,
-    few,
-    most_parts,
-    monkeypatch,
-):
+def test_route_equals_loops(tokens, experts, top_k, capacity, masked, few, most_parts, monkeypatch):
     monkeypatch.setattr(routing, "FEW", few)  # 0: several launches for any number of pairs
     monkeypatch.setattr(routing, "BLOCK", 32)
     monkeypatch.setattr(routing, "COUNTED", 64)
@@ -66,12 +57,7 @@ GATES = [(0, 4, 2), (1, 1, 1), (37, 5, 3), (3, 1000, 16), (5, 8, 1)]  # tokens, 
 
 
 @pytest.mark.parametrize("dtypes, sizes, raw", pairwise(DTYPES, GATES, [False, True]))
-def test_gates_and_gradients(
-    dtypes,
-    sizes,
-    raw,
-    monkeypatch,
-):
+def test_gates_and_gradients(dtypes, sizes, raw, monkeypatch):
     """Against float64, of logits that are the sum of several parts of the width; with a gradient of
     the logits, of the gates, and of both."""
     monkeypatch.setattr(triton_gates, "PART_OF_WIDTH", 64)

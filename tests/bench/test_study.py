@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench.study import arms, quiet, tables, texts
+from mpoe_bench.study import arms, quiet, texts
 from mpoe_bench.study.__main__ import main, open_study, records_in
 from mpoe_bench.study.arms import (
     costs,
@@ -20,8 +20,8 @@ from mpoe_bench.study.arms import (
     steps_of,
 )
 from mpoe_bench.study.plan import Arm, Corner, Run, read_study
-from mpoe_bench.study.quiet_tables import criteria
-from mpoe_bench.study.tables import Spread, chosen_rate, gain, success
+from mpoe_bench.study.quiet_tables import QuietResults
+from mpoe_bench.study.tables import ArmsResults, Spread
 from mpoe_bench.study.texts import batches, byte_blocks, domain_texts, read_blocks
 from scipy.stats import ttest_1samp
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,7 +117,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(study_file, data, capsys
     # Two candidates of every arm, and the second seed of the chosen one; at the longer corner both
     # seeds.
     assert len(records) == 3 * 2 + 2 + 2 * 2
-    rate = chosen_rate(study, 16, "neurons", records)
+    rate = ArmsResults(study, records).chosen_rate(16, "neurons")
     losses = {each: records[f"16/4 neurons {each:g} 0"]["validation"] for each in study.rates[16]}
     assert losses[rate] == min(losses.values())
     assert records[first]["router"].keys() == {"entropy", "mass", "token", "domain", "use"}
@@ -226,7 +226,7 @@ def test_a_stage_names_its_layers_and_rates_are_chosen_with_two(study_file, data
     assert main([str(study_file), "--data_dir", str(data)]) == 0
     records = records_in(study_file.with_suffix(".json"))
     study = read_study(study_file)
-    rate = chosen_rate(study, 16, "neurons", records)
+    rate = ArmsResults(study, records).chosen_rate(16, "neurons")
     assert f"16/4 neurons {rate:g} 1" in records
     assert f"16/8/3 neurons {rate:g} 1" in records
     assert not any(key.startswith("16/8 ") for key in records)
@@ -245,7 +245,7 @@ def test_a_rate_that_is_known_is_not_searched(study_file):
     )
     study = read_study(study_file)
     assert study.candidates(16, "large") == []
-    assert chosen_rate(study, 16, "large", {}) == 0.002
+    assert ArmsResults(study, {}).chosen_rate(16, "large") == 0.002
     waiting = open_study(study_file).waiting({})
     assert [key for key in waiting if " large " in key] == [
         "16/8 large 0.002 0",
@@ -297,8 +297,8 @@ def test_verdicts_are_those_of_a_paired_t_test():
     for values in ([0.1, 0.12, 0.09], [0.1, -0.12, 0.3], [-0.1, -0.11, -0.1], [0.01, 0.05, 0.02]):
         p = ttest_1samp(values, 0).pvalue
         expected = "not significant" if p >= 0.05 else "better" if values[0] > 0 else "worse"
-        assert Spread.of(values).verdict() == expected
-    assert Spread.of([0.3]).verdict() == "one seed"
+        assert Spread(values).verdict() == expected
+    assert Spread([0.3]).verdict() == "one seed"
 
 
 def test_a_comparison_waits_for_all_seeds(study_file):
@@ -313,13 +313,16 @@ def test_a_comparison_waits_for_all_seeds(study_file):
         for rate in ("0.004", "0.008")
     }
     records["16/4 neurons 0.008 0"] = record(0.9)
-    found = gain(study, Corner(16, 4), "neurons", "dense", records)
-    assert (found.mean, found.number) == (pytest.approx(0.1), 1)
-    assert "has no result yet" in success(study, records)
+    found = ArmsResults(study, records).gain(Corner(16, 4), "neurons", "dense")
+    assert found.values == [pytest.approx(0.1)]
+    assert "has no result yet" in ArmsResults(study, records).success()
     records |= {"16/4 dense 0.004 1": record(1.1), "16/4 neurons 0.008 1": record(1.0001)}
-    assert "has succeeded: of 1 comparisons that it must win, 1 are won" in success(study, records)
+    assert (
+        "has succeeded: of 1 comparisons that it must win, 1 are won"
+        in ArmsResults(study, records).success()
+    )
     records["16/4 neurons 0.008 1"] = record(1.3)
-    assert "has failed" in success(study, records)
+    assert "has failed" in ArmsResults(study, records).success()
 
 
 @pytest.mark.parametrize("losses, verdict", [((0.9, 1.12), "enough"), ((0.9, 1.17), "not enough")])
@@ -332,12 +335,13 @@ def test_a_mean_gain_may_be_enough(study_file, losses, verdict):
     study = read_study(study_file)
     records = {f"16/4 dense 0.004 {seed}": {"test": loss} for seed, loss in enumerate((1.0, 1.1))}
     records |= {f"16/4 neurons 0.004 {seed}": {"test": loss} for seed, loss in enumerate(losses)}
-    section = tables.of_comparisons(study, records)
+    section = ArmsResults(study, records).of_comparisons()
     assert [row[-1] for row in section[3]] == [verdict]
     assert section[1].startswith("0 paired t-tests")
     assert section[1].endswith("*Enough*: the mean gain is at least what the study's file names.")
-    assert f"The study has {'succeeded' if verdict == 'enough' else 'failed'}" in success(
-        study, records
+    assert (
+        f"The study has {'succeeded' if verdict == 'enough' else 'failed'}"
+        in ArmsResults(study, records).success()
     )
 
 
@@ -414,8 +418,7 @@ def tiny_study(folder, data, plan, smaller):
 def short_texts(monkeypatch):
     monkeypatch.setattr(texts, "LENGTH", 16)
     monkeypatch.setattr(texts, "PIECES", 4)
-    monkeypatch.setattr(quiet, "PROMPTS", quiet.PROMPTS[:1])
-    monkeypatch.setattr(quiet, "MORE_PROMPTS", quiet.MORE_PROMPTS[:1])
+    monkeypatch.setattr(quiet, "PROMPTS", quiet.PROMPTS[:2])
     monkeypatch.setattr(quiet, "ANSWER_TOKENS", 4)
     for name, value in {
         "SAMPLES": 4,
@@ -452,18 +455,18 @@ def test_runs_and_success_of_quiet_experts():
     for rate, loss in zip(plan.replay_rates, (3.0, 2.0, 2.5), strict=True):
         for domain in plan.domains:
             records[f"replay {domain} 20 {rate:g} 0"] = record(loss)
-    assert plan.replay_rate(records) == plan.replay_rates[1]
+    assert plan.known_rates(records)["replay"] == plan.replay_rates[1]
     assert "replay reviews 40 0.003 2" in study.waiting(records)
     holding = record(3.05, answers=0.004) | dict.fromkeys(plan.probes, 4.01)
     for domain in plan.domains:
         others = {other: 4.02 for other in plan.domains if other != domain}
         records[f"quiet {domain} 0"] = holding | others
-    verdicts = {what: holds for what, _, holds in criteria(plan, records)}
+    verdicts = {what: holds for what, _, holds in QuietResults(plan, records).criteria()}
     of_one = [holds for what, holds in verdicts.items() if what.startswith("one")]
     assert of_one == ["yes"] * 6
     assert verdicts["four experts: share of their own gains"] == ""
     records["quiet novels 0"] = holding | {"messages": 4.2, "novels, all": 3.9}
-    verdicts = {what: holds for what, _, holds in criteria(plan, records)}
+    verdicts = {what: holds for what, _, holds in QuietResults(plan, records).criteria()}
     assert verdicts["one: worst other domain"] == "**no**"
     assert verdicts["one expert: share of its own gain"] == "**no**"
     records["mixture 0"] = record(3.04, answers=0.01)
@@ -487,7 +490,7 @@ def test_runs_and_success_of_quiet_experts():
         "background": {"sampling": 99, "statistics": 77},
         "reading": {"base": [200.0, 600], "one quiet expert": [150.0, 620]},
     }
-    verdicts = {what: holds for what, _, holds in criteria(plan, records)}
+    verdicts = {what: holds for what, _, holds in QuietResults(plan, records).criteria()}
     assert verdicts["four: nats ahead of Arrow, top 1"] == "**no**"
     assert verdicts["four: nats ahead of mean of LoRAs"] == "yes"
     assert verdicts["10 tenants: share of their own gains"] == "**no**"

@@ -24,8 +24,8 @@ from mpoe.config import MPOEConfig
 from mpoe.layers import DenseExperts
 from mpoe.models import convert_to_mpoe
 from mpoe.training import MPOETrainingArguments, build_param_groups
-from mpoe_bench.study.plan import LAYERS, Arm, Corner, Run, Study, read_study
-from mpoe_bench.study.tables import Records, runs_of, study_table
+from mpoe_bench.study.plan import LAYERS, Arm, Corner, Records, Run, Study, read_study
+from mpoe_bench.study.tables import ArmsResults
 from mpoe_bench.study.texts import BATCH, BLOCK, Blocks, batches, read_blocks
 
 VOCABULARY = 256
@@ -371,13 +371,14 @@ class ArmsStudy:
         """Keys of runs that are missing and whose rate is known, in order: of a stage first those
         that choose rates."""
         study = self.study
+        results = ArmsResults(study, records)
         keys = []
         for stage in study.stages:
             for arm in stage.arms:
                 keys += [run.key for run in study.candidates(stage.model, arm)]
             for seed in study.seeds:
                 for arm in stage.arms:
-                    runs = runs_of(study, stage.corner, arm, records)
+                    runs = results.runs_of(stage.corner, arm)
                     keys += [run.key for run in runs if run.seed == seed]
         return [key for key in dict.fromkeys(keys) if key not in records]
 
@@ -396,4 +397,4 @@ class ArmsStudy:
         return run_once(self.study, Run.of(key), self.data, self.starts)
 
     def table(self, records: Records) -> str:
-        return study_table(self.study, records)
+        return ArmsResults(self.study, records).page()

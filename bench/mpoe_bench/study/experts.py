@@ -3,9 +3,8 @@ pieces of texts."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpoe.models import start_expert
 from mpoe_bench.study.arms import BETAS, train_steps
 
 BATCH = 4
 SAMPLED = 64  # pieces for an expert's statistics
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 PROMPTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
@@ -30,14 +28,29 @@ PROMPTS = (
     "How do I boil an egg?",
     "Name a prime number larger than 50 and say why it is prime.",
     "Write a polite reply that declines an invitation.",
+    "Which planet is closest to the sun?",
+    "Write a haiku about autumn leaves.",
+    "What is the difference between weather and climate?",
+    "List five things to pack for a weekend in the mountains.",
+    "Explain what a variable is to somebody who has never programmed.",
+    "Give me a short recipe for tomato soup.",
+    "What does the word 'serendipity' mean?",
+    "Write a Python function that returns the larger of two numbers.",
+    "Who wrote Romeo and Juliet?",
+    "Summarize the story of the tortoise and the hare in one sentence.",
+    "How many minutes are there in a day?",
+    "Suggest a title for a book about two friends who sail around the world.",
+    "Why do we have leap years?",
+    "Tell me how to write a good email to a new colleague.",
+    "What is 17 plus 25?",
+    "Describe a rainy morning in a small town.",
 )
 
 
-def drawn(train_pieces: Sequence[Tensor], steps: int, seed: int) -> list[Tensor]:
-    """Batches of each text in turn, the same for every kind of expert."""
+def drawn(text: Tensor, steps: int, seed: int) -> list[Tensor]:
+    """Batches of a text's pieces, the same for every kind of expert."""
     generator = torch.Generator().manual_seed(seed)
-    texts = [train_pieces[step % len(train_pieces)] for step in range(steps)]
-    return [text[torch.randint(len(text), (BATCH,), generator=generator)] for text in texts]
+    return [text[torch.randint(len(text), (BATCH,), generator=generator)] for _ in range(steps)]
 
 
 def trained(
@@ -47,25 +60,24 @@ def trained(
     batches: Sequence[Tensor],
     rate: float,
     seed: int,
-    targets: str | Sequence[str] = PROJECTIONS,
+    targets: str | list[str] = PROJECTIONS,
+    loss_of: Callable[[Any, Tensor], Tensor] | None = None,
 ) -> Any:
     """An expert (``kind`` "neurons") or a LoRA adapter beside ``base``, on its feed-forward
-    networks or on PEFT's ``targets``, trained by AdamW.
+    networks or on PEFT's ``targets``, trained by AdamW; ``loss_of``: see `train_steps`.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     torch.manual_seed(seed)
-    modules = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(r=size, lora_alpha=2 * size, target_modules=modules, task_type="CAUSAL_LM")
-    model = (
-        start_expert(base, size)
-        if kind == "neurons"
-        else get_peft_model(copy.deepcopy(base), config)
-    )
+    config = LoraConfig(r=size, lora_alpha=2 * size, target_modules=targets, task_type="CAUSAL_LM")
+    if kind == "neurons":
+        model = start_expert(base, size)
+    else:
+        model = get_peft_model(copy.deepcopy(base), config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
-    train_steps(model.train(), adam, len(batches), enumerate(batches))
+    train_steps(model.train(), adam, len(batches), enumerate(batches), loss_of)
     return model.eval()
 
 
@@ -82,11 +94,11 @@ def losses(model: Any, ids: Tensor) -> Tensor:
 
 def adapters(base: Any, places: Mapping[str, Path]) -> Any:
     """One model with several adapters, by name."""
-    names = iter(places.items())
-    first, place = next(names)
-    model = PeftModel.from_pretrained(copy.deepcopy(base), str(place), adapter_name=first)
-    for name, place in names:
-        model.load_adapter(str(place), adapter_name=name)
+    first = next(iter(places))
+    model = PeftModel.from_pretrained(copy.deepcopy(base), str(places[first]), adapter_name=first)
+    for name, place in places.items():
+        if name != first:
+            model.load_adapter(str(place), adapter_name=name)
     return model.eval()
 
 
@@ -98,39 +110,18 @@ def batched(ids: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": part} for part in ids.split(8)]
 
 
-def started(arguments: argparse.Namespace) -> tuple[Path, Any, Any]:
-    """The folder that keeps files of experts, the tokenizer, and the base in float32.
-
-    Raises:
-        ValueError: an option that is needed and missing.
-    """
-    for name in ("data_dir", "model", "work_dir"):
-        if getattr(arguments, name) is None:
-            raise ValueError(f"{name} must be given for quiet experts; got none")
-    folder: Path = arguments.work_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
-    base: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    base.generation_config.pad_token_id = tokenizer.eos_token_id
-    return folder, tokenizer, base
-
-
 @torch.inference_mode()
 def mean_inputs(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """The mean input ``[I]`` of every layer's feed-forward network."""
-    sums: dict[int, Tensor] = {}
-    handles = []
-    for number, layer in enumerate(model.model.layers):
+    networks = [layer.mlp for layer in model.model.layers]
+    means: dict[Any, Tensor | int] = dict.fromkeys(networks, 0)
 
-        def add(module: Any, given: tuple[Tensor, ...], number: int = number) -> None:
-            rows = given[0].flatten(0, -2)
-            sums[number] = sums.get(number, torch.zeros(rows.shape[-1])) + rows.mean(0) / len(
-                batches
-            )
+    def add(network: Any, inputs: tuple[Tensor, ...]) -> None:
+        means[network] += inputs[0].flatten(0, -2).mean(0) / len(batches)
 
-        handles.append(layer.mlp.register_forward_pre_hook(add))
+    handles = [network.register_forward_pre_hook(add) for network in networks]
     for batch in batches:
         model(**batch)
     for handle in handles:
         handle.remove()
-    return [sums[number] for number in sorted(sums)]
+    return [means[network] for network in networks]

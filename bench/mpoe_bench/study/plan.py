@@ -8,17 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 Records = Mapping[str, Mapping[str, Any]]  # a run's key -> its record
-LAYERS = (
-    2  # of the model where a stage names no number of layers, and of the runs that choose a rate
-)
-SIZES = (
-    "neurons",
-    "latent",
-    "block_size",
-)  # of an `MPOEConfig`: a fraction in quotes is of the model's size
+# Of the model where a stage names no number of layers, and of the runs that choose a rate.
+LAYERS = 2
+# Of an `MPOEConfig`: a fraction in quotes is of the model's size.
+SIZES = ("neurons", "latent", "block_size")
+TENANTS = (10, 20)  # experts of the mixtures of many tenants
 
 
 class Corner(NamedTuple):
@@ -195,9 +193,65 @@ def made(kind: type, where: str, values: dict[str, Any]) -> Any:
     return kind(**fields)
 
 
-def run_key(kind: str, domain: str, steps: int, rate: float, seed: int) -> str:
-    """The key of an expert's run."""
-    return f"{kind} {domain} {steps} {rate:g} {seed}"
+class Expert(NamedTuple):
+    """A training run of the study of quiet experts: neurons, a LoRA, or a LoRA with replay."""
+
+    kind: str
+    domain: str
+    steps: int
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind} {self.domain} {self.steps} {self.rate:g} {self.seed}"
+
+
+@dataclass(frozen=True)
+class QuietPlan:
+    """What quiet.toml says."""
+
+    title: str
+    question: str
+    seeds: tuple[int, ...]
+    steps: int
+    lengths: tuple[int, ...]
+    domains: tuple[str, ...]
+    forgetting: str
+    probes: tuple[str, ...]
+    tenants: tuple[str, ...]
+    neurons: int
+    rank: int
+    replay_rates: tuple[float, ...]
+    rates: Mapping[str, float]
+    adapters: Mapping[str, str | list[str]]
+    success: Mapping[str, float]
+
+    @property
+    def equal_time(self) -> int:
+        """Steps of replay that take about as long as `steps` without."""
+        return self.steps // 2
+
+    def candidates(self, rate: float) -> list[Expert]:
+        """The runs by which a rate of replay is judged."""
+        seed = self.seeds[0]
+        return [Expert("replay", domain, self.equal_time, rate, seed) for domain in self.domains]
+
+    def losses_of_replay(self, records: Records) -> dict[float, float]:
+        """Rate -> replay's own loss on validation texts, mean over domains; of finished rates."""
+        losses = {}
+        for rate in self.replay_rates:
+            keys = [expert.key for expert in self.candidates(rate)]
+            if all(key in records for key in keys):
+                losses[rate] = fmean(records[key]["objective"] for key in keys)
+        return losses
+
+    def known_rates(self, records: Records) -> dict[str, float]:
+        """Kind -> rate; replay's, the best of its candidates, once all have finished."""
+        losses = self.losses_of_replay(records)
+        if len(losses) < len(self.replay_rates):
+            return dict(self.rates)
+        return {**self.rates, "replay": min(losses, key=losses.__getitem__)}
 
 
 def values_of(path: Path) -> dict[str, Any]:

@@ -6,9 +6,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpoe.config import RouterConfig
 from mpoe.models import collect_statistics, compose_experts, save_expert, start_expert
@@ -25,7 +25,6 @@ from mpoe.models.background import background_parts, pooled_background, token_ba
 from mpoe.models.composition import compose
 from mpoe.models.lora_fit import check_adapter, fit_adapter
 from mpoe.models.walk import routed_layers
-from mpoe_bench.study.arms import BETAS, train_steps
 from mpoe_bench.study.costs import ANSWER_TOKENS, costs
 from mpoe_bench.study.experts import (
     BATCH,
@@ -37,81 +36,23 @@ from mpoe_bench.study.experts import (
     losses,
     mean,
     mean_inputs,
-    started,
     trained,
 )
-from mpoe_bench.study.plan import Records, made, run_key, values_of
-from mpoe_bench.study.quiet_tables import quiet_table
-from mpoe_bench.study.texts import Split, domain_texts, pieces, probe_texts, split_of, tenant_texts
+from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Records, made, values_of
+from mpoe_bench.study.quiet_tables import QuietResults
+from mpoe_bench.study.texts import (
+    SPLITS,
+    Split,
+    domain_texts,
+    pieces,
+    probe_texts,
+    split_of,
+    tenant_texts,
+)
 
 SHOWN = 8  # pieces of a text that is not the domain's own
 FITTED = 256  # pieces that neurons are fitted to an adapter on, one batch in five held out
 REPLAY_SEED = 5
-MORE_PROMPTS = (
-    "Which planet is closest to the sun?",
-    "Write a haiku about autumn leaves.",
-    "What is the difference between weather and climate?",
-    "List five things to pack for a weekend in the mountains.",
-    "Explain what a variable is to somebody who has never programmed.",
-    "Give me a short recipe for tomato soup.",
-    "What does the word 'serendipity' mean?",
-    "Write a Python function that returns the larger of two numbers.",
-    "Who wrote Romeo and Juliet?",
-    "Summarize the story of the tortoise and the hare in one sentence.",
-    "How many minutes are there in a day?",
-    "Suggest a title for a book about two friends who sail around the world.",
-    "Why do we have leap years?",
-    "Tell me how to write a good email to a new colleague.",
-    "What is 17 plus 25?",
-    "Describe a rainy morning in a small town.",
-)
-
-
-@dataclass(frozen=True)
-class QuietPlan:
-    """What quiet.toml says."""
-
-    title: str
-    question: str
-    seeds: tuple[int, ...]
-    steps: int
-    lengths: tuple[int, ...]
-    domains: tuple[str, ...]
-    forgetting: str
-    probes: tuple[str, ...]
-    tenants: tuple[str, ...]
-    neurons: int
-    rank: int
-    replay_rates: tuple[float, ...]
-    rates: Mapping[str, float]
-    adapters: Mapping[str, str | list[str]]
-    success: Mapping[str, float]
-
-    @property
-    def equal_time(self) -> int:
-        """Steps of replay that take about as long as `steps` without."""
-        return self.steps // 2
-
-    def replay_rate(self, records: Records) -> float | None:
-        """The best by replay's own loss on validation texts, mean over domains; ``None`` while one
-        is missing."""
-        totals = {}
-        for rate in self.replay_rates:
-            keys = [
-                run_key("replay", domain, self.equal_time, rate, self.seeds[0])
-                for domain in self.domains
-            ]
-            if any(key not in records for key in keys):
-                return None
-            totals[rate] = sum(records[key]["objective"] for key in keys)
-        return min(totals, key=lambda rate: totals[rate])
-
-    def key(self, kind: str, domain: str, steps: int, seed: int, records: Records) -> str | None:
-        """The key of a training run at its kind's rate, once that is known."""
-        rate = self.replay_rate(records) if kind == "replay" else self.rates[kind]
-        if rate is None:
-            return None
-        return run_key(kind, domain, steps, rate, seed)
 
 
 class QuietStudy:
@@ -121,82 +62,79 @@ class QuietStudy:
         self.plan: QuietPlan = made(QuietPlan, "the study", values_of(file))
 
     def prepare(self, arguments: argparse.Namespace) -> None:
-        self.folder, self.tokenizer, self.base = started(arguments)
+        """See `ArmsStudy.prepare`."""
+        for name in ("data_dir", "model", "work_dir"):
+            if getattr(arguments, name) is None:
+                raise ValueError(f"{name} must be given for quiet experts; got none")
+        self.folder: Path = arguments.work_dir
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
+        base: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        base.generation_config.pad_token_id = self.tokenizer.eos_token_id
+        self.base = base.eval()
         data: Path = arguments.data_dir
         self.splits: dict[str, Split] = {}
         for domain in self.plan.domains:
-            texts = [domain_texts(data, domain, split) for split in ("train", "validation", "test")]
+            texts = [domain_texts(data, domain, split) for split in SPLITS]
             self.splits[domain] = split_of(self.tokenizer, *texts)
-        self.probes = {
-            probe: pieces(self.tokenizer, probe_texts(data, probe), SHOWN)
-            for probe in self.plan.probes
-        }
+        self.probes = {}
+        for probe in self.plan.probes:
+            self.probes[probe] = pieces(self.tokenizer, probe_texts(data, probe), SHOWN)
 
     def waiting(self, records: Records) -> list[str]:
-        return [key for key in self.runs(records) if key not in records]
+        return [key for key, _ in self.runs(records) if key not in records]
 
     def table(self, records: Records) -> str:
-        return quiet_table(self.plan, records)
+        return QuietResults(self.plan, records).page()
 
-    def runs(self, records: Records) -> Iterator[str]:
-        """Every run whose rate is known, in its order."""
+    def make(self, key: str, records: Records) -> dict[str, Any]:
+        begin = time.process_time()
+        record = dict(self.runs(records))[key]()
+        return record | {"cpu_seconds": round(time.process_time() - begin)}
+
+    def runs(self, records: Records) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+        """Key and maker of every run whose rate is known, in its order."""
         plan = self.plan
-        yield "base"
+        first = plan.seeds[0]
+        rates = plan.known_rates(records)
+
+        def own(
+            kind: str, domain: str, steps: int, seed: int
+        ) -> tuple[str, Callable[[], dict[str, Any]]]:
+            expert = Expert(kind, domain, steps, rates[kind], seed)
+            return expert.key, partial(self.own, expert)
+
+        yield "base", lambda: self.tests(self.base, plan.domains)
         for seed in plan.seeds:  # what success asks for, first
             for domain in plan.domains:
-                yield run_key("neurons", domain, plan.steps, plan.rates["neurons"], seed)
-                yield f"quiet {domain} {seed}"
-            yield f"mixture {seed}"
-        yield "rivals"
-        yield "tenants 10"
-        yield "tenants 20"
+                yield own("neurons", domain, plan.steps, seed)
+                yield f"quiet {domain} {seed}", partial(self.quiet, [domain], seed)
+            yield f"mixture {seed}", partial(self.quiet, plan.domains, seed)
+        yield "rivals", self.rivals
+        for number in TENANTS:
+            yield f"tenants {number}", partial(self.tenants, number)
         for seed in plan.seeds:
             for domain in plan.domains:
-                yield run_key("lora", domain, plan.steps, plan.rates["lora"], seed)
-                yield f"scaled {domain} {seed}"
+                yield own("lora", domain, plan.steps, seed)
+                yield f"scaled {domain} {seed}", partial(self.scaled, domain, seed)
         for rate in plan.replay_rates:
-            for domain in plan.domains:
-                yield run_key("replay", domain, plan.equal_time, rate, plan.seeds[0])
-        if plan.replay_rate(records) is None:
+            for expert in plan.candidates(rate):
+                yield expert.key, partial(self.own, expert)
+        if "replay" not in rates:
             return
         for steps in plan.lengths:
             for kind in ("neurons", "lora", "replay"):
-                yield str(plan.key(kind, plan.forgetting, steps, plan.seeds[0], records))
-            yield f"quiet {plan.forgetting} {plan.seeds[0]} {steps}"
+                yield own(kind, plan.forgetting, steps, first)
+            shorter = partial(self.quiet, [plan.forgetting], first, steps)
+            yield f"quiet {plan.forgetting} {first} {steps}", shorter
         for seed in plan.seeds:
             for domain in plan.domains:
                 for steps in (plan.equal_time, plan.steps):
-                    yield str(plan.key("replay", domain, steps, seed, records))
+                    yield own("replay", domain, steps, seed)
         for adapted in plan.adapters:
             for domain in plan.domains:
-                yield f"adapter {adapted}: {domain}"
-        yield "costs"
-
-    def make(self, key: str, records: Records) -> dict[str, Any]:
-        kind, _, rest = key.partition(" ")
-        begin = time.process_time()
-        record: dict[str, Any]
-        if kind == "base":
-            record = self.tests(self.base, self.plan.domains)
-        elif kind in ("neurons", "lora", "replay"):
-            domain, steps, rate, seed = rest.rsplit(" ", 3)
-            record = self.own(kind, domain, int(steps), float(rate), int(seed))
-        elif kind == "quiet":
-            record = self.quiet(rest, records)
-        elif kind == "scaled":
-            domain, seed_text = rest.rsplit(" ", 1)
-            record = self.scaled(domain, int(seed_text), records)
-        elif kind == "mixture":
-            record = self.tests(self.mixture(self.plan.domains, int(rest)), self.plan.domains)
-        elif kind == "tenants":
-            record = self.tenants(int(rest))
-        elif kind == "adapter":
-            record = self.adapter(*rest.split(": "))
-        elif kind == "costs":
-            record = self.costs()
-        else:
-            record = self.rivals()
-        return record | {"cpu_seconds": round(time.process_time() - begin)}
+                yield f"adapter {adapted}: {domain}", partial(self.adapter, adapted, domain)
+        yield "costs", self.costs
 
     # ------------------------------------------------------------ what is measured
 
@@ -205,7 +143,7 @@ class QuietStudy:
         """The base's greedy answers, ids ``[1, T]``, where each begins, and the base's
         log-probabilities of its tokens ``[tokens, V]``."""
         answers = []
-        for prompt in (*PROMPTS, *MORE_PROMPTS):
+        for prompt in PROMPTS:
             chat = [{"role": "user", "content": prompt}]
             rendered = self.tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_tensors="pt"
@@ -271,21 +209,25 @@ class QuietStudy:
     def split(self, domain: str) -> Split:
         return self.splits.get(domain) or tenant_texts(self.tokenizer, domain)
 
-    def place(self, kind: str, domain: str, steps: int, rate: float, seed: int) -> Path:
-        name = run_key(kind, domain, steps, rate, seed).replace(" ", "-")
-        return self.folder / (f"{name}.expert" if kind == "neurons" else name)
+    def place(self, expert: Expert) -> Path:
+        name = expert.key.replace(" ", "-")
+        return self.folder / (f"{name}.expert" if expert.kind == "neurons" else name)
 
-    def train(self, kind: str, domain: str, steps: int, rate: float, seed: int) -> Any:
+    def train(self, expert: Expert) -> Any:
         """Train an expert or an adapter, keep its file, and return the model."""
-        text = self.split(domain)[0]
-        pieces_of_domain = drawn([text], steps, seed)
-        if kind == "replay":
-            model = self.trained_with_replay(pieces_of_domain, rate, seed)
-        else:
-            size = self.plan.neurons if kind == "neurons" else self.plan.rank
-            model = trained(kind, self.base, size, pieces_of_domain, rate, seed)
-        place = self.place(kind, domain, steps, rate, seed)
-        if kind == "neurons":
+        text = self.split(expert.domain)[0]
+        is_neurons = expert.kind == "neurons"
+        model = trained(
+            expert.kind,
+            self.base,
+            self.plan.neurons if is_neurons else self.plan.rank,
+            drawn(text, expert.steps, expert.seed),
+            expert.rate,
+            expert.seed,
+            loss_of=self.loss_with_replay() if expert.kind == "replay" else None,
+        )
+        place = self.place(expert)
+        if is_neurons:
             save_expert(model, place, statistics=collect_statistics(model, batched(text[:SAMPLED])))
         else:
             model.save_pretrained(str(place))
@@ -293,10 +235,10 @@ class QuietStudy:
 
     def file(self, kind: str, domain: str, seed: int, steps: int | None = None) -> Path:
         """Of an expert or adapter at its rate; one without a file is trained again."""
-        wanted = kind, domain, steps or self.plan.steps, self.plan.rates[kind], seed
-        if not self.place(*wanted).exists():
-            self.train(*wanted)
-        return self.place(*wanted)
+        expert = Expert(kind, domain, steps or self.plan.steps, self.plan.rates[kind], seed)
+        if not self.place(expert).exists():
+            self.train(expert)
+        return self.place(expert)
 
     def divergence(self, model: Any, ids: Tensor) -> Tensor:
         """Of the base from a model on its own texts, nats per token."""
@@ -307,25 +249,16 @@ class QuietStudy:
             learnt.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean"
         )
 
-    def trained_with_replay(
-        self, pieces_of_domain: Sequence[Tensor], rate: float, seed: int
-    ) -> Any:
-        """A LoRA adapter; every step adds the divergence on as many pieces of the base's own
-        texts."""
-        model = trained("lora", self.base, self.plan.rank, [], rate, seed)
+    def loss_with_replay(self) -> Callable[[Any, Tensor], Tensor]:
+        """A model's loss on some pieces and the divergence on as many of the base's own texts."""
         generator = torch.Generator().manual_seed(REPLAY_SEED)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
 
         def loss(model: Any, ids: Tensor) -> Tensor:
             chosen = torch.randint(len(self.replayed), (len(ids),), generator=generator)
-            total: Tensor = model(input_ids=ids, labels=ids).loss + self.divergence(
-                model, self.replayed[chosen]
-            )
-            return total
+            of_pieces: Tensor = model(input_ids=ids, labels=ids).loss
+            return of_pieces + self.divergence(model, self.replayed[chosen])
 
-        train_steps(model.train(), adam, len(pieces_of_domain), enumerate(pieces_of_domain), loss)
-        return model.eval()
+        return loss
 
     def mixture(self, domains: Sequence[str], seed: int, steps: int | None = None) -> Any:
         """The experts' files with the defaults of the package."""
@@ -334,16 +267,13 @@ class QuietStudy:
 
     # ------------------------------------------------------------ runs
 
-    def own(self, kind: str, domain: str, steps: int, rate: float, seed: int) -> dict[str, Any]:
+    def own(self, expert: Expert) -> dict[str, Any]:
         """An expert or an adapter by itself, always on."""
-        place = self.place(kind, domain, steps, rate, seed)
-        model = (
-            self.opened(place) if place.exists() else self.train(kind, domain, steps, rate, seed)
-        )
-        known = [domain] if domain in self.splits else []
-        record: dict[str, Any] = self.tests(model, known)
-        if kind == "replay":
-            validation = mean(losses(model, self.split(domain)[1]))
+        place = self.place(expert)
+        model = self.opened(place) if place.exists() else self.train(expert)
+        record: dict[str, Any] = self.tests(model, [expert.domain])
+        if expert.kind == "replay":
+            validation = mean(losses(model, self.split(expert.domain)[1]))
             with torch.inference_mode():
                 kept = float(self.divergence(model, self.replayed[:SHOWN]))
             record["objective"] = validation + kept
@@ -355,15 +285,11 @@ class QuietStudy:
             return start_expert(self.base, expert=place).eval()
         return adapters(self.base, {"own": place})
 
-    def quiet(self, rest: str, records: Records) -> dict[str, Any]:
-        """One expert composed with *none*; ``rest`` is domain, seed and perhaps steps."""
-        words = rest.split(" ")
-        steps = int(words.pop()) if words[-2].isdigit() else None
-        domain = " ".join(words[:-1])
-        seed = int(words[-1])
-        return self.tests(self.mixture([domain], seed, steps), [domain])
+    def quiet(self, domains: Sequence[str], seed: int, steps: int | None = None) -> dict[str, Any]:
+        """Experts composed with *none*."""
+        return self.tests(self.mixture(domains, seed, steps), domains)
 
-    def scaled(self, domain: str, seed: int, records: Records) -> dict[str, Any]:
+    def scaled(self, domain: str, seed: int) -> dict[str, Any]:
         """LoRA at the scale at which it gains on validation texts what the quiet expert does."""
         ids = self.split(domain)[1]
         wanted = mean(losses(self.mixture([domain], seed), ids))
@@ -464,7 +390,7 @@ class QuietStudy:
             "lora",
             self.base,
             self.plan.rank,
-            drawn([train], self.plan.steps, seed),
+            drawn(train, self.plan.steps, seed),
             self.plan.rates["lora"],
             seed,
             self.plan.adapters[adapted],

@@ -15,6 +15,7 @@ from torch import Tensor
 from mpoe.data.tables import TEXT_COLUMN, find_files, is_text_file, read_table
 from mpoe.data.tasks import get_task
 
+SPLITS = ("train", "validation", "test")
 BLOCK = 128  # bytes
 BATCH = 16  # blocks per step
 HELD_OUT = 64  # blocks of every domain to validate on, and to test on
@@ -86,7 +87,7 @@ def read_blocks(folder: Path) -> dict[str, Blocks]:
         FileNotFoundError: see `domain_texts`.
     """
     blocks: dict[str, Blocks] = {}
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         most = None if split == "train" else HELD_OUT
         blocks[split] = {}
         for domain in DOMAINS:
@@ -119,15 +120,10 @@ def pieces(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> Ten
     return cut(torch.tensor(tokenizer(joined, verbose=False)["input_ids"]), LENGTH)[:most]
 
 
-def split_of(
-    tokenizer: Any, train: Sequence[str], validation: Sequence[str], test: Sequence[str]
-) -> Split:
+def split_of(tokenizer: Any, train: Sequence[str], *held_out: Sequence[str]) -> Split:
     """Pieces of a domain's or a tenant's texts."""
-    return (
-        pieces(tokenizer, train),
-        pieces(tokenizer, validation, PIECES),
-        pieces(tokenizer, test, PIECES),
-    )
+    validation, test = (pieces(tokenizer, texts, PIECES) for texts in held_out)
+    return pieces(tokenizer, train), validation, test
 
 
 def docstrings(package: str) -> Iterator[str]:

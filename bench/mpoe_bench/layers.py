@@ -216,9 +216,8 @@ def case_layer(label: str, shape: str, case: Case, backend: str, at: Place) -> L
             floor["forward"] = layer.relative_flops(case.top_k) + router
         else:
             for phase, training in (("forward", False), ("train", True)):
-                flops = dense_flops = 0
-                for projection in (layer.experts.up, layer.experts.down):
-                    plan = plan_contraction(
+                up, down = (
+                    plan_contraction(
                         projection.shape,
                         case.experts,
                         at.tokens,
@@ -227,9 +226,10 @@ def case_layer(label: str, shape: str, case: Case, backend: str, at: Place) -> L
                         mask_central=case.masked,
                         top_k=case.top_k,
                     )
-                    flops += plan.flops
-                    dense_flops += plan.dense_flops
-                floor[phase] = flops / dense_flops + router
+                    for projection in (layer.experts.up, layer.experts.down)
+                )
+                relative = (up.flops + down.flops) / (up.dense_flops + down.dense_flops)
+                floor[phase] = relative + router
         return {"shape": shape, "backend": backend, "masked": case.masked, "floor": floor}
 
     make = partial(case.layer, at.device, dtype=at.dtype)

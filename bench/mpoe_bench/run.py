@@ -75,6 +75,7 @@ def device_clock() -> float:
     return time.perf_counter()
 
 
+@dataclass(eq=False)
 class Run:
     """A plugin of pytest: what is measured, and the sections so far, comparisons with a row per
     contender.
@@ -101,39 +102,35 @@ class Run:
         ValueError: see `check_options`.
     """
 
-    def __init__(
-        self,
-        suite: str = "quick",
-        device: str = "cpu",
-        threads: int | None = None,
-        scale: str = "real",
-        backend: str | None = None,
-        minutes: float | None = None,
-        only: str = "",
-        phases: Sequence[str] = PHASE_NAMES,
-        on_section: Callable[[dict[str, Any]], None] = lambda _: None,
-    ) -> None:
-        self.threads = check_options(suite, device, threads, scale, backend, phases)
-        self.only = only
-        self.phases = phases
-        self.suite = suite
-        self.device = device
-        self.on_section = on_section
-        self.scale = SCALES[scale]
-        self.backends = backends_to_measure(backend, suite, device)
-        self.budget = BUDGETS.get("gpu" if device == "cuda" else suite, Budget())
-        if not self.scale.judged:
+    suite: str = "quick"
+    device: str = "cpu"
+    threads: int | None = None
+    scale: str = "real"
+    backend: str | None = None
+    minutes: float | None = None
+    only: str = ""
+    phases: Sequence[str] = PHASE_NAMES
+    on_section: Callable[[dict[str, Any]], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        suite = self.suite
+        self.threads = check_options(
+            suite, self.device, self.threads, self.scale, self.backend, self.phases
+        )
+        self.sizes = SCALES[self.scale]
+        self.backends = backends_to_measure(self.backend, suite, self.device)
+        self.budget = BUDGETS.get("gpu" if self.device == "cuda" else suite, Budget())
+        if not self.sizes.judged:
             self.budget = TINY
         self.timer: Callable[[], float] = time.perf_counter
-        minutes = minutes or (GPU_MINUTES if suite == "gpu" else math.inf)
+        minutes = self.minutes or (GPU_MINUTES if suite == "gpu" else math.inf)
         self.deadline = time.monotonic() + 60 * minutes
         self.sections: list[dict[str, Any]] = []
         self.skipped: list[str] = []
         self._comparison: Comparison | None = None
         self._context: Any = None
-        self._held: dict[
-            str, tuple[Contender | None, dict[str, Any]]
-        ] = {}  # the baseline, and one more
+        # The baseline, and one more.
+        self._held: dict[str, tuple[Contender | None, dict[str, Any]]] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -148,13 +145,13 @@ class Run:
         judged."""
         parameters = []
         if "comparison" in metafunc.fixturenames:
-            for comparison in Plan(self.scale, self.device, self.backends).of(self.suite):
+            for comparison in Plan(self.sizes, self.device, self.backends).of(self.suite):
                 for name, phase in self.timed(comparison):
                     label = f"{comparison.title}-{name}-{phase}"
                     parameters.append(pytest.param(comparison, name, phase, id=label))
             metafunc.parametrize(("comparison", "name", "phase"), parameters)
         elif "case" in metafunc.fixturenames:
-            for backend, case in judged_of(self.suite, self.scale, self.device, self.backends):
+            for backend, case in judged_of(self.suite, self.sizes, self.device, self.backends):
                 for phase in ("forward", "backward") if case.training else ("forward",):
                     label = f"{case.name}-{backend}-{phase}"
                     parameters.append(pytest.param(backend, case, phase, id=label))
@@ -215,8 +212,7 @@ class Run:
             self._held = {}
         if name not in self._held:
             self._held = {key: value for key, value in self._held.items() if key == baseline}
-            of_name = {contender[0]: contender for contender in comparison.contenders}
-            _, kind, build = of_name[name]
+            (kind, build), *_ = [rest for other, *rest in comparison.contenders if other == name]
             if time.monotonic() > self.deadline:
                 row = {"name": name, "kind": kind, "reason": f"{NOT_HERE}: the time was up"}
                 self._held[name] = None, row
@@ -286,7 +282,7 @@ class Run:
     @property
     def targets(self) -> list[dict[str, Any]]:
         """The targets that were measured; they speak of real sizes."""
-        return check_targets(self.sections, self.device) if self.scale.judged else []
+        return check_targets(self.sections, self.device) if self.sizes.judged else []
 
 
 def in_turn(
@@ -351,16 +347,8 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
     run = Run(suite, **options)
     here = Path(__file__).parent
     printed = io.StringIO()
-    words = [
-        str(here / "test_bench.py"),
-        f"--rootdir={here}",
-        f"--confcutdir={here}",
-        "-o",
-        "addopts=",
-        "-s",
-        "-q",
-    ]
-    words += ["--assert=plain", "-p", "no:cacheprovider"]
+    words = [str(here / "test_bench.py"), f"--rootdir={here}", f"--confcutdir={here}"]
+    words += ["-o", "addopts=", "-s", "-q", "--assert=plain", "-p", "no:cacheprovider"]
     machine = describe(run.device, run.threads)
     start = time.perf_counter()
     before = torch.get_num_threads()

@@ -149,16 +149,12 @@ class Plan(NamedTuple):
         shapes."""
         at = self.at(tokens, dtype)
         layers = []
-        for name in shapes:
-            case = named_case(name, at.model, experts)
-            for backend in self.backends:
-                layers.append(case_layer(f"mpoe {name}", name, case, backend, at))
+        labels = [(f"mpoe {name}", name, False) for name in shapes]
         if train:
-            for name in masked:
-                case = named_case(name, at.model, experts, masked=True)
-                for backend in self.backends:
-                    label = f"mpoe {name}, central masked"
-                    layers.append(case_layer(label, name, case, backend, at))
+            labels += [(f"mpoe {name}, central masked", name, True) for name in masked]
+        for label, name, is_masked in labels:
+            case = named_case(name, at.model, experts, is_masked)
+            layers += [case_layer(label, name, case, backend, at) for backend in self.backends]
         layers += peer_layers(peers, experts, at)
         layers += [original_layer(name, experts, at) for name in original]
         return layers_comparison(
@@ -171,13 +167,9 @@ class Plan(NamedTuple):
         few = (scale.few_experts, scale.many_tokens)
         many = (scale.many_experts, scale.few_tokens)
         yield self.ffn(shapes, *few, peers=tuple(PEERS), masked=shapes[:1], original=shapes[2:])
-        half: dict[str, Any] = {
-            "dtype": torch.bfloat16,
-            "peers": (LOOP, GROUPED),
-            "original": ("paper_64",),
-        }
-        yield self.ffn(("separable", "paper_64"), *few, **half)
-        small = ("separable", "paper_64", "paper_32", "paper_16")
+        two = ("separable", "paper_64")
+        yield self.ffn(two, *few, torch.bfloat16, peers=(LOOP, GROUPED), original=two[1:])
+        small = (*two, "paper_32", "paper_16")
         yield self.ffn(small, *many, train=False, peers=tuple(PEERS), original=("paper_16",))
         for tokens in (1, 8):
             yield self.ffn(

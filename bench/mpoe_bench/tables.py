@@ -40,63 +40,62 @@ def ratio_text(timing: Mapping[str, Any] | None) -> str:
 
 
 def _floor(row: Mapping[str, Any], phase: str) -> str:
-    value = (row.get("floor") or {}).get(phase)
+    value = row.get("floor", {}).get(phase)
     return "-" if value is None else f"{value:.2f}"
 
 
 def _peak(row: Mapping[str, Any], phase: str) -> str:
-    memory = (row.get("memory") or {}).get(phase)
-    return (
-        "-"
-        if memory is None
-        else f"{memory['peak'] / 2**20:{'.0f' if memory['peak'] >= 100 * 2**20 else '.3g'}}"
-    )
+    memory = row.get("memory", {}).get(phase)
+    if memory is None:
+        return "-"
+    mebibytes = memory["peak"] / 2**20
+    return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.3g}"
 
 
 def _error(row: Mapping[str, Any], phase: str) -> str:
     """The largest error of the result (``forward``) or of the gradients (``train``)."""
-    errors = [
-        value
-        for name, value in (row.get("errors") or {}).items()
-        if (name == "y") == (phase == "forward")
-    ]
-    return f"{max(errors):.0e}" if errors else "-"
+    errors = dict(row.get("errors", {}))
+    of_result = errors.pop("y", None)
+    values = list(errors.values())
+    if phase == "forward":
+        values = [] if of_result is None else [of_result]
+    return f"{max(values):.0e}" if values else "-"
 
 
 def timing_table(section: Mapping[str, Any]) -> TextTable:
     """A section's contenders: x baseline forward and forward + backward, floor, memory, error."""
-    rows = [row for row in section["rows"] if not row.get("reason")]
-    phases = [phase for phase in ("forward", "train") if any(phase in row for row in rows)]
-    names = {"train": "step" if section["key"] == "train_step" else "fwd+bwd", "graph": "graph"}
-    names["forward"] = "call" if section["key"] == "generate" else "forward"
-    graphs = ["graph"] * any("graph" in row for row in rows)
-    base = "dense" if section["baseline"] == "dense FFN" else section["baseline"]
-
-    def pair(cell: Callable[[Mapping[str, Any], str], str], row: Mapping[str, Any]) -> str:
-        return " / ".join(cell(row, phase) for phase in phases)
-
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "contender": lambda row: str(row["name"])
-    }
-    for phase in (*phases, *graphs):
-        columns[f"{names[phase]} x {base}"] = lambda row, phase=phase: ratio_text(row.get(phase))  # type: ignore[misc]
-    if any(row.get("floor") for row in rows):
-        columns["floor"] = lambda row: pair(_floor, row)
-    columns["peak MiB"] = lambda row: pair(_peak, row)
-    columns |= {
-        "tokens/s": lambda row: (
-            f"{row['forward']['tokens_per_second']:,.0f}" if row.get("forward") else "-"
-        ),
-        "params M": lambda row: f"{row['parameters'] / 1e6:.2f}" if row.get("parameters") else "-",
-        "error": lambda row: pair(_error, row),
-    }
+    rows = []
     notes: dict[str, list[str]] = {}
     for row in section["rows"]:
         if row.get("reason"):
             notes.setdefault(row["reason"], []).append(row["name"])
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+        else:
+            rows.append(row)
+    names = {"forward": "forward", "train": "fwd+bwd", "graph": "graph"}
+    if section["key"] == "train_step":
+        names["train"] = "step"
+    if section["key"] == "generate":
+        names["forward"] = "call"
+    timed = [phase for phase in names if any(phase in row for row in rows)]
+    phases = [phase for phase in timed if phase != "graph"]
+    base = "dense" if section["baseline"] == "dense FFN" else section["baseline"]
+
+    def pairs(cell: Callable[[Mapping[str, Any], str], str]) -> list[str]:
+        return [" / ".join(cell(row, phase) for phase in phases) for row in rows]
+
+    columns = {"contender": [row["name"] for row in rows]}
+    for phase in timed:
+        columns[f"{names[phase]} x {base}"] = [ratio_text(row.get(phase)) for row in rows]
+    if any(row.get("floor") for row in rows):
+        columns["floor"] = pairs(_floor)
+    columns["peak MiB"] = pairs(_peak)
+    forward = [row.get("forward") for row in rows]
+    columns["tokens/s"] = [f"{time['tokens_per_second']:,.0f}" if time else "-" for time in forward]
+    counts = [row.get("parameters") for row in rows]
+    columns["params M"] = [f"{count / 1e6:.2f}" if count else "-" for count in counts]
+    columns["error"] = pairs(_error)
     lines = [f"{', '.join(who)}: {reason}" for reason, who in notes.items()]
-    return TextTable(section["title"], cells, lines)
+    return TextTable(section["title"], columns, lines)
 
 
 def planner_table(section: Mapping[str, Any]) -> TextTable:
@@ -170,14 +169,8 @@ def text_of(table: TextTable) -> str:
 
 def markdown_report(results: Mapping[str, Any]) -> str:
     """All tables of a run, as `mpoe_bench.run.run_suite` returned it."""
-    head = f"# mpoe bench --suite {results['suite']}\n\n{HOW_TO_READ}\n"
-    skipped = (
-        [f"The time did not suffice for: {'; '.join(results['skipped'])}.\n"]
-        if results["skipped"]
-        else []
-    )
-    tables = [
-        *tables_of(results["sections"], results["targets"]),
-        machine_table(results["machine"]),
-    ]
-    return "\n".join([head, *skipped, *map(text_of, tables)])
+    lines = [f"# mpoe bench --suite {results['suite']}\n\n{HOW_TO_READ}\n"]
+    if results["skipped"]:
+        lines.append(f"The time did not suffice for: {'; '.join(results['skipped'])}.\n")
+    lines += map(text_of, tables_of(results["sections"], results["targets"]))
+    return "\n".join([*lines, text_of(machine_table(results["machine"]))])

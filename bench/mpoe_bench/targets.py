@@ -140,31 +140,44 @@ def _against_others(section: Mapping[str, Any], row: Mapping[str, Any], device: 
     """Masked against unmasked training, and the memory of training against the dense network's or
     dense experts'."""
     case = section["case"]
-    key = section["key"]
     words = PHASES["train"]
-    rows = {
-        other["name"]: other for other in section["rows"] if "train" in (other.get("memory") or {})
+    shape = row.get("shape")
+    trained = {
+        other["name"]: other for other in section["rows"] if "train" in other.get("memory", {})
     }
-    memory = {name: other["memory"]["train"] for name, other in rows.items()}
-    dense = next((name for name, other in rows.items() if other["kind"] == "limit"), None)
-    what = f"{row.get('shape')}, E={case.get('experts')} T={case['tokens']}, "
-    used = memory.get(row["name"])
-    whole = _timed(
-        section, "train", kind="mpoe", shape=row.get("shape"), backend=row["backend"], masked=False
-    )
-    if key == "layers" and device == "cpu" and used and dense:
-        ratio = (used["peak"] - used["kept"]) / (memory[dense]["peak"] - memory[dense]["kept"])
-        what = f"{row['shape']} {case['model']}x{case['hidden']}, memory of {words}"
-        yield what, f"<= {MOST_MEMORY:g} x dense", f"{ratio:.2f}", ratio <= MOST_MEMORY
-    elif key == "ffn" and row.get("masked") and row.get("train") and whole is not None:
-        x = row["train"]["x"]
-        what += f"{words}, central masked"
-        yield what, "less than unmasked", f"{x:.2f} of {whole:.2f}", x < whole
-    elif key == "ffn" and not row.get("masked") and used and LOOP in rows and case["experts"] >= 4:
-        ours = used["peak"] + row["weight_bytes"]
-        theirs = memory[LOOP]["peak"] + rows[LOOP]["weight_bytes"]
-        text = f"{ours / 2**20:.0f} of {theirs / 2**20:.0f} MiB"
-        yield f"{what}weights + peak of {words}", "below dense experts'", text, ours < theirs
+    is_trained = row["name"] in trained
+    if section["key"] == "layers":
+        limits = [other for other in trained.values() if other["kind"] == "limit"]
+        if device == "cpu" and is_trained and limits:
+            ratio = _temporary(row) / _temporary(limits[0])
+            what = f"{shape} {case['model']}x{case['hidden']}, memory of {words}"
+            yield what, f"<= {MOST_MEMORY:g} x dense", f"{ratio:.2f}", ratio <= MOST_MEMORY
+    if section["key"] != "ffn":
+        return
+    what = f"{shape}, E={case['experts']} T={case['tokens']}"
+    if row.get("masked"):
+        ours = {"kind": "mpoe", "shape": shape, "backend": row["backend"], "masked": False}
+        whole = _timed(section, "train", **ours)
+        if row.get("train") and whole is not None:
+            x = row["train"]["x"]
+            what += f", {words}, central masked"
+            yield what, "less than unmasked", f"{x:.2f} of {whole:.2f}", x < whole
+    elif is_trained and LOOP in trained and case["experts"] >= 4:
+        own = _largest(row)
+        loop = _largest(trained[LOOP])
+        what += f", weights + peak of {words}"
+        yield what, "below dense experts'", f"{own:.0f} of {loop:.0f} MiB", own < loop
+
+
+def _temporary(row: Mapping[str, Any]) -> float:
+    """Bytes of a training pass that its end does not keep."""
+    memory = row["memory"]["train"]
+    return memory["peak"] - memory["kept"]
+
+
+def _largest(row: Mapping[str, Any]) -> float:
+    """MiB of a training pass, weights in."""
+    return (row["memory"]["train"]["peak"] + row["weight_bytes"]) / 2**20
 
 
 def _choice(section: Mapping[str, Any]) -> Judged:
@@ -200,16 +213,9 @@ def check_targets(
     for section in sections:
         for backend, dtype, judged in _judged(section, device):
             for what, wanted, measured, reached in judged:
-                line = lines.setdefault(
-                    (what, backend),
-                    {
-                        "what": what,
-                        "backend": backend,
-                        "wanted": wanted,
-                        "found": {},
-                        "reached": reached,
-                    },
-                )
+                new = {"what": what, "backend": backend, "wanted": wanted}
+                new |= {"found": {}, "reached": reached}
+                line = lines.setdefault((what, backend), new)
                 if dtype not in line["found"]:
                     line["found"][dtype] = measured
                     line["reached"] = reached and line["reached"]

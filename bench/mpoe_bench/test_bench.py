@@ -106,9 +106,8 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
                 functions.setdefault(f"{strategy} [{kernels}]", call(phase, kernels, strategy))
             except BackendError:
                 continue  # no kernel for this strategy: no candidate
-    budget = replace(
-        bench_run.budget, seconds=bench_run.budget.seconds / 3, most=min(9, bench_run.budget.most)
-    )
+    whole = bench_run.budget
+    budget = replace(whole, seconds=whole.seconds / 3, most=min(9, whole.most))
     samples = in_turn(benchmark, functions, budget, bench_run.timer)
     benchmark.group = title
     benchmark.name = f"{case.name}, {phase}"
@@ -120,17 +119,18 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
         pairs = zip(seconds_of_rounds, chosen_seconds, strict=True)
         times[name] = median(one / other for one, other in pairs) * median(chosen_seconds)
     best = min(times, key=times.__getitem__)
-    rows = {row["name"]: row for row in section["rows"]}
-    if case.name not in rows:
-        section["rows"].append(
-            {"name": case.name, "chosen": {}, "best": {}, "seconds": {}, "first_use": {}}
-        )
-    row = section["rows"][-1]
+    rows = section["rows"]
+    if not rows or rows[-1]["name"] != case.name:
+        rows.append({"name": case.name, "chosen": {}, "best": {}, "seconds": {}, "first_use": {}})
+    row = rows[-1]
     row["chosen"][phase] = chosen
     row["best"][phase] = best
     row["seconds"][phase] = times
     row["first_use"][phase] = seconds
-    took = sum(seconds[row["chosen"][phase]] for phase, seconds in row["seconds"].items())
-    least = sum(seconds[row["best"][phase]] for phase, seconds in row["seconds"].items())
+    took = 0.0
+    least = 0.0
+    for of_phase, times_of_phase in row["seconds"].items():
+        took += times_of_phase[row["chosen"][of_phase]]
+        least += times_of_phase[row["best"][of_phase]]
     row["ratio"] = took / least
     benchmark.extra_info.update({"x": times[chosen] / times[best], "chosen": chosen, "best": best})

@@ -266,9 +266,10 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def train(
-    study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]
-) -> Trained:
+Starts = dict[tuple[Any, ...], Trained]  # dense models that mixtures start from
+
+
+def train(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Trained:
     """Train a run's model. ``starts``: mixtures of one seed and rate start from the same dense
     model, trained once.
 
@@ -321,9 +322,7 @@ def evaluate(model: Any, blocks: Blocks, routed: bool) -> tuple[dict[str, float]
     return losses, router_facts(logits, model.mpoe_config.top_k, tokens, domains)
 
 
-def run_once(
-    study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]
-) -> dict[str, Any]:
+def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> dict[str, Any]:
     """Train and evaluate; returns one JSON-able record. ``starts``: see `train`.
 
     ``cpu_seconds`` is the process's CPU time for the training alone; losses are means over domains,
@@ -365,7 +364,7 @@ class ArmsStudy:
 
     def __init__(self, file: Path) -> None:
         self.study = read_study(file)
-        self.starts: dict[tuple[Any, ...], Trained] = {}
+        self.starts: Starts = {}
 
     def waiting(self, records: Records) -> list[str]:
         """Keys of runs that are missing and whose rate is known, in order: of a stage first those

@@ -6,14 +6,13 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
@@ -213,18 +212,26 @@ class QuietStudy:
         name = expert.key.replace(" ", "-")
         return self.folder / (f"{name}.expert" if expert.kind == "neurons" else name)
 
+    def trained(
+        self,
+        kind: str,
+        pieces_of_domain: Sequence[Tensor] = (),
+        rate: float = 0.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> Any:
+        """An expert or a LoRA of the plan's size beside the base; see `experts.trained`."""
+        size = self.plan.neurons if kind == "neurons" else self.plan.rank
+        return trained(kind, self.base, size, pieces_of_domain, rate, seed, **options)
+
     def train(self, expert: Expert) -> Any:
         """Train an expert or an adapter, keep its file, and return the model."""
         text = self.split(expert.domain)[0]
         is_neurons = expert.kind == "neurons"
-        model = trained(
-            expert.kind,
-            self.base,
-            self.plan.neurons if is_neurons else self.plan.rank,
-            drawn(text, expert.steps, expert.seed),
-            expert.rate,
-            expert.seed,
-            loss_of=self.loss_with_replay() if expert.kind == "replay" else None,
+        loss_of = self.loss_with_replay() if expert.kind == "replay" else None
+        pieces_of_domain = drawn(text, expert.steps, expert.seed)
+        model = self.trained(
+            expert.kind, pieces_of_domain, expert.rate, expert.seed, loss_of=loss_of
         )
         place = self.place(expert)
         if is_neurons:
@@ -293,7 +300,7 @@ class QuietStudy:
         """LoRA at the scale at which it gains on validation texts what the quiet expert does."""
         ids = self.split(domain)[1]
         wanted = mean(losses(self.mixture([domain], seed), ids))
-        model = adapters(self.base, {"own": self.file("lora", domain, seed)})
+        model = self.opened(self.file("lora", domain, seed))
         layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         whole = [dict(layer.scaling) for layer in layers]
 
@@ -320,16 +327,11 @@ class QuietStudy:
         files = {domain: self.file("lora", domain, seed) for domain in self.plan.domains}
         paths = [str(path) for path in files.values()]
 
-        def merged(how: str, weight: float, density: float | None) -> Any:
+        def merged(how: str, weight: float, **options: Any) -> Any:
             torch.manual_seed(0)  # DARE drops at random
             model = adapters(self.base, files)
-            rank = None if how == "cat" else self.plan.rank * len(files)
-            options: dict[str, Any] = {
-                "combination_type": how,
-                "density": density,
-                "svd_rank": rank,
-            }
-            model.add_weighted_adapter(list(files), [weight] * len(files), "merged", **options)
+            weights = [weight] * len(files)
+            model.add_weighted_adapter(list(files), weights, "merged", how, **options)
             model.set_adapter("merged")
             return model
 
@@ -340,17 +342,16 @@ class QuietStudy:
         def validation(model: Any) -> float:
             return sum(mean(losses(model, ids[:SHOWN])) for _, ids, _ in self.splits.values())
 
-        domains = self.plan.domains
-        rivals = {"mean of LoRAs": self.tests(merged("cat", 1 / len(files), None), domains)}
+        def best(models: Iterable[Any]) -> dict[str, float]:
+            return self.tests(min(models, key=validation), self.plan.domains)
+
+        half = {"density": 0.5, "svd_rank": self.plan.rank * len(files)}
+        rivals = {"mean of LoRAs": best([merged("cat", 1 / len(files))])}
         for name, how in (("TIES of LoRAs", "ties_svd"), ("DARE of LoRAs", "dare_ties_svd")):
-            best = min((merged(how, weight, 0.5) for weight in (0.3, 0.6, 1.0)), key=validation)
-            rivals[name] = self.tests(best, domains)
+            rivals[name] = best(merged(how, weight, **half) for weight in (0.3, 0.6, 1.0))
         for top_k in sorted({1, 2, len(files)}):
-            best = min(
-                (arrow(top_k, temperature) for temperature in (0.3, 1.0, 3.0)), key=validation
-            )
-            rivals[f"Arrow, top {top_k}"] = self.tests(best, domains)
-        rivals["mean hidden states"] = self.tests(self.mean_hidden_states(files), domains)
+            rivals[f"Arrow, top {top_k}"] = best(arrow(top_k, heat) for heat in (0.3, 1.0, 3.0))
+        rivals["mean hidden states"] = best([self.mean_hidden_states(files)])
         return rivals
 
     def mean_hidden_states(self, files: Mapping[str, Path]) -> Any:
@@ -358,8 +359,7 @@ class QuietStudy:
         the mean inputs of validation texts, each of length 1 (mergekit's hidden mode)."""
         merged = []
         for path in files.values():
-            adapted: Any = PeftModel.from_pretrained(copy.deepcopy(self.base), str(path))
-            merged.append(adapted.merge_and_unload().eval())
+            merged.append(self.opened(path).merge_and_unload().eval())
         mixture = compose(self.base, merged, None, RouterConfig(top_k=2))
         for number, (_, validation, _) in enumerate(self.splits.values()):
             inputs = mean_inputs(self.base, batched(validation))
@@ -386,15 +386,10 @@ class QuietStudy:
         train, _, test = self.split(domain)
         seed = self.plan.seeds[0]
         place = self.folder / f"adapter {adapted} {domain}".replace(" ", "-")
-        model = trained(
-            "lora",
-            self.base,
-            self.plan.rank,
-            drawn(train, self.plan.steps, seed),
-            self.plan.rates["lora"],
-            seed,
-            self.plan.adapters[adapted],
-        )
+        pieces_of_domain = drawn(train, self.plan.steps, seed)
+        targets = self.plan.adapters[adapted]
+        rate = self.plan.rates["lora"]
+        model = self.trained("lora", pieces_of_domain, rate, seed, targets=targets)
         model.save_pretrained(str(place))
         merged = model.merge_and_unload().eval()
         neurons = check_adapter(self.base, place)
@@ -425,12 +420,12 @@ class QuietStudy:
         ids = self.split(domain)[0][:BATCH]
         learning = {
             "all weights": copy.deepcopy(self.base).train().requires_grad_(True),
-            "LoRA": trained("lora", self.base, self.plan.rank, [], 0.0, seed).train(),
-            "an expert": trained("neurons", self.base, self.plan.neurons, [], 0.0, seed).train(),
+            "LoRA": self.trained("lora").train(),
+            "an expert": self.trained("neurons").train(),
         }
         serving = {
             "base, or a merged LoRA": self.base,
-            "LoRA beside the base": adapters(self.base, {"own": self.file("lora", domain, seed)}),
+            "LoRA beside the base": self.opened(self.file("lora", domain, seed)),
             "one quiet expert": self.mixture([domain], seed),
             "four": self.mixture(self.plan.domains, seed),
         }

@@ -19,6 +19,14 @@ _NO_SECOND_DERIVATIVES = (
 )
 
 
+def check_plain_memory(name: str, value: Tensor) -> None:
+    """`check_memory` of a tensor that is no wrapper of a compiler's or a transform's."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if type(value) in PLAIN:
+        check_memory(name, value)
+
+
 def on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
     """With a meta tensor among others PyTorch calls the fake, whose results are uninitialised
     memory."""

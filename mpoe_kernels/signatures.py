@@ -28,6 +28,7 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.contract import STRATEGIES
+from mpoe_kernels.op_rules import check_plain_memory
 
 # Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
 MOST_PAIRS = 2**31 - 1
@@ -117,10 +118,12 @@ def _arguments(op: str) -> tuple[_Argument, ...]:
     return tuple(arguments)
 
 
-def as_index(value: Any) -> Any:
+def as_index(name: str, value: Any) -> Any:
     """int64 of int32; anything else as it is, which the op may refuse."""
-    is_short = isinstance(value, Tensor) and value.dtype == torch.int32
-    return value.long() if is_short else value
+    if not isinstance(value, Tensor) or value.dtype != torch.int32:
+        return value
+    check_plain_memory(name, value)
+    return value.long()
 
 
 def check_tensors(names: Sequence[str], values: Sequence[Any], required: Collection[str]) -> None:

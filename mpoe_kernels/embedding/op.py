@@ -89,7 +89,7 @@ def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None)
             f"blocks must hold one expert for mpo_embedding; got {blocks.left.shape[0]}"
         )
     rows = _forward(
-        as_index(ids.reshape(-1)),
+        as_index("ids", ids.reshape(-1)),
         blocks.left,
         blocks.central,
         blocks.right,

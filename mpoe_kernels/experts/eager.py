@@ -59,13 +59,15 @@ class Piece(NamedTuple):
 
     def rows(self, values: Tensor) -> Tensor:
         """``[n, rows, width]`` from ``[T, width]``; zeros for padding."""
-        taken = values.index_select(0, self.tokens.clamp(max=len(values) - 1).view(-1))
-        return self.clear(taken.view(*self.tokens.shape, -1))
+        tokens = self.tokens.clamp(max=len(values) - 1)
+        taken = values.index_select(0, tokens.view(-1))
+        return self.clear(taken.view(*tokens.shape, -1))
 
     def gates(self, gates: Tensor) -> Tensor:
         """``[n, rows, 1]`` from ``[T, K]``; zeros for padding."""
-        taken = gates.reshape(-1).index_select(0, self.slots.clamp(max=gates.numel() - 1).view(-1))
-        return self.clear(taken.view(*self.slots.shape, 1))
+        slots = self.slots.clamp(max=gates.numel() - 1)
+        taken = gates.reshape(-1).index_select(0, slots.view(-1))
+        return self.clear(taken.view(*slots.shape, 1))
 
     def clear(self, values: Tensor) -> Tensor:
         """Zeros in the rows of padding, which may have met an expert's NaN."""
@@ -87,20 +89,26 @@ def _pieces(index: Tensor, experts: int, per_row: int, per_expert: int) -> Itera
     used = int((counts[1:] > 0).sum())
     if not used:
         return
-    mean = (flat.numel() - int(counts[0])) // used
+    with_expert = flat.numel() - int(counts[0])
+    mean = with_expert // used
     size = min(LARGEST_BLOCK, 1 << max(0, mean.bit_length() - 1))
-    blocks = (counts[1:] + size - 1) // size
-    of_block = torch.repeat_interleave(torch.arange(experts, device=index.device), blocks)
+    counts = counts[1:]
+    starts = starts[1:]
+    blocks = (counts + size - 1) // size
+    numbers = torch.arange(experts, device=index.device)
+    of_block = torch.repeat_interleave(numbers, blocks)
     number = torch.arange(len(of_block), device=index.device)
     number -= (blocks.cumsum(0) - blocks)[of_block]
+    row = torch.arange(size, device=index.device)
     most = max(1, PIECE // (size * per_row + per_expert))
     for first in range(0, len(of_block), most):
-        chosen = of_block[first : first + most]
-        within = number[first : first + most, None] * size
-        within = within + torch.arange(size, device=index.device)
-        padding = within >= counts[1:][chosen][:, None]
-        place = (starts[1:][chosen][:, None] + within).masked_fill(padding, 0)
-        slots = order[place].masked_fill(padding, flat.numel())
+        piece = slice(first, first + most)
+        chosen = of_block[piece]
+        within = number[piece, None] * size + row
+        padding = within >= counts[chosen, None]
+        place = starts[chosen, None] + within
+        slots = order[place.masked_fill(padding, 0)]
+        slots = slots.masked_fill(padding, flat.numel())
         marks = padding[:, :, None] if bool(padding.any()) else None
         yield Piece(chosen, slots, slots // top_k, marks)
 
@@ -132,8 +140,9 @@ def _by_blocks(x: Tensor, blocks: Tensor, onto: Tensor | None = None) -> Tensor:
     """
     n, groups, size, out = blocks.shape
     if groups > 1:
-        x = x.view(n, -1, groups, size).transpose(1, 2)
-        product = torch.matmul(x, blocks).transpose(1, 2).reshape(n, x.shape[2], groups * out)
+        by_group = x.view(n, -1, groups, size).transpose(1, 2)
+        product = torch.matmul(by_group, blocks).transpose(1, 2)
+        product = product.reshape(n, x.shape[1], groups * out)
         return product if onto is None else onto + product
     rows = x.reshape(n, -1, size)
     blocks = blocks[:, 0]
@@ -268,7 +277,8 @@ def _add_gradients(
     hidden = _hidden(call, piece)
     dh = _back_by_blocks(grad, _left(piece, left))
     if dgates is not None:
-        _add(dgates, piece.slots, (hidden.h.to(dgates.dtype) * dh.to(dgates.dtype)).sum(-1))
+        products = hidden.h.to(dgates.dtype) * dh.to(dgates.dtype)
+        _add(dgates, piece.slots, products.sum(-1))
     if dleft is not None:
         h = piece.clear((hidden.h * gate).to(x.dtype))
         _add(dleft, piece.experts, _block_gradient(h, grad, left))
@@ -284,7 +294,8 @@ def _add_gradients(
             back = _back_by_blocks(dz, _right(piece, right_gate), back)
         _add(dx, piece.tokens, back)
     if dx_gate is not None:
-        _add(dx_gate, piece.tokens, _back_by_blocks(dz, _right(piece, right_gate)))
+        back = _back_by_blocks(dz, _right(piece, right_gate))
+        _add(dx_gate, piece.tokens, back)
     if dright is not None:
         _add(dright, piece.experts, _right_gradient(hidden.x, dvalue, right))
     if dright_gate is not None:

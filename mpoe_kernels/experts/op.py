@@ -60,8 +60,7 @@ class HiddenCall(Differentiable):
 
     OP: ClassVar = "hidden_experts"
     DIFFERENTIABLE = ("u", "gates", "right", "left", "bias", "u_gate", "right_gate")
-    # The names of x, gates, top_k_index, right, left, bias, x_gate and right_gate, which kernels of
-    # both forms read.
+    # The names of what kernels of both forms read, see `Operands`.
     OPERANDS: ClassVar = (
         "u",
         "gates",
@@ -72,11 +71,6 @@ class HiddenCall(Differentiable):
         "u_gate",
         "right_gate",
     )
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Every tensor, in the order of the fields."""
-        return tuple([getattr(self, name) for name in self.OPERANDS])
 
     @property
     def num_experts(self) -> int:
@@ -252,7 +246,7 @@ def hidden_experts(
     return _hidden(
         u,
         gates,
-        as_index(top_k_index),
+        as_index("top_k_index", top_k_index),
         _by_group(right),
         _by_group(left),
         bias,
@@ -303,7 +297,7 @@ def neuron_experts(
     """
     check_choice("activation", activation, ACTIVATIONS)
     formula = "gelu_tanh" if activation == "gelu_new" else ACTIVATIONS[activation]
-    index = as_index(top_k_index)
+    index = as_index("top_k_index", top_k_index)
     return _neurons(x, gates, index, up, down, bias, gate_up, formula, requested_backend(backend))
 
 

@@ -326,14 +326,14 @@ def grouped_mpo_linear(
         right,
         expert_offsets,
         bias,
-        as_index(row_index),
+        as_index("row_index", row_index),
         blocks.in_features,
         blocks.out_features,
         ACTIVATIONS[activation],
         strategy,
         requested_backend(backend),
         needs_gradients((x, left, central, right, bias)),
-        as_index(slot_of_token),
+        as_index("slot_of_token", slot_of_token),
     )
     return y
 

@@ -81,7 +81,7 @@ def balanced_factors(size: int, num_cores: int, name: str = "size") -> tuple[int
     # Largest in the middle: the shared central core should hold most of the weight.
     ordered: list[int] = []
     for k, factor in enumerate(factors):
-        ordered.insert(len(ordered) // 2 if k % 2 else (len(ordered) + 1) // 2, factor)
+        ordered.insert((len(ordered) + 1 - k % 2) // 2, factor)
     return tuple(ordered)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import check_device, check_memory
+from mpoe_kernels.checks import check_device
 from mpoe_kernels.mpo.fold import MPOBlocks, fold
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.op_rules import PLAIN
+from mpoe_kernels.op_rules import check_plain_memory
 
 
 def expert_weights(blocks: MPOBlocks) -> Tensor:
@@ -27,10 +26,9 @@ def expert_weights(blocks: MPOBlocks) -> Tensor:
     central = blocks.central
     right = blocks.right
     check_device("left", left, central=central, right=right)
-    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
-        for name, block in (("left", left), ("central", central), ("right", right)):
-            if type(block) in PLAIN:
-                check_memory(name, block)
+    check_plain_memory("left", left)
+    check_plain_memory("central", central)
+    check_plain_memory("right", right)
     half = left.flatten(1, 2) @ central.flatten(1)
     full = half.reshape(len(left), -1, central.shape[3]) @ right.flatten(2)
     # [E, iL, jL, iC, jC, iR, jR] -> [E, iL iC iR, jL jC jR]

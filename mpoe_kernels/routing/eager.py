@@ -29,25 +29,22 @@ def _stable_order(keys: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     """Key E marks a pair that is masked or dropped."""
-    top_k_index = call.top_k_index
     num_experts = call.num_experts
-    capacity = call.capacity
-    token_mask = call.token_mask
-    tokens, top_k = top_k_index.shape
-    keys = top_k_index
-    if token_mask is not None:
-        keys = keys.masked_fill(~token_mask[:, None], num_experts)
-    if capacity is not None:
+    keys = call.top_k_index
+    tokens, top_k = keys.shape
+    if call.token_mask is not None:
+        keys = keys.masked_fill(~call.token_mask[:, None], num_experts)
+    if call.capacity is not None:
         # Capacity goes to first choices before second ones: count in [K, T] order.
         by_choice = keys.T.reshape(-1)
         order, offsets = _stable_order(by_choice, num_experts)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(order.numel(), device=order.device)
         starts = offsets.long()[by_choice.clamp(0, num_experts)]
-        full = (rank - starts >= capacity).view(top_k, tokens).T
+        full = (rank - starts >= call.capacity).view(top_k, tokens).T
         keys = keys.masked_fill(full, num_experts)
     order, offsets = _stable_order(keys.reshape(-1), num_experts)
-    check_range("top_k_index", top_k_index, 0, num_experts - 1)
+    check_range("top_k_index", call.top_k_index, 0, num_experts - 1)
     slot_of_token = torch.empty_like(order)
     slot_of_token[order] = torch.arange(order.numel(), device=order.device)
     slot_of_token = slot_of_token.view(tokens, top_k).masked_fill(keys == num_experts, -1)
@@ -56,7 +53,8 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def _filled(expert_offsets: Tensor, slots: int) -> Tensor:
     """``[N, 1]`` mask of slots before the last offset."""
-    return (torch.arange(slots, device=expert_offsets.device) < expert_offsets[-1]).unsqueeze(1)
+    number = torch.arange(slots, device=expert_offsets.device)
+    return (number < expert_offsets[-1])[:, None]
 
 
 def dispatch(call: DispatchCall) -> Tensor:
@@ -69,9 +67,8 @@ def dispatch(call: DispatchCall) -> Tensor:
 def _rows_of_pairs(rows: Tensor, slot_of_token: Tensor) -> Tensor:
     """``[N, F] -> [T, K, F]``; a pair without a slot gets any row."""
     check_range("slot_of_token", slot_of_token, -1, rows.shape[0] - 1)
-    return rows.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(
-        *slot_of_token.shape, rows.shape[1]
-    )
+    slots = slot_of_token.clamp_min(0).reshape(-1)
+    return rows.index_select(0, slots).view(*slot_of_token.shape, rows.shape[1])
 
 
 def dispatch_backward(call: DispatchBackwardCall) -> Tensor:

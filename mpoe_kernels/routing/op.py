@@ -160,7 +160,11 @@ def route(
     if capacity is not None:
         capacity = min(check_integer("capacity", capacity, 1), MOST_PAIRS)
     offsets, token_of_slot, slot_of_token = _route(
-        as_index(top_k_index), num_experts, capacity, token_mask, requested_backend(backend)
+        as_index("top_k_index", top_k_index),
+        num_experts,
+        capacity,
+        token_mask,
+        requested_backend(backend),
     )
     return Routing(offsets, token_of_slot, slot_of_token, by_route=True)
 

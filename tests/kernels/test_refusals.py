@@ -165,6 +165,9 @@ CASES = {
         ],
         "one expert for mpo_linear; got 2": lambda: mpo_linear(X, TWO),
         "one expert .*; got 2": lambda: mpo_embedding(PAIRS, TWO),
+        r"row_index must hold its values, in 20 bytes; got int32 \[5\]": lambda: linear(
+            row_index=lost(torch.zeros(5, dtype=torch.int32))
+        ),
         # routing
         "token_mask must be bool": lambda: route(PAIRS, 2, token_mask=ONES(2).bool()),
         r"T \* K <= 2147483647; got int64 \[65536, 32768\]": lambda: route(BIG, 2),

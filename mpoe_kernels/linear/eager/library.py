@@ -19,22 +19,27 @@ class Library:
     fuses = False
 
     def rows(self, product: RowsProduct) -> tuple[Tensor, None]:
-        rows, row_index, blocks, slots, out, *_ = product
-        _, p, k = rows.shape
-        m = blocks.shape[2]
-        a = _front(rows, row_index, slots).reshape(slots.count * p, k)
-        y = F.grouped_mm(_aligned(a, 1), _aligned(blocks, 1, 2), offs=_ends(slots) * p)[:, :m]
-        y = _back(y.reshape(slots.count, p * m), slots)
-        before = 0 if out is None else out.view(y.shape)
-        y = torch.where(slots.owned[:, None], y, before).view(slots.count, p, m)
-        return y if out is None else out.copy_(y), None
+        slots = product.slots
+        out = product.out
+        _, p, _ = product.rows.shape
+        m = product.blocks.shape[2]
+        a = _front(product.rows, product.row_index, slots).flatten(0, 1)
+        ends = _ends(slots) * p
+        y = F.grouped_mm(_aligned(a, 1), _aligned(product.blocks, 1, 2), offs=ends)
+        y = _back(y[:, :m].reshape(slots.count, p, m), slots)
+        owned = slots.owned[:, None, None]
+        if out is None:
+            return torch.where(owned, y, 0), None
+        return out.copy_(torch.where(owned, y, out)), None
 
     def blocks(self, product: BlocksProduct) -> Tensor:
-        rows, row_index, grads, slots, *_ = product
-        a = _front(rows, row_index, slots).flatten(0, 1)
-        g = _front(grads, None, slots).flatten(0, 1)
-        d = F.grouped_mm(_aligned(a, 1).T, _aligned(g, 1), offs=_ends(slots) * rows.shape[1])
-        return torch.where(slots.busy[:, None, None], d[:, : a.shape[1], : g.shape[1]], 0)
+        slots = product.slots
+        a = _front(product.rows, product.row_index, slots).flatten(0, 1)
+        g = _front(product.grads, None, slots).flatten(0, 1)
+        ends = _ends(slots) * product.rows.shape[1]
+        d = F.grouped_mm(_aligned(a, 1).T, _aligned(g, 1), offs=ends)
+        d = d[:, : a.shape[1], : g.shape[1]]
+        return torch.where(slots.busy[:, None, None], d, 0)
 
 
 def forward(call: ForwardCall) -> Forward:
@@ -62,7 +67,8 @@ def is_able(plan: Contraction) -> bool:
 def _front(rows: Tensor, row_index: Tensor | None, slots: Slots) -> Tensor:
     """Rows of the slots, those of the experts first."""
     if slots.is_part:
-        order = (torch.arange(slots.count, device=rows.device) + slots.offsets[0]) % slots.count
+        number = torch.arange(slots.count, device=rows.device)
+        order = (number + slots.offsets[0]) % slots.count
         row_index = order if row_index is None else row_index[order]
     return rows if row_index is None else rows.index_select(0, row_index)
 
@@ -71,7 +77,8 @@ def _back(rows: Tensor, slots: Slots) -> Tensor:
     """Undoes `_front`."""
     if not slots.is_part:
         return rows
-    order = (torch.arange(slots.count, device=rows.device) - slots.offsets[0]) % slots.count
+    number = torch.arange(slots.count, device=rows.device)
+    order = (number - slots.offsets[0]) % slots.count
     return rows.index_select(0, order)
 
 
@@ -83,8 +90,10 @@ def _ends(slots: Slots) -> Tensor:
 def _aligned(t: Tensor, *dimensions: int) -> Tensor:
     """Padded with zeros to multiples of 16 bytes and dense, as grouped_mm requires."""
     padding = [0] * (2 * t.dim())
+    multiple = 16 // t.element_size()
     for dimension in dimensions:
-        padding[2 * (t.dim() - 1 - dimension) + 1] = -t.shape[dimension] % (16 // t.element_size())
+        after = 2 * (t.dim() - 1 - dimension) + 1
+        padding[after] = -t.shape[dimension] % multiple
     if any(padding):
         return F.pad(t, padding)
     # Of blocks it takes both layouts.

@@ -6,7 +6,6 @@ in *block order* ``[(iL jL iC jC), (iR jR)]``, weights in ``[(iL iC iR), (jL jC 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -45,20 +44,23 @@ class Weights:
         self._memory = like.new_empty(2, max(self._size, half))
 
     def _product(self, place: int, first: Tensor, second: Tensor) -> Tensor:
-        shape = first.shape[0], second.shape[1]
-        return torch.mm(first, second, out=self._memory[place, : math.prod(shape)].view(shape))
+        rows = len(first)
+        columns = second.shape[1]
+        out = self._memory[place, : rows * columns]
+        return torch.mm(first, second, out=out.view(rows, columns))
 
     def _orders(self) -> tuple[Tensor, Tensor]:
         """One place as a weight, the other as one in block order, both ``[iL, iC, iR, jL, jC,
         jR]``."""
         d = self.dims
         weight, blocks = self._memory[:, : self._size]
-        blocks = blocks.view(d.iL, d.jL, d.iC, d.jC, d.iR, d.jR).permute(0, 2, 4, 1, 3, 5)
+        blocks = blocks.view(d.iL, d.jL, d.iC, d.jC, d.iR, d.jR)
+        blocks = blocks.permute(0, 2, 4, 1, 3, 5)
         return weight.view(blocks.shape), blocks
 
     def _true(self, weight: Tensor) -> Tensor:
-        d = self.dims
-        return weight.view(d.iL * d.iC * d.iR, -1)[: d.in_features, : d.out_features]
+        matrix = weight.flatten(3).flatten(0, 2)
+        return matrix[: self.dims.in_features, : self.dims.out_features]
 
     def weight(self, left: Tensor, central: Tensor, right: Tensor) -> Tensor:
         """``[I, F]`` of ``left [iL, jL, a]``, ``central [a, iC, jC, b]`` and ``right [b, iR, jR]``;

@@ -11,6 +11,14 @@ loaded in any order. Here it is chosen so that the 8 columns of W that a thread 
 are the ones that it holds after a tensor-core product (bits 0, 3 and 4 of a column number): the
 regrouping then costs only the 16-byte stores to shared memory that the second product needs anyway.
 
+How arrays are indexed (s: slot, sorted by expert; e: expert; t: token):
+
+    offsets[e]                      first slot of an expert; offsets[EXPERTS]: of the empty ones
+    row_index[s], out_index[s]      slot -> row of ``x``, and of ``out``: tokens
+    gates[t]                        of a row of ``out``
+    left[e, iL, jL, a], central[a, iC, jC, b], right[e, b, iR, jR]
+    x[t, column]                    column: digits (iL, iC, iR), the first one slowest
+
 The gradient of the rows is the same product with the roles of i and j exchanged: which digits are
 summed is up to the strides. So below, "k" are the digits that are summed and "n" those of the
 result.

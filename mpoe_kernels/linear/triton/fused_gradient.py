@@ -5,7 +5,8 @@ regrouped into ``[rows, columns]`` (see `fused`) and multiplied immediately: by 
 the gradient of left @ central, and by left @ central, which gives that of right. Those of left and
 central are library products with the former. Every result is written by one program or is a sum of
 a few partial ones, which the host adds: there are no atomics, and results are bit-identical every
-time.
+time. Arrays are indexed as in `fused`; ``grad[s, column]`` by slot, the first axis of ``out`` is
+the part of the central digits.
 """
 
 from __future__ import annotations

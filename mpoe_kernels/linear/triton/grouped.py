@@ -11,6 +11,15 @@ computes one tile of one expert:
         a[row_index[s], p, m] g[s, p, n]``
     both: as blocks, with ``da[s, p, m] = sum_n g[s, p, n] b[e, m, n]`` from the same reading of g
 
+How arrays are indexed (s: slot, sorted by expert; e: expert; p: row of a slot; t: token):
+
+    offsets[e]              first slot of an expert; offsets[EXPERTS]: of the empty ones
+    row_index[s]            slot -> row of ``a``, mostly a token
+    out_index[s]            slot -> row of ``out``, a token
+    gates[t]                of a row of ``out``
+    out[s, p, n], pre[s, p, n], bias[p, n]
+    parts[q, m, n]          q: parts of the experts' rows, one expert after the other
+
 Sums run in a fixed order: those of parts are stored and added by another launch. Tiles follow from
 sizes and the card; of two that fit, `rows` takes the faster where something may be timed. Each is
 compiled ahead of time by ``tools/gpu_compile.py``.
@@ -18,6 +27,7 @@ compiled ahead of time by ``tools/gpu_compile.py``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,7 +52,8 @@ from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, precision, start
 LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth the sum that follows
 SUM_BLOCK = 256  # elements of a block that one program adds
 
-# The widest problem's first; the same for both kernels, ``rows`` and ``blocks``.
+# The widest problem's first; the same for both kernels, ``rows`` and ``blocks``. None spills on any
+# card (tools/gpu_compile.py); none has been timed on one yet.
 _NVIDIA = (
     Tile(128, 128, 64, 8, 3),
     Tile(64, 128, 64, 4, 3),
@@ -89,30 +100,36 @@ def tiles_of(like: Tensor, m: float, n: float, k: float, interleaved: bool) -> l
     lacks registers."""
     target = architecture.target_of(like.device)
     shipped = shipped_tiles(target.architecture, like.dtype)
-    able = [
-        tile for tile in shipped if tile.shared_bytes(like.dtype) <= target.shared_memory
-    ] or shipped[-1:]
-    first = next((i for i, tile in enumerate(able) if tile.rows <= m), len(able) - 1)
-    columns, inner = (
-        min(_side(size), most) if interleaved else _side(size) for size, most in ((n, 64), (k, 32))
-    )
-    tiles = (
-        Tile(
-            min(tile.rows, _side(m)),
+    able = [tile for tile in shipped if tile.shared_bytes(like.dtype) <= target.shared_memory]
+    able = able or list(shipped[-1:])
+    wider = [tile for tile in able if tile.rows > m]
+    first = min(len(wider), len(able) - 1)
+    rows = _side(m)
+    columns = _side(n)
+    inner = _side(k)
+    if interleaved:
+        columns = min(columns, 64)
+        inner = min(inner, 32)
+    tiles = []
+    for tile in able[first : first + 2]:
+        stages = tile.stages
+        if k <= tile.inner and like.dtype == torch.float32:
+            stages = 1  # one step has nothing to load ahead, and it would spill on sm_80
+        smaller = Tile(
+            min(tile.rows, rows),
             min(tile.columns, columns),
             min(tile.inner, inner),
             tile.warps,
-            # One step has nothing to load ahead, and float32's would spill on sm_80.
-            1 if k <= tile.inner and like.dtype == torch.float32 else tile.stages,
+            stages,
         )
-        for tile in able[first : first + 2]
-    )
-    return list(dict.fromkeys(tiles))
+        if smaller not in tiles:
+            tiles.append(smaller)
+    return tiles
 
 
 def _side(size: float) -> int:
     """Power of two that covers a size, at least 16, the least that a tensor core takes."""
-    return max(16, 1 << max(int(-(-size // 1)) - 1, 0).bit_length())
+    return max(16, power_of_two(math.ceil(size)))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -318,28 +335,27 @@ def rows(product: RowsProduct) -> tuple[Tensor, Tensor | None]:
     a = _loadable(rows)
     experts, k, n = blocks.shape
     p = rows.shape[1]
-    if out is None:
-        out = (
-            a.new_empty(slots.count, n, p).transpose(1, 2)
-            if turned
-            else a.new_empty(slots.count, p, n)
-        )
-    pre = torch.empty_like(out) if last is not None and last.saves_z else None
-    bias, out_index, gates = (
-        (None,) * 3 if last is None else (last.bias, last.out_index, last.gates)
-    )
+    if out is None and turned:
+        out = a.new_empty(slots.count, n, p).transpose(1, 2)
+    elif out is None:
+        out = a.new_empty(slots.count, p, n)
+    pre = bias = out_index = gates = None
+    activation = "none"
+    if last is not None:
+        pre = torch.empty_like(out) if last.saves_z else None
+        bias = last.bias
+        out_index = last.out_index
+        gates = last.gates
+        activation = last.activation
+    interleaved = _interleaved(a) or _interleaved(out)
+    tiles = tiles_of(a, slots.count * p / experts, n, k, interleaved)
     start_best(
         grouped_rows_kernel,
         lambda tile: (
             cdiv(slots.count * p, tile["BM"]) + experts + 1 if slots.count else 0,
             cdiv(n, tile["BN"]),
         ),
-        [
-            tile.options
-            for tile in tiles_of(
-                a, slots.count * p / experts, n, k, _interleaved(a) or _interleaved(out)
-            )
-        ],
+        [tile.options for tile in tiles],
         a=a,
         b=blocks,
         out=out,
@@ -360,7 +376,7 @@ def rows(product: RowsProduct) -> tuple[Tensor, Tensor | None]:
         EXPERTS=experts,
         SCAN=power_of_two(experts + 1),
         CLEAR=not slots.is_part,
-        ACTIVATION="none" if last is None else last.activation,
+        ACTIVATION=activation,
         PRECISION=precision(a.dtype),
     )
     return out, pre

@@ -173,9 +173,10 @@ def failure_text(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {FOLDERS.sub('', ' '.join(str(error).split()))[:200]}"
 
 
-def checked(
-    name: str, kind: str, build: Build, context: Any, device: str = "cpu"
-) -> tuple[Contender | None, dict[str, Any]]:
+Checked = tuple[Contender | None, dict[str, Any]]
+
+
+def checked(name: str, kind: str, build: Build, context: Any, device: str = "cpu") -> Checked:
     """Build a contender, run it forward and backward once, and fill its row except for times.
 
     Returns:

@@ -13,7 +13,7 @@ through twelve, as in a model.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -127,25 +127,20 @@ def cases(models: tuple[int, ...] = (768, 4096), few: bool = False) -> Iterator[
         few: also neurons for 64 tokens, as cases of their own.
     """
     for model in models:
-        bond = min(64, model // 4)
-        neurons = min(64, model // 4)
-        yield Case("neurons", model, 8, 2, (1.3, 1.4), {"neurons": neurons})
-        yield Case(
-            "neurons",
-            model,
-            64,
-            8,
-            (1.2, 1.2) if model >= 4096 else (1.6, 1.8),
-            {"neurons": neurons},
-        )
+        small = min(64, model // 4)
+        bond = {"max_bond": small}
+        neurons = {"neurons": small}
+        yield Case("neurons", model, 8, 2, (1.3, 1.4), neurons)
+        limits = (1.2, 1.2) if model >= 4096 else (1.6, 1.8)
+        yield Case("neurons", model, 64, 8, limits, neurons)
         if few and model < 4096:
-            yield Case("neurons", model, 64, 8, (2.5, None), {"neurons": neurons}, tokens=64)
+            yield Case("neurons", model, 64, 8, (2.5, None), neurons, tokens=64)
         for experts in (8, 64):
             yield Case("hidden", model, experts, 2, (1.5, 1.7))
         yield Case("separable", model, 8, 1, (1.5, 1.7))
         for masked in (False, True):
-            yield Case("paper", model, 8, 1, (None, None), {"max_bond": bond}, masked)
-        yield Case("light", model, 8, 1, (None, None), {"max_bond": bond})
+            yield Case("paper", model, 8, 1, (None, None), bond, masked)
+        yield Case("light", model, 8, 1, (None, None), bond)
 
 
 def mixtures(model: int) -> dict[str, Case]:
@@ -175,7 +170,9 @@ def named_case(name: str, model: int, experts: int, masked: bool = False) -> Cas
     """``paper_full``, ``paper_B`` (bond B), ``light_P`` or ``separable``, one expert per token; of
     a model made for a test, bonds are smaller."""
     shape, _, size = name.partition("_")
-    options = {"max_bond": min(int(size), max(model // 6, 1))} if size.isdigit() else {}
+    options = {}
+    if size.isdigit():
+        options["max_bond"] = min(int(size), max(model // 6, 1))
     return Case(shape, model, experts, 1, options=options, masked=masked)
 
 
@@ -238,7 +235,7 @@ def case_layer(label: str, shape: str, case: Case, backend: str, at: Place) -> L
     )
 
 
-def peer_layers(names: Sequence[str], experts: int, at: Place) -> Iterator[Layer]:
+def peer_layers(names: Iterable[str], experts: int, at: Place) -> Iterator[Layer]:
     """Those of `PEERS`."""
     sizes = at.model, 4 * at.model, experts
     for name in names:
@@ -253,9 +250,12 @@ def original_layer(shape: str, experts: int, at: Place) -> Layer:
 
 def stock(name: str, at: Place) -> Layer:
     """One of `STOCK_LAYERS`."""
-    return Layer(
-        name, "peer", lambda _: STOCK_LAYERS[name](at.model, at.tokens).to(at.device, at.dtype)
-    )
+
+    def make(_: bool) -> nn.Module:
+        layer = STOCK_LAYERS[name](at.model, at.tokens)
+        return layer.to(at.device, at.dtype)
+
+    return Layer(name, "peer", make)
 
 
 def _built(
@@ -363,7 +363,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--backend", help="of the layers; default: the choice")
     chosen = parser.parse_args(words)
-    device, sizes = ("cuda", (TOKENS, 768)) if torch.cuda.is_available() else ("cpu", (64, 32))
+    device = "cpu"
+    sizes = (64, 32)
+    if torch.cuda.is_available():
+        device = "cuda"
+        sizes = (TOKENS, 768)
     for case in cases(sizes[1:]):
         if case.masked or chosen.only not in case.name:
             continue

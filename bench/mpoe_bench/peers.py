@@ -50,9 +50,8 @@ class DenseExpertsLayer(nn.Module):
         self.down = weights(model, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        gates, index = (
-            self.router(x).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).max(-1)
-        )
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gates, index = self.router(x).softmax(-1, dtype=dtype).max(-1)
         return self.compute(x, index, gates[:, None], self.up, self.down)
 
 
@@ -69,11 +68,12 @@ def loop(
     """As in Switch implementations: for each expert, gather its tokens, run its FFN, scatter the
     result."""
     y = torch.zeros_like(x)
-    for e, weights in enumerate(zip(up, down, strict=True)):
+    for e, (up_e, down_e) in enumerate(zip(up, down, strict=True)):
         rows = (index == e).nonzero()[:, 0]
         if rows.numel():
-            y_e = F.linear(F.relu(F.linear(x[rows], weights[0])), weights[1])
-            y = y.index_add(0, rows, (y_e * gates[rows]).to(x.dtype))
+            hidden = F.relu(F.linear(x[rows], up_e))
+            y_e = F.linear(hidden, down_e) * gates[rows]
+            y = y.index_add(0, rows, y_e.to(x.dtype))
     return y
 
 
@@ -98,11 +98,11 @@ def rebuilt(cores: Sequence[Tensor], shape: MPOShape) -> Tensor:
     product, *others = cores
     for core in others:
         product = torch.tensordot(product, core, dims=1)
-    product = product.reshape(
-        [size for pair in zip(shape.in_factors, shape.out_factors, strict=True) for size in pair]
-    )
-    axes = list(range(product.dim()))
-    weight = product.permute(axes[0::2] + axes[1::2]).reshape(shape.padded_in, shape.padded_out)
+    pairs = zip(shape.in_factors, shape.out_factors, strict=True)
+    product = product.reshape([size for pair in pairs for size in pair])
+    axes = range(product.dim())
+    product = product.permute(*axes[0::2], *axes[1::2])
+    weight = product.reshape(shape.padded_in, shape.padded_out)
     return weight[: shape.in_features, : shape.out_features]
 
 

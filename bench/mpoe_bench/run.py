@@ -29,8 +29,8 @@ import torch
 from mpoe_bench.contender import (
     NOT_HERE,
     CaptureError,
+    Checked,
     Comparison,
-    Contender,
     checked,
     failure_text,
     graphed,
@@ -58,7 +58,9 @@ class Budget:
         runs once."""
         calls = max(1, min(2000, math.ceil(self.sample / max(once, 1e-9))))
         fitting = self.seconds / max(calls * once, 1e-9)
-        return max(1, min(self.fewest, int(3 * fitting)), min(self.most, int(fitting))), calls
+        fewest = min(self.fewest, int(3 * fitting))
+        most = min(self.most, int(fitting))
+        return max(1, fewest, most), calls
 
 
 BUDGETS = {
@@ -130,7 +132,7 @@ class Run:
         self._comparison: Comparison | None = None
         self._context: Any = None
         # The baseline, and one more.
-        self._held: dict[str, tuple[Contender | None, dict[str, Any]]] = {}
+        self._held: dict[str, Checked] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -201,9 +203,7 @@ class Run:
             self.sections[-1]["seconds"] = time.monotonic() - self.sections[-1].pop("began")
             self.on_section(self.sections[-1])
 
-    def _checked(
-        self, comparison: Comparison, name: str
-    ) -> tuple[Contender | None, dict[str, Any]]:
+    def _checked(self, comparison: Comparison, name: str) -> Checked:
         """A contender and its row, checked once; the tensors of earlier ones are let go."""
         baseline = comparison.contenders[0][0]
         if comparison is not self._comparison:
@@ -322,7 +322,7 @@ def facts_of(ours: list[float], theirs: list[float], tokens: int) -> dict[str, A
     """``x``: median over rounds of the ratio to the baseline's time in the same round; low and
     high: percentiles."""
     ratios = [one / max(other, 1e-12) for one, other in zip(ours, theirs, strict=True)]
-    low, x, high = (float(np.quantile(ratios, q)) for q in (0.1, 0.5, 0.9))
+    low, x, high = np.quantile(ratios, (0.1, 0.5, 0.9)).tolist()
     seconds = median(ours)
     facts = {"seconds": seconds, "x": x, "low": low, "high": high, "rounds": len(ours)}
     return facts | {"tokens_per_second": tokens / max(seconds, 1e-12)}
@@ -352,7 +352,10 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
     machine = describe(run.device, run.threads)
     start = time.perf_counter()
     before = torch.get_num_threads()
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    clean = dict(os.environ)
+    for name in os.environ:
+        if name.startswith("PYTEST_"):
+            del clean[name]
     torch.set_num_threads(run.threads)
     try:
         with patch.dict(os.environ, clean, clear=True), contextlib.redirect_stdout(printed):

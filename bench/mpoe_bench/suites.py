@@ -39,6 +39,9 @@ QUICK_JUDGED = (3, 12, 22, 30, 35, 42, 46)
 HALVES = (torch.float32, torch.bfloat16)
 # Of whole models; all are lossless, so that every model must compute what the dense one does.
 SHAPES = ("neurons", "hidden", "separable", "light", "paper")
+# For many tokens, and for few among many experts.
+LARGE = ("separable", "light_64", "paper_64", "paper_full")
+SMALL = ("separable", "paper_64", "paper_32", "paper_16")
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,10 @@ def judged_of(
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """Of an encoder and decoder, both on the same tokens, or of a decoder."""
-    return model(
-        input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-    ).logits
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return model(**inputs).logits
 
 
 def dense_model(name: str, model: int, layers: int, dtype: torch.dtype) -> Any:
@@ -140,7 +144,7 @@ class Plan(NamedTuple):
         dtype: torch.dtype = torch.float32,
         *,
         train: bool = True,
-        peers: Sequence[str] = (),
+        peers: Iterable[str] = (),
         original: Sequence[str] = (),
         masked: Sequence[str] = (),
     ) -> Comparison:
@@ -163,14 +167,12 @@ class Plan(NamedTuple):
 
     def quick(self) -> Iterator[Comparison]:
         scale = self.scale
-        shapes = ("separable", "light_64", "paper_64", "paper_full")
         few = (scale.few_experts, scale.many_tokens)
         many = (scale.many_experts, scale.few_tokens)
-        yield self.ffn(shapes, *few, peers=tuple(PEERS), masked=shapes[:1], original=shapes[2:])
+        yield self.ffn(LARGE, *few, peers=PEERS, masked=LARGE[:1], original=LARGE[2:])
         two = ("separable", "paper_64")
-        yield self.ffn(two, *few, torch.bfloat16, peers=(LOOP, GROUPED), original=two[1:])
-        small = (*two, "paper_32", "paper_16")
-        yield self.ffn(small, *many, train=False, peers=tuple(PEERS), original=("paper_16",))
+        yield self.ffn(two, *few, torch.bfloat16, peers=PEERS, original=two[1:])
+        yield self.ffn(SMALL, *many, train=False, peers=PEERS, original=SMALL[-1:])
         for tokens in (1, 8):
             yield self.ffn(
                 ("separable", "paper_16"), scale.few_experts, tokens, train=False, peers=(LOOP,)
@@ -181,16 +183,13 @@ class Plan(NamedTuple):
     def targets(self) -> Iterator[Comparison]:
         """Only what the targets need, in both dtypes."""
         scale = self.scale
-        shapes = ("separable", "light_64", "paper_64", "paper_full")
         masked = ("separable", "paper_64", "paper_full")
-        original = ("paper_64", "paper_full")
-        small = ("separable", "paper_64", "paper_32", "paper_16")
         for dtype in HALVES:
             few = scale.few_experts, scale.many_tokens, dtype
-            yield self.ffn(shapes, *few, peers=(LOOP,), original=original, masked=masked)
+            yield self.ffn(LARGE, *few, peers=(LOOP,), original=masked[1:], masked=masked)
             yield self.ffn(("separable",), scale.many_experts, scale.many_tokens, dtype)
             yield self.ffn(
-                small, scale.many_experts, scale.few_tokens, dtype, train=False, peers=(LOOP,)
+                SMALL, scale.many_experts, scale.few_tokens, dtype, train=False, peers=(LOOP,)
             )
 
     def beside(
@@ -224,7 +223,8 @@ class Plan(NamedTuple):
                 yield self.beside(named, self.at(tokens, dtype), count, STOCK_LAYERS)
             wide = self.at(scale.many_tokens, dtype, 2048 if scale.judged else 64)
             named = mixtures(wide.model)
-            yield self.beside({n: case for n, case in named.items() if "neurons 64" in n}, wide)
+            named = {name: case for name, case in named.items() if "neurons 64" in name}
+            yield self.beside(named, wide)
 
     def gpu_layers(self, models: Sequence[int], counts: Sequence[int]) -> Iterator[Comparison]:
         """`cases` of every model's size, trained on the last of the numbers of tokens."""
@@ -237,9 +237,13 @@ class Plan(NamedTuple):
     def models(self) -> Iterator[Comparison]:
         """In bfloat16, with layers of T5-base's size: an AdamW step, and `generate` alone and in
         batches."""
-        step, depth, new = (
-            ((8, 256), LAYERS, 24) if self.scale.judged else (self.scale.step_tokens, 1, 3)
-        )
+        step = (8, 256)
+        depth = LAYERS
+        new = 24
+        if not self.scale.judged:
+            step = self.scale.step_tokens
+            depth = 1
+            new = 3
         for name in ("T5", "Llama"):
             yield self.model("train_step", SHAPES[:3], step, depth, torch.bfloat16, name)
             for batch in (1, 8) if name == "T5" else (8,):
@@ -263,15 +267,14 @@ class Plan(NamedTuple):
             large = 2 * scale.many_tokens
         few = scale.few_experts
         many = scale.many_experts
-        peers = dict[str, Any](peers=tuple(PEERS))
-        yield self.ffn(every, many, small, dtype, train=False, original=(paper,), **peers)
-        yield self.ffn(every, few, middle, dtype, original=(paper,), masked=(paper,), **peers)
-        yield self.ffn(every, many, middle, dtype, **peers)
-        yield self.ffn(("separable", "paper_full", paper), few, large, dtype, **peers)
-        yield self.ffn(("separable", paper), many, large, dtype, **peers)
+        yield self.ffn(every, many, small, dtype, train=False, original=(paper,), peers=PEERS)
+        yield self.ffn(every, few, middle, dtype, original=(paper,), masked=(paper,), peers=PEERS)
+        yield self.ffn(every, many, middle, dtype, peers=PEERS)
+        yield self.ffn(("separable", "paper_full", paper), few, large, dtype, peers=PEERS)
+        yield self.ffn(("separable", paper), many, large, dtype, peers=PEERS)
         for tokens in (1, 8):
             yield self.ffn(every, many, tokens, dtype, train=False, peers=(GROUPED,))
-        yield self.ffn(every, few, small, dtype, train=False, **peers)
+        yield self.ffn(every, few, small, dtype, train=False, peers=PEERS)
         yield self.ffn(("separable", paper), few, middle, peers=(LOOP,))
 
     def model(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mpoe_bench.targets import TOLERANCE
+from mpoe_bench.targets import TOLERANCE, Facts
 
 HOW_TO_READ = (
     "x dense: time over that of the dense FFN on the same tokens, in the same round of the same "
@@ -27,7 +27,7 @@ class TextTable(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def ratio_text(timing: Mapping[str, Any] | None) -> str:
+def ratio_text(timing: Facts | None) -> str:
     """``1.23 (1.20-1.31)``: median of x dense with its 10th and 90th percentiles; one round has no
     spread."""
     if timing is None:
@@ -39,12 +39,12 @@ def ratio_text(timing: Mapping[str, Any] | None) -> str:
     return f"{timing['x']:.{digits}f}{spread}"
 
 
-def _floor(row: Mapping[str, Any], phase: str) -> str:
+def _floor(row: Facts, phase: str) -> str:
     value = row.get("floor", {}).get(phase)
     return "-" if value is None else f"{value:.2f}"
 
 
-def _peak(row: Mapping[str, Any], phase: str) -> str:
+def _peak(row: Facts, phase: str) -> str:
     memory = row.get("memory", {}).get(phase)
     if memory is None:
         return "-"
@@ -52,7 +52,7 @@ def _peak(row: Mapping[str, Any], phase: str) -> str:
     return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.3g}"
 
 
-def _error(row: Mapping[str, Any], phase: str) -> str:
+def _error(row: Facts, phase: str) -> str:
     """The largest error of the result (``forward``) or of the gradients (``train``)."""
     errors = dict(row.get("errors", {}))
     of_result = errors.pop("y", None)
@@ -62,7 +62,7 @@ def _error(row: Mapping[str, Any], phase: str) -> str:
     return f"{max(values):.0e}" if values else "-"
 
 
-def timing_table(section: Mapping[str, Any]) -> TextTable:
+def timing_table(section: Facts) -> TextTable:
     """A section's contenders: x baseline forward and forward + backward, floor, memory, error."""
     rows = []
     notes: dict[str, list[str]] = {}
@@ -80,7 +80,7 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
     phases = [phase for phase in timed if phase != "graph"]
     base = "dense" if section["baseline"] == "dense FFN" else section["baseline"]
 
-    def pairs(cell: Callable[[Mapping[str, Any], str], str]) -> list[str]:
+    def pairs(cell: Callable[[Facts, str], str]) -> list[str]:
         return [" / ".join(cell(row, phase) for phase in phases) for row in rows]
 
     columns = {"contender": [row["name"] for row in rows]}
@@ -98,7 +98,7 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
     return TextTable(section["title"], columns, lines)
 
 
-def planner_table(section: Mapping[str, Any]) -> TextTable:
+def planner_table(section: Facts) -> TextTable:
     """The choice against the best of another timing, misses first."""
     rows = sorted(section["rows"], key=lambda row: -row["ratio"])
     ratios = [row["ratio"] for row in rows]
@@ -119,7 +119,7 @@ def planner_table(section: Mapping[str, Any]) -> TextTable:
     return TextTable(title, columns)
 
 
-def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
+def target_table(lines: Sequence[Facts]) -> TextTable:
     """Targets and whether they were reached."""
     columns = {name: [str(line[name]) for line in lines] for name in ("what", "backend", "wanted")}
     for dtype in ("float32", "bfloat16"):
@@ -131,21 +131,19 @@ def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
     return TextTable(f"targets: {sum(reached)} of {len(reached)} reached", columns)
 
 
-def table_of(section: Mapping[str, Any]) -> TextTable:
+def table_of(section: Facts) -> TextTable:
     """The table of any section."""
     return (planner_table if section["key"] == "planner" else timing_table)(section)
 
 
-def tables_of(
-    sections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]
-) -> Iterator[TextTable]:
+def tables_of(sections: Sequence[Facts], targets: Sequence[Facts]) -> Iterator[TextTable]:
     """Of all that was measured, and the targets."""
     yield from map(table_of, sections)
     if targets:
         yield target_table(targets)
 
 
-def machine_table(machine: Mapping[str, Any]) -> TextTable:
+def machine_table(machine: Facts) -> TextTable:
     """The machine that was measured."""
     facts = {name: fact for name, fact in machine.items() if fact and name != "libraries"}
     facts |= machine["libraries"]
@@ -167,7 +165,7 @@ def text_of(table: TextTable) -> str:
     return "\n".join([f"### {table.title}", "", *lines, *notes, ""])
 
 
-def markdown_report(results: Mapping[str, Any]) -> str:
+def markdown_report(results: Facts) -> str:
     """All tables of a run, as `mpoe_bench.run.run_suite` returned it."""
     lines = [f"# mpoe bench --suite {results['suite']}\n\n{HOW_TO_READ}\n"]
     if results["skipped"]:

@@ -12,6 +12,7 @@ from typing import Any
 from mpoe_bench.layers import TOKENS, Case, cases
 from mpoe_bench.peers import GROUPED, LOOP, ORIGINAL
 
+Facts = Mapping[str, Any]  # a section, or a row of one: see `Run`
 PHASES = {"forward": "forward", "train": "forward + backward"}
 MOST_MEMORY = 1.2  # of mixtures around a dense network, x dense
 TOLERANCE = 1.15  # of the autotuner's choice: x the best measured
@@ -96,7 +97,7 @@ def targets_of(backend: str, device: str = "cpu") -> tuple[Target, ...]:
     return () if backend == "eager" else GPU_TARGETS + tuple(map(of_layer, cases()))
 
 
-def _timed(section: Mapping[str, Any], phase: str, **wanted: Any) -> float | None:
+def _timed(section: Facts, phase: str, **wanted: Any) -> float | None:
     """``x`` of the first row that was timed in a phase and has these values."""
     for row in section["rows"]:
         if row.get(phase) and all(row.get(k, False) == v for k, v in wanted.items()):
@@ -107,7 +108,7 @@ def _timed(section: Mapping[str, Any], phase: str, **wanted: Any) -> float | Non
 Judged = Iterator[tuple[str, str, str, bool]]  # what, wanted, found, reached
 
 
-def _against_limits(section: Mapping[str, Any], row: Mapping[str, Any], device: str) -> Judged:
+def _against_limits(section: Facts, row: Facts, device: str) -> Judged:
     case = section["case"]
     number = case.get("experts" if section["key"] == "ffn" else "layers")
     sizes = case.get("model"), case.get("hidden")
@@ -136,7 +137,7 @@ def _against_limits(section: Mapping[str, Any], row: Mapping[str, Any], device: 
                 yield named, f">= {limit:.3g} x faster", f"{faster:.2f}", faster >= limit
 
 
-def _against_others(section: Mapping[str, Any], row: Mapping[str, Any], device: str) -> Judged:
+def _against_others(section: Facts, row: Facts, device: str) -> Judged:
     """Masked against unmasked training, and the memory of training against the dense network's or
     dense experts'."""
     case = section["case"]
@@ -169,18 +170,18 @@ def _against_others(section: Mapping[str, Any], row: Mapping[str, Any], device: 
         yield what, "below dense experts'", f"{own:.0f} of {loop:.0f} MiB", own < loop
 
 
-def _temporary(row: Mapping[str, Any]) -> float:
+def _temporary(row: Facts) -> float:
     """Bytes of a training pass that its end does not keep."""
     memory = row["memory"]["train"]
     return memory["peak"] - memory["kept"]
 
 
-def _largest(row: Mapping[str, Any]) -> float:
+def _largest(row: Facts) -> float:
     """MiB of a training pass, weights in."""
     return (row["memory"]["train"]["peak"] + row["weight_bytes"]) / 2**20
 
 
-def _choice(section: Mapping[str, Any]) -> Judged:
+def _choice(section: Facts) -> Judged:
     """The autotuner's choices."""
     count = len(section["rows"])
     within = sum(row["ratio"] <= TOLERANCE for row in section["rows"])
@@ -189,7 +190,7 @@ def _choice(section: Mapping[str, Any]) -> Judged:
     yield what, wanted, f"{within} of {count}", within >= WANTED_SHARE * count
 
 
-def _judged(section: Mapping[str, Any], device: str) -> Iterator[tuple[str, str | None, Judged]]:
+def _judged(section: Facts, device: str) -> Iterator[tuple[str, str | None, Judged]]:
     """Backend, dtype and what was judged, of the rows of a section."""
     if section["key"] == "planner":
         yield section["backend"], "both", _choice(section)
@@ -201,9 +202,7 @@ def _judged(section: Mapping[str, Any], device: str) -> Iterator[tuple[str, str 
             yield row["backend"], dtype, _against_others(section, row, device)
 
 
-def check_targets(
-    sections: Sequence[Mapping[str, Any]], device: str = "cpu"
-) -> list[dict[str, Any]]:
+def check_targets(sections: Sequence[Facts], device: str = "cpu") -> list[dict[str, Any]]:
     """One line per target that the sections measured: what, backend, wanted, found by dtype,
     reached.
 

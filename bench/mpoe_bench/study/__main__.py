@@ -8,13 +8,12 @@ import fcntl
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mpoe.models.weight_files import write_text
 from mpoe_bench.study.arms import ArmsStudy
-from mpoe_bench.study.plan import values_of
+from mpoe_bench.study.plan import Record, values_of
 from mpoe_bench.study.quiet import QuietStudy
 
 Runner = ArmsStudy | QuietStudy
@@ -56,12 +55,12 @@ def open_study(file: Path) -> Runner:
     )
 
 
-def records_in(file: Path) -> dict[str, Any]:
+def records_in(file: Path) -> dict[str, Record]:
     """Finished runs by key."""
     return json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else {}
 
 
-def store(study_file: Path, runner: Runner, made: dict[str, Any]) -> None:
+def store(study_file: Path, runner: Runner, made: dict[str, Record]) -> None:
     """Add records to the study's JSON and rewrite the table; two processes wait for each other."""
     file = study_file.with_suffix(".json")
     with study_file.open() as lock:

@@ -24,7 +24,7 @@ from mpoe.config import MPOEConfig
 from mpoe.layers import DenseExperts
 from mpoe.models import convert_to_mpoe
 from mpoe.training import MPOETrainingArguments, build_param_groups
-from mpoe_bench.study.plan import LAYERS, Arm, Corner, Records, Run, Study, read_study
+from mpoe_bench.study.plan import LAYERS, Arm, Corner, Record, Records, Run, Study, read_study
 from mpoe_bench.study.tables import ArmsResults
 from mpoe_bench.study.texts import BATCH, BLOCK, Blocks, batches, read_blocks
 
@@ -102,13 +102,15 @@ def costs_of(arm: Arm, model: int, hidden: int, layers: int = LAYERS) -> Costs:
         kept = made.transformer.h[0].mlp
         relative = kept.relative_flops(config.top_k) if config.keeps_network else config.top_k
         flops = relative * dense + model * config.num_experts
-    named = list(made.transformer.h[0].mlp.named_parameters())
-    weights = sum(
-        p.numel() for n, p in named if p.ndim > 1 and "router" not in n and "bias" not in n
-    )
+    weights = 0
+    parameters = 0
+    for name, parameter in made.transformer.h[0].mlp.named_parameters():
+        parameters += parameter.numel()
+        if parameter.ndim > 1 and "router" not in name and "bias" not in name:
+            weights += parameter.numel()
     attention = 4 * model**2 + 2 * model * (BLOCK + 1) / 2
     whole = layers * (attention + flops) + model * VOCABULARY
-    return Costs(weights, sum(p.numel() for _, p in named), flops, whole)
+    return Costs(weights, parameters, flops, whole)
 
 
 def dense_hidden(study: Study, key: str, model: int) -> int:
@@ -180,10 +182,12 @@ def router_facts(
         experts = scores.shape[1]
         mass, chosen = scores.topk(top_k, -1)
         share = torch.bincount(chosen.reshape(-1), minlength=experts) / chosen.numel()
+        entropy = -torch.xlogy(scores, scores).sum(-1).mean()
+        use = -torch.xlogy(share, share).sum()
         of_layer = {
-            "entropy": float(-torch.xlogy(scores, scores).sum(-1).mean()) / math.log(experts),
+            "entropy": float(entropy) / math.log(experts),
             "mass": float(mass.sum(-1).mean()),
-            "use": float(-torch.xlogy(share, share).sum()) / math.log(experts),
+            "use": float(use) / math.log(experts),
         }
         for name, classes in (("token", tokens), ("domain", domains)):
             by_chance = mutual_information(classes[shuffled], chosen, experts)
@@ -204,7 +208,8 @@ def schedule(step: int, steps: int) -> float:
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    rest = max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / rest))
 
 
 def optimiser(model: nn.Module, rate: float) -> torch.optim.AdamW:
@@ -322,7 +327,7 @@ def evaluate(model: Any, blocks: Blocks, routed: bool) -> tuple[dict[str, float]
     return losses, router_facts(logits, model.mpoe_config.top_k, tokens, domains)
 
 
-def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> dict[str, Any]:
+def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Record:
     """Train and evaluate; returns one JSON-able record. ``starts``: see `train`.
 
     ``cpu_seconds`` is the process's CPU time for the training alone; losses are means over domains,
@@ -391,7 +396,7 @@ class ArmsStudy:
             raise ValueError("data_dir must name the folder of the texts; got none")
         self.data = read_blocks(arguments.data_dir)
 
-    def make(self, key: str, records: Records) -> dict[str, Any]:
+    def make(self, key: str, records: Records) -> Record:
         """Make a run that waits; its record, JSON-able."""
         return run_once(self.study, Run.of(key), self.data, self.starts)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-Records = Mapping[str, Mapping[str, Any]]  # a run's key -> its record
+Record = dict[str, Any]  # what a run found, JSON-able
+Records = Mapping[str, Record]  # a run's key -> its record
 # Of the model where a stage names no number of layers, and of the runs that choose a rate.
 LAYERS = 2
 # Of an `MPOEConfig`: a fraction in quotes is of the model's size.
@@ -267,10 +268,10 @@ def read_study(path: Path) -> Study:
         ValueError: names a field, arm or size that is unknown or missing.
     """
     values = values_of(path)
-    values["rates"] = {int(model): tuple(rates) for model, rates in values.get("rates", {}).items()}
-    values["arms"] = {
-        key: made(Arm, f"arms.{key}", arm) for key, arm in values.get("arms", {}).items()
-    }
+    rates = values.get("rates", {})
+    values["rates"] = {int(model): tuple(candidates) for model, candidates in rates.items()}
+    arms = values.get("arms", {})
+    values["arms"] = {key: made(Arm, f"arms.{key}", arm) for key, arm in arms.items()}
     values["stages"] = [made(Stage, "stages", stage) for stage in values.get("stages", [])]
     values["comparisons"] = [
         made(Comparison, "comparisons", one) for one in values.get("comparisons", [])

@@ -37,7 +37,7 @@ from mpoe_bench.study.experts import (
     mean_inputs,
     trained,
 )
-from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Records, made, values_of
+from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Record, Records, made, values_of
 from mpoe_bench.study.quiet_tables import QuietResults
 from mpoe_bench.study.texts import (
     SPLITS,
@@ -52,6 +52,7 @@ from mpoe_bench.study.texts import (
 SHOWN = 8  # pieces of a text that is not the domain's own
 FITTED = 256  # pieces that neurons are fitted to an adapter on, one batch in five held out
 REPLAY_SEED = 5
+Maker = Callable[[], Record]
 
 
 class QuietStudy:
@@ -86,20 +87,18 @@ class QuietStudy:
     def table(self, records: Records) -> str:
         return QuietResults(self.plan, records).page()
 
-    def make(self, key: str, records: Records) -> dict[str, Any]:
+    def make(self, key: str, records: Records) -> Record:
         begin = time.process_time()
         record = dict(self.runs(records))[key]()
         return record | {"cpu_seconds": round(time.process_time() - begin)}
 
-    def runs(self, records: Records) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    def runs(self, records: Records) -> Iterator[tuple[str, Maker]]:
         """Key and maker of every run whose rate is known, in its order."""
         plan = self.plan
         first = plan.seeds[0]
         rates = plan.known_rates(records)
 
-        def own(
-            kind: str, domain: str, steps: int, seed: int
-        ) -> tuple[str, Callable[[], dict[str, Any]]]:
+        def own(kind: str, domain: str, steps: int, seed: int) -> tuple[str, Maker]:
             expert = Expert(kind, domain, steps, rates[kind], seed)
             return expert.key, partial(self.own, expert)
 
@@ -274,11 +273,11 @@ class QuietStudy:
 
     # ------------------------------------------------------------ runs
 
-    def own(self, expert: Expert) -> dict[str, Any]:
+    def own(self, expert: Expert) -> Record:
         """An expert or an adapter by itself, always on."""
         place = self.place(expert)
         model = self.opened(place) if place.exists() else self.train(expert)
-        record: dict[str, Any] = self.tests(model, [expert.domain])
+        record: Record = self.tests(model, [expert.domain])
         if expert.kind == "replay":
             validation = mean(losses(model, self.split(expert.domain)[1]))
             with torch.inference_mode():
@@ -292,11 +291,11 @@ class QuietStudy:
             return start_expert(self.base, expert=place).eval()
         return adapters(self.base, {"own": place})
 
-    def quiet(self, domains: Sequence[str], seed: int, steps: int | None = None) -> dict[str, Any]:
+    def quiet(self, domains: Sequence[str], seed: int, steps: int | None = None) -> Record:
         """Experts composed with *none*."""
         return self.tests(self.mixture(domains, seed, steps), domains)
 
-    def scaled(self, domain: str, seed: int) -> dict[str, Any]:
+    def scaled(self, domain: str, seed: int) -> Record:
         """LoRA at the scale at which it gains on validation texts what the quiet expert does."""
         ids = self.split(domain)[1]
         wanted = mean(losses(self.mixture([domain], seed), ids))
@@ -320,7 +319,7 @@ class QuietStudy:
         scale(high)
         return self.tests(model, [domain]) | {"scale": high}
 
-    def rivals(self) -> dict[str, Any]:
+    def rivals(self) -> Record:
         """Of the first seed's adapters: PEFT's Arrow and merges, each at the best of its settings
         on validation texts."""
         seed = self.plan.seeds[0]
@@ -367,20 +366,20 @@ class QuietStudy:
                 layer.router.weight.data[number] = F.normalize(row, dim=0)
         return mixture
 
-    def tenants(self, number: int) -> dict[str, Any]:
+    def tenants(self, number: int) -> Record:
         """A mixture of so many experts of the first seed: the losses with each expert alone and in
         the mixture."""
         names = [*self.plan.domains, *self.plan.tenants][:number]
         seed = self.plan.seeds[0]
         mixture = self.mixture(names, seed)
-        record: dict[str, Any] = {"mixture": self.tests(mixture)}
+        record: Record = {"mixture": self.tests(mixture)}
         for name in names:
             test = self.split(name)[2]
             alone = self.opened(self.file("neurons", name, seed))
             record[name] = [mean(losses(model, test)) for model in (self.base, alone, mixture)]
         return record
 
-    def adapter(self, adapted: str, domain: str) -> dict[str, Any]:
+    def adapter(self, adapted: str, domain: str) -> Record:
         """Neurons fitted to a LoRA of the first seed in another place, with the package's defaults:
         the test losses of base, adapter and neurons, or why the package refused it."""
         train, _, test = self.split(domain)
@@ -402,7 +401,7 @@ class QuietStudy:
         losses_of.append(mean(losses(start_expert(self.base, expert=fitted).eval(), test)))
         return {"neurons": neurons, "losses": losses_of}
 
-    def costs(self) -> dict[str, Any]:
+    def costs(self) -> Record:
         """Of one thread: seconds of a background; tokens per second and memory of training, of
         reading and of answering, with an expert, with LoRA and without."""
         begin = time.process_time()

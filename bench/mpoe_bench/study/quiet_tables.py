@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Records
+from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Record, Records
 from mpoe_bench.study.tables import Section, page
 
 NAMES = {
@@ -31,8 +31,8 @@ class Case:
     def __init__(
         self,
         plan: QuietPlan,
-        base: Mapping[str, Any],
-        record: Mapping[str, Any],
+        base: Record,
+        record: Record,
         domains: Sequence[str],
     ) -> None:
         self.gain = fmean(base[f"{domain}, all"] - record[f"{domain}, all"] for domain in domains)
@@ -85,7 +85,7 @@ class QuietResults:
         self.own_gains: dict[tuple[str, int], float] = {}
         self.own_gains = {place: case.gain for place, case in self.cases("neurons").items()}
 
-    def case(self, record: Mapping[str, Any] | None, domains: Sequence[str], seed: int) -> Any:
+    def case(self, record: Record | None, domains: Sequence[str], seed: int) -> Any:
         """The `Case` of a record; ``None`` if there is none, or none of the base."""
         base = self.records.get("base")
         if base is None or record is None:

@@ -3,14 +3,14 @@ success hold so far."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from scipy.stats import ttest_1samp
 
-from mpoe_bench.study.plan import LAYERS, Comparison, Corner, Records, Run, Study
+from mpoe_bench.study.plan import LAYERS, Comparison, Corner, Record, Records, Run, Study
 
 # Title, words, and a table's header and rows.
 Section = tuple[str, str, Sequence[Any], Iterable[Sequence[Any]]]
@@ -88,7 +88,7 @@ class ArmsResults:
         rate = self.chosen_rate(corner.model, arm)
         return [] if rate is None else [Run(corner, arm, rate, seed) for seed in self.study.seeds]
 
-    def finished(self, corner: Corner, arm: str) -> dict[int, Mapping[str, Any]]:
+    def finished(self, corner: Corner, arm: str) -> dict[int, Record]:
         """seed -> record of an arm's finished runs at the rate that was chosen."""
         runs = self.runs_of(corner, arm)
         return {run.seed: self.records[run.key] for run in runs if run.key in self.records}

@@ -66,7 +66,9 @@ def column_texts(folder: Path, name: str, columns: Sequence[str], split: str) ->
     if file is None:
         raise FileNotFoundError(f"data_dir must hold {name}/{split}.*; {folder} does not")
     texts = [str(cells[column]) for cells, _ in read_table(file) for column in columns]
-    return [line.strip() for line in "".join(texts).splitlines()] if is_text_file(file) else texts
+    if not is_text_file(file):
+        return texts
+    return [line.strip() for line in "".join(texts).splitlines()]
 
 
 def cut(ids: Tensor, length: int) -> Tensor:
@@ -148,7 +150,9 @@ def tenant_texts(tokenizer: Any, package: str) -> Split:
         if sum(map(len, texts)) > 1_500_000:
             break
     part = len(texts) // 8
-    return split_of(tokenizer, texts[2 * part :], texts[:part], texts[part : 2 * part])
+    validation = texts[:part]
+    test = texts[part : 2 * part]
+    return split_of(tokenizer, texts[2 * part :], validation, test)
 
 
 def _headers() -> list[str]:

@@ -204,6 +204,9 @@ CASES = {
         ),
     },
     TypeError: {
+        r"expert_offsets must be int32 or int64 \[E \+ 1\]": lambda: replace(
+            ROUTING, expert_offsets=OFFSETS.float()
+        ),
         "central must be an integer; got str 'x'": lambda: fold(CORES, "x"),
         "top_k_weights must (have|be of) a floating dtype": both(PAIRS),
         "top_k_weights must be a tensor": both([1.0] * 3),

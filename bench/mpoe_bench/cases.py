@@ -113,10 +113,9 @@ def random_blocks(
 ) -> MPOBlocks:
     """Blocks as leaves, for tests of the ops themselves."""
     blocks = fold(random_cores(shape, num_experts, dtype), shape=shape, num_experts=num_experts)
-    left, central, right = (
-        t.detach().contiguous().requires_grad_(requires_grad)
-        for t in (blocks.left, blocks.central, blocks.right)
-    )
+    tensors = (blocks.left, blocks.central, blocks.right)
+    leaves = [tensor.detach().contiguous() for tensor in tensors]
+    left, central, right = (leaf.requires_grad_(requires_grad) for leaf in leaves)
     return MPOBlocks(left, central, right, shape.in_features, shape.out_features, shape)
 
 

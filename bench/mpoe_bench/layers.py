@@ -264,8 +264,8 @@ def _built(
     x, grad_y = shared
     torch.manual_seed(1)
     trains = grad_y is not None
-    modules = nn.Sequential(*(layer.make(False) for _ in range(count))).train(trains)
-    module = modules[0]
+    modules = nn.Sequential(*(layer.make(False) for _ in range(count)))
+    module = modules.train(trains)[0]
     plain = layer.make(True).train(trains)
     plain.load_state_dict(module.state_dict())
 
@@ -281,9 +281,8 @@ def _built(
         return {"y": y, **gradients_of({"x": leaf, **dict(plain.named_parameters())})}
 
     facts = size_facts(modules, dtype) | dict(layer.facts(module))
-    contender = Contender(
-        lambda: module(x), {"x": x, **dict(module.named_parameters())}, grad_y, facts
-    )
+    leaves = {"x": x, **dict(module.named_parameters())}
+    contender = Contender(lambda: module(x), leaves, grad_y, facts)
     if count > 1:
         contender.timed = lambda: modules(x)
     return contender, Truth.of(results, dtype)
@@ -334,7 +333,8 @@ def layers_comparison(
         "dtype": dtype_name(at.dtype),
     }
     title = f"{title} {model}x{hidden} T={at.tokens} {dtype_name(at.dtype)}"
-    title += f", {count} of them" if count > 1 else ""
+    if count > 1:
+        title += f", {count} of them"
     phases = ("forward", "train") if train else ("forward",)
     return Comparison(key, title, context, builds, at.tokens, known | facts, phases)
 

@@ -80,10 +80,10 @@ def loop(
 def grouped_mm(x: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Sort by expert, `torch.nn.functional.grouped_mm` twice, un-sort."""
     order = torch.argsort(index, stable=True)
-    inverse = torch.empty_like(order).scatter_(
-        0, order, torch.arange(len(order), device=order.device)
-    )
-    ends = torch.bincount(index, minlength=len(up)).cumsum(0).to(torch.int32)
+    slots = torch.arange(len(order), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, slots)
+    counts = torch.bincount(index, minlength=len(up))
+    ends = counts.cumsum(0).to(torch.int32)
     hidden = F.relu(F.grouped_mm(x[order], up.mT, offs=ends))
     y = F.grouped_mm(hidden, down.mT, offs=ends)
     return (y[inverse] * gates).to(x.dtype)

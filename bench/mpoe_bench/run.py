@@ -183,25 +183,28 @@ class Run:
     def section(self, title: str, **facts: Any) -> dict[str, Any]:
         """The section of this title, begun if there is none; skips the test if nothing new may
         begin."""
-        last = self.sections[-1] if self.sections else {"title": None}
-        if last["title"] != title:
+        last = self.sections[-1] if self.sections else {}
+        if last.get("title") != title:
             if "spoilt" in last or time.monotonic() > self.deadline:
                 if title not in self.skipped:
                     self.skipped.append(title)
                 pytest.skip(last.get("spoilt", "the time was up"))
             self.finish()
             gc.collect()
-            self.sections.append({"title": title, **facts, "rows": [], "began": time.monotonic()})
-        return self.sections[-1]
+            last = {"title": title, **facts, "rows": []}
+            last["began"] = time.monotonic()
+            self.sections.append(last)
+        return last
 
     def finish(self) -> None:
         """The last section is complete."""
         self._comparison = None
         self._context = None
         self._held = {}
-        if self.sections and "began" in self.sections[-1]:
-            self.sections[-1]["seconds"] = time.monotonic() - self.sections[-1].pop("began")
-            self.on_section(self.sections[-1])
+        last = self.sections[-1] if self.sections else {}
+        if "began" in last:
+            last["seconds"] = time.monotonic() - last.pop("began")
+            self.on_section(last)
 
     def _checked(self, comparison: Comparison, name: str) -> Checked:
         """A contender and its row, checked once; the tensors of earlier ones are let go."""
@@ -230,8 +233,9 @@ class Run:
         if row not in section["rows"]:
             section["rows"].append(row)
         if contender is None:
-            ours = row["kind"] != "peer" and not row["reason"].startswith(NOT_HERE)
-            (pytest.fail if ours else pytest.skip)(row["reason"])
+            if row["kind"] == "peer" or row["reason"].startswith(NOT_HERE):
+                pytest.skip(row["reason"])
+            pytest.fail(row["reason"])
         base, of_base = self._checked(comparison, baseline)
         if base is None:
             pytest.fail(f"the baseline {baseline!r} cannot be measured: {of_base['reason']}")
@@ -321,7 +325,8 @@ def in_turn(
 def facts_of(ours: list[float], theirs: list[float], tokens: int) -> dict[str, Any]:
     """``x``: median over rounds of the ratio to the baseline's time in the same round; low and
     high: percentiles."""
-    ratios = [one / max(other, 1e-12) for one, other in zip(ours, theirs, strict=True)]
+    pairs = zip(ours, theirs, strict=True)
+    ratios = [one / max(other, 1e-12) for one, other in pairs]
     low, x, high = np.quantile(ratios, (0.1, 0.5, 0.9)).tolist()
     seconds = median(ours)
     facts = {"seconds": seconds, "x": x, "low": low, "high": high, "rounds": len(ours)}

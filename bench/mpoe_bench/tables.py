@@ -33,10 +33,8 @@ def ratio_text(timing: Facts | None) -> str:
     if timing is None:
         return "-"
     digits = 2 if timing["x"] < 10 else 1 if timing["x"] < 100 else 0
-    spread = (
-        "" if timing["rounds"] < 2 else f" ({timing['low']:.{digits}f}-{timing['high']:.{digits}f})"
-    )
-    return f"{timing['x']:.{digits}f}{spread}"
+    x, low, high = (f"{timing[name]:.{digits}f}" for name in ("x", "low", "high"))
+    return x if timing["rounds"] < 2 else f"{x} ({low}-{high})"
 
 
 def _floor(row: Facts, phase: str) -> str:
@@ -121,7 +119,9 @@ def planner_table(section: Facts) -> TextTable:
 
 def target_table(lines: Sequence[Facts]) -> TextTable:
     """Targets and whether they were reached."""
-    columns = {name: [str(line[name]) for line in lines] for name in ("what", "backend", "wanted")}
+    columns = {}
+    for name in ("what", "backend", "wanted"):
+        columns[name] = [line[name] for line in lines]
     for dtype in ("float32", "bfloat16"):
         columns[dtype] = [
             line["found"].get(dtype, line["found"].get("both", "-")) for line in lines
@@ -149,7 +149,8 @@ def machine_table(machine: Facts) -> TextTable:
     facts |= machine["libraries"]
     values = []
     for fact in facts.values():
-        values.append(", ".join(map(str, fact)) if isinstance(fact, list) else str(fact))
+        words = fact if isinstance(fact, list) else [fact]
+        values.append(", ".join(map(str, words)))
     return TextTable("machine", {"": list(facts), "value": values})
 
 

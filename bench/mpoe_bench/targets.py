@@ -100,7 +100,8 @@ def targets_of(backend: str, device: str = "cpu") -> tuple[Target, ...]:
 def _timed(section: Facts, phase: str, **wanted: Any) -> float | None:
     """``x`` of the first row that was timed in a phase and has these values."""
     for row in section["rows"]:
-        if row.get(phase) and all(row.get(k, False) == v for k, v in wanted.items()):
+        facts = {name: row.get(name, False) for name in wanted}
+        if row.get(phase) and facts == wanted:
             return row[phase]["x"]
     return None
 
@@ -116,13 +117,13 @@ def _against_limits(section: Facts, row: Facts, device: str) -> Judged:
     if row.get("masked"):
         return
     for target in targets_of(row["backend"], device):
-        if (target.key, target.shape, target.experts, target.tokens, target.sizes) != place:
+        of_target = target.key, target.shape, target.experts, target.tokens, target.sizes
+        if of_target != place:
             continue
-        wide = "" if target.sizes == Target.sizes else f" {target.sizes[0]}x{target.sizes[1]}"
-        what = (
-            f"{target.shape}{wide}, {'E' if target.key == 'ffn' else 'layers'}={number} "
-            f"T={target.tokens}"
-        )
+        model, hidden = target.sizes
+        wide = "" if target.sizes == Target.sizes else f" {model}x{hidden}"
+        counted = "E" if target.key == "ffn" else "layers"
+        what = f"{target.shape}{wide}, {counted}={number} T={target.tokens}"
         peer = f"{ORIGINAL} ({target.shape})" if target.peer == ORIGINAL else target.peer
         for phase, words in PHASES.items():
             limit = getattr(target, phase)

@@ -67,10 +67,13 @@ def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
     torch.manual_seed(8)
     blocks = random_blocks(case.shape, case.num_experts, case.dtype, requires_grad=case.training)
     blocks.central.requires_grad_(case.training and not case.mask_central)
-    x = torch.randn(case.num_tokens, case.in_features).to(case.dtype).requires_grad_(case.training)
-    routing = route(expert_choice("uniform", case.num_tokens, case.num_experts), case.num_experts)
+    x = torch.randn(case.num_tokens, case.in_features).to(case.dtype)
+    x.requires_grad_(case.training)
+    chosen = expert_choice("uniform", case.num_tokens, case.num_experts)
+    routing = route(chosen, case.num_experts)
     grad = torch.randn(case.num_tokens, case.out_features).to(case.dtype)
-    leaves = [t for t in (x, blocks.left, blocks.central, blocks.right) if t.requires_grad]
+    inputs = (x, blocks.left, blocks.central, blocks.right)
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
     rows = routing.token_of_slot
     offsets = routing.expert_offsets
 
@@ -97,7 +100,8 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
     candidate, seconds = first_use(problem)
     chosen = f"{candidate.name} [{candidate.backend}]"
     plans = problem._replace(keeps=False).plans()
-    strategies = [plan.strategy for plan in plans if plan.flops <= MOST_FLOPS * plans[0].flops]
+    most = MOST_FLOPS * plans[0].flops
+    strategies = [plan.strategy for plan in plans if plan.flops <= most]
     call = calls_of(case)
     functions = {chosen: call(phase, candidate.backend, candidate.strategy)}
     for kernels in available_backends() if backend == AUTO else (backend,):
@@ -133,4 +137,5 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
         took += times_of_phase[row["chosen"][of_phase]]
         least += times_of_phase[row["best"][of_phase]]
     row["ratio"] = took / least
-    benchmark.extra_info.update({"x": times[chosen] / times[best], "chosen": chosen, "best": best})
+    x = times[chosen] / times[best]
+    benchmark.extra_info.update({"x": x, "chosen": chosen, "best": best})

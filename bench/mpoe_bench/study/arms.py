@@ -118,13 +118,12 @@ def dense_hidden(study: Study, key: str, model: int) -> int:
     another arm's."""
     arm = study.arms[key]
     if arm.flops_of:
-        return round(costs(study, arm.flops_of, model).flops / (2 * model) / 8) * 8
-    if arm.size_of:
-        parameters = costs(study, arm.size_of, model).parameters
-        return (
-            round((parameters - model) / (2 * model + 1) / 8) * 8
-        )  # each hidden unit has a bias, and each output
-    return int(Fraction(arm.hidden) * 4 * model)
+        units = costs(study, arm.flops_of, model).flops / (2 * model)
+    elif arm.size_of:  # each hidden unit has a bias, and each output
+        units = (costs(study, arm.size_of, model).parameters - model) / (2 * model + 1)
+    else:
+        return int(Fraction(arm.hidden) * 4 * model)
+    return round(units / 8) * 8
 
 
 def steps_of(study: Study, key: str, corner: Corner) -> int:

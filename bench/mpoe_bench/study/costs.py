@@ -59,9 +59,11 @@ def measured(
             seconds[name].append(time.process_time() - begin)
     results = {}
     for name, model in models.items():
-        kept = sum(
-            p.nbytes * (3 if p.requires_grad and model.training else 1) for p in model.parameters()
-        )
-        held = peak_memory(partial(call, model))[0]["peak"]
-        results[name] = [round(tokens / median(seconds[name]), 1), round((kept + held) / 1e6)]
+        memory, _ = peak_memory(partial(call, model))
+        held = memory["peak"]
+        for parameter in model.parameters():
+            is_trained = parameter.requires_grad and model.training
+            held += parameter.nbytes * (3 if is_trained else 1)
+        speed = tokens / median(seconds[name])
+        results[name] = [round(speed, 1), round(held / 1e6)]
     return results

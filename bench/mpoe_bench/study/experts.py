@@ -50,7 +50,11 @@ PROMPTS = (
 def drawn(text: Tensor, steps: int, seed: int) -> list[Tensor]:
     """Batches of a text's pieces, the same for every kind of expert."""
     generator = torch.Generator().manual_seed(seed)
-    return [text[torch.randint(len(text), (BATCH,), generator=generator)] for _ in range(steps)]
+    batches = []
+    for _ in range(steps):
+        rows = torch.randint(len(text), (BATCH,), generator=generator)
+        batches.append(text[rows])
+    return batches
 
 
 def trained(
@@ -82,14 +86,14 @@ def trained(
 
 
 @torch.inference_mode()
-def losses(model: Any, ids: Tensor) -> Tensor:
-    """Of every token of the pieces ``ids [N, T]`` that is predicted, float32 ``[N, T - 1]``."""
+def mean_loss(model: Any, ids: Tensor) -> float:
+    """Nats per token that is predicted of the pieces ``ids [N, T]``."""
     parts = []
     for part in ids.split(8):
-        logits = model(input_ids=part).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
-        parts.append(loss.view(len(part), -1))
-    return torch.cat(parts)
+        logits = model(input_ids=part).logits[:, :-1].flatten(0, 1)
+        targets = part[:, 1:].flatten()
+        parts.append(F.cross_entropy(logits, targets, reduction="none"))
+    return round(float(torch.cat(parts).mean()), 5)
 
 
 def adapters(base: Any, places: Mapping[str, Path]) -> Any:
@@ -100,10 +104,6 @@ def adapters(base: Any, places: Mapping[str, Path]) -> Any:
         if name != first:
             model.load_adapter(str(place), adapter_name=name)
     return model.eval()
-
-
-def mean(losses: Tensor) -> float:
-    return round(float(losses.mean()), 5)
 
 
 def batched(ids: Tensor) -> list[dict[str, Tensor]]:

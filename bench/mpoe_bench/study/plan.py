@@ -121,8 +121,9 @@ class Run(NamedTuple):
     @classmethod
     def of(cls, key: str) -> Run:
         """The run with this key."""
-        corner, arm, rate, seed = key.split()
-        return cls(Corner(*map(int, corner.split("/"))), arm, float(rate), int(seed))
+        sizes, arm, rate, seed = key.split()
+        corner = Corner(*map(int, sizes.split("/")))
+        return cls(corner, arm, float(rate), int(seed))
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,12 @@ class Study:
     def compared(self) -> list[tuple[Corner, Comparison]]:
         """Every test of the study: a comparison at a corner."""
         corners = self.corners()
-        return [
-            (at, c)
-            for c in self.comparisons
-            for at, arms in corners.items()
-            if {c.arm, c.beside} <= set(arms)
-        ]
+        compared = []
+        for one in self.comparisons:
+            for corner, arms in corners.items():
+                if one.arm in arms and one.beside in arms:
+                    compared.append((corner, one))
+        return compared
 
     def candidates(self, model: int, arm: str) -> list[Run]:
         """The runs that choose an arm's rate at a model's size; none where it is known."""
@@ -190,7 +191,10 @@ def made(kind: type, where: str, values: dict[str, Any]) -> Any:
             f"{where} must have fields among {', '.join(known)}; unknown or missing: "
             f"{', '.join(wrong)}"
         )
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    fields = dict(values)
+    for name, value in values.items():
+        if isinstance(value, list):
+            fields[name] = tuple(value)
     return kind(**fields)
 
 

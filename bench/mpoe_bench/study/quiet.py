@@ -32,9 +32,8 @@ from mpoe_bench.study.experts import (
     adapters,
     batched,
     drawn,
-    losses,
-    mean,
     mean_inputs,
+    mean_loss,
     trained,
 )
 from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Record, Records, made, values_of
@@ -53,6 +52,12 @@ SHOWN = 8  # pieces of a text that is not the domain's own
 FITTED = 256  # pieces that neurons are fitted to an adapter on, one batch in five held out
 REPLAY_SEED = 5
 Maker = Callable[[], Record]
+
+
+def answer_scores(model: Any, ids: Tensor, start: int) -> Tensor:
+    """Log-probabilities ``[T - start, V]`` of an answer that begins at ``start``."""
+    logits = model(input_ids=ids).logits
+    return logits[0, start - 1 : -1].log_softmax(-1)
 
 
 class QuietStudy:
@@ -147,10 +152,10 @@ class QuietStudy:
                 chat, add_generation_prompt=True, return_tensors="pt"
             )
             ids = rendered["input_ids"]
+            start = ids.shape[1]
             with torch.inference_mode():
                 answer = self.base.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-                start = ids.shape[1]
-                before = self.base(input_ids=answer).logits[0, start - 1 : -1].log_softmax(-1)
+                before = answer_scores(self.base, answer, start)
             answers.append((answer, start, before))
         return answers
 
@@ -163,7 +168,7 @@ class QuietStudy:
         prefix = 0
         count = 0
         for ids, start, before in self.answers:
-            after = model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+            after = answer_scores(model, ids, start)
             divergence += float((before.exp() * (before - after)).sum())
             equal = before.argmax(-1) == after.argmax(-1)
             same += int(equal.sum())
@@ -180,11 +185,11 @@ class QuietStudy:
         and the change of the base's own answers."""
         results = {}
         for domain, (_, _, test) in self.splits.items():
-            results[domain] = mean(losses(model, test[:SHOWN]))
+            results[domain] = mean_loss(model, test[:SHOWN])
             if domain in whole:
-                results[f"{domain}, all"] = mean(losses(model, test))
+                results[f"{domain}, all"] = mean_loss(model, test)
         for probe, ids in self.probes.items():
-            results[probe] = mean(losses(model, ids))
+            results[probe] = mean_loss(model, ids)
         return results | self.change_of_answers(model)
 
     # ------------------------------------------------------------ parts
@@ -201,15 +206,18 @@ class QuietStudy:
     @cached_property
     def replayed(self) -> Tensor:
         """Pieces of the base's own texts and chats, as long as those of domains."""
-        length = self.parts["texts"].shape[1]
-        return torch.cat([self.parts["texts"], self.parts["chats"][:, :length]])
+        texts = self.parts["texts"]
+        chats = self.parts["chats"]
+        return torch.cat([texts, chats[:, : texts.shape[1]]])
 
     def split(self, domain: str) -> Split:
         return self.splits.get(domain) or tenant_texts(self.tokenizer, domain)
 
     def place(self, expert: Expert) -> Path:
         name = expert.key.replace(" ", "-")
-        return self.folder / (f"{name}.expert" if expert.kind == "neurons" else name)
+        if expert.kind == "neurons":
+            name = f"{name}.expert"
+        return self.folder / name
 
     def trained(
         self,
@@ -234,17 +242,20 @@ class QuietStudy:
         )
         place = self.place(expert)
         if is_neurons:
-            save_expert(model, place, statistics=collect_statistics(model, batched(text[:SAMPLED])))
+            statistics = collect_statistics(model, batched(text[:SAMPLED]))
+            save_expert(model, place, statistics=statistics)
         else:
             model.save_pretrained(str(place))
         return model
 
     def file(self, kind: str, domain: str, seed: int, steps: int | None = None) -> Path:
         """Of an expert or adapter at its rate; one without a file is trained again."""
-        expert = Expert(kind, domain, steps or self.plan.steps, self.plan.rates[kind], seed)
-        if not self.place(expert).exists():
+        rate = self.plan.rates[kind]
+        expert = Expert(kind, domain, steps or self.plan.steps, rate, seed)
+        place = self.place(expert)
+        if not place.exists():
             self.train(expert)
-        return self.place(expert)
+        return place
 
     def divergence(self, model: Any, ids: Tensor) -> Tensor:
         """Of the base from a model on its own texts, nats per token."""
@@ -279,7 +290,7 @@ class QuietStudy:
         model = self.opened(place) if place.exists() else self.train(expert)
         record: Record = self.tests(model, [expert.domain])
         if expert.kind == "replay":
-            validation = mean(losses(model, self.split(expert.domain)[1]))
+            validation = mean_loss(model, self.split(expert.domain)[1])
             with torch.inference_mode():
                 kept = float(self.divergence(model, self.replayed[:SHOWN]))
             record["objective"] = validation + kept
@@ -298,7 +309,7 @@ class QuietStudy:
     def scaled(self, domain: str, seed: int) -> Record:
         """LoRA at the scale at which it gains on validation texts what the quiet expert does."""
         ids = self.split(domain)[1]
-        wanted = mean(losses(self.mixture([domain], seed), ids))
+        wanted = mean_loss(self.mixture([domain], seed), ids)
         model = self.opened(self.file("lora", domain, seed))
         layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         whole = [dict(layer.scaling) for layer in layers]
@@ -312,7 +323,7 @@ class QuietStudy:
         for _ in range(5):
             middle = (low + high) / 2
             scale(middle)
-            if mean(losses(model, ids[:SHOWN])) > wanted:
+            if mean_loss(model, ids[:SHOWN]) > wanted:
                 low = middle
             else:
                 high = middle
@@ -339,7 +350,10 @@ class QuietStudy:
             return create_arrow_model(copy.deepcopy(self.base), paths, config).eval()
 
         def validation(model: Any) -> float:
-            return sum(mean(losses(model, ids[:SHOWN])) for _, ids, _ in self.splits.values())
+            total = 0.0
+            for _, ids, _ in self.splits.values():
+                total += mean_loss(model, ids[:SHOWN])
+            return total
 
         def best(models: Iterable[Any]) -> dict[str, float]:
             return self.tests(min(models, key=validation), self.plan.domains)
@@ -376,7 +390,8 @@ class QuietStudy:
         for name in names:
             test = self.split(name)[2]
             alone = self.opened(self.file("neurons", name, seed))
-            record[name] = [mean(losses(model, test)) for model in (self.base, alone, mixture)]
+            models = (self.base, alone, mixture)
+            record[name] = [mean_loss(model, test) for model in models]
         return record
 
     def adapter(self, adapted: str, domain: str) -> Record:
@@ -393,12 +408,13 @@ class QuietStudy:
         merged = model.merge_and_unload().eval()
         neurons = check_adapter(self.base, place)
         texts = [{"input_ids": rows, "labels": rows} for rows in train[:FITTED].split(BATCH)]
-        losses_of = [mean(losses(model, test)) for model in (self.base, merged)]
+        losses_of = [mean_loss(model, test) for model in (self.base, merged)]
         try:
             fitted = fit_adapter(self.base, merged, texts, domain, neurons=neurons)
         except ValueError as error:
             return {"neurons": neurons, "losses": losses_of, "refused": str(error)}
-        losses_of.append(mean(losses(start_expert(self.base, expert=fitted).eval(), test)))
+        with_neurons = start_expert(self.base, expert=fitted).eval()
+        losses_of.append(mean_loss(with_neurons, test))
         return {"neurons": neurons, "losses": losses_of}
 
     def costs(self) -> Record:
@@ -428,5 +444,4 @@ class QuietStudy:
             "one quiet expert": self.mixture([domain], seed),
             "four": self.mixture(self.plan.domains, seed),
         }
-
         return {"background": background} | costs(learning, serving, ids)

@@ -206,9 +206,8 @@ class QuietResults:
             for place, case in self.cases(method).items():
                 probes = ", ".join(f"{change:+.3f}" for change in case.probes)
                 worst = f"{max(case.others):+.3f}"
-                rows.append(
-                    [*place, name, case.gain, case.share_text(), worst, probes, *case.kept()]
-                )
+                row = [*place, name, case.gain, case.share_text(), worst, probes]
+                rows.append([*row, *case.kept()])
         return rows
 
     def of_many(self) -> Rows:

@@ -86,7 +86,9 @@ class ArmsResults:
     def runs_of(self, corner: Corner, arm: str) -> list[Run]:
         """The runs of an arm at a corner, one a seed; empty until its rate is chosen."""
         rate = self.chosen_rate(corner.model, arm)
-        return [] if rate is None else [Run(corner, arm, rate, seed) for seed in self.study.seeds]
+        if rate is None:
+            return []
+        return [Run(corner, arm, rate, seed) for seed in self.study.seeds]
 
     def finished(self, corner: Corner, arm: str) -> dict[int, Record]:
         """seed -> record of an arm's finished runs at the rate that was chosen."""
@@ -159,8 +161,12 @@ class ArmsResults:
         compared = self.study.compared()
         for corner, one in compared:
             gain = self.gain(corner, one.arm, one.beside)
-            row = [corner, arms[one.arm].name, arms[one.beside].name, "x" if one.must_win else ""]
-            row += [0, ""] if gain is None else [len(gain.values), gain.text("+")]
+            row = [corner, arms[one.arm].name, arms[one.beside].name]
+            row.append("x" if one.must_win else "")
+            if gain is None:
+                row += [0, ""]
+            else:
+                row += [len(gain.values), gain.text("+")]
             rows.append([*row, self.judged(corner, one)])
         tests = sum(one.at_least is None for _, one in compared)
         words = (

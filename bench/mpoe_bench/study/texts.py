@@ -112,14 +112,17 @@ def batches(train: Blocks, seed: int, steps: int) -> Iterator[Tensor]:
 
     pools = [passes(ids) for ids in train.values()]
     for _ in range(steps):
-        chosen = torch.multinomial(weights, BATCH, replacement=True, generator=generator).tolist()
-        yield torch.stack([next(pools[index]) for index in chosen])
+        chosen = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
+        yield torch.stack([next(pools[index]) for index in chosen.tolist()])
 
 
 def pieces(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> Tensor:
     """The texts as one, cut into pieces."""
-    joined = "\n".join(texts) if most is None else "\n".join(texts)[: most * LENGTH * 12]
-    return cut(torch.tensor(tokenizer(joined, verbose=False)["input_ids"]), LENGTH)[:most]
+    joined = "\n".join(texts)
+    if most is not None:
+        joined = joined[: most * LENGTH * 12]
+    ids = tokenizer(joined, verbose=False)["input_ids"]
+    return cut(torch.tensor(ids), LENGTH)[:most]
 
 
 def split_of(tokenizer: Any, train: Sequence[str], *held_out: Sequence[str]) -> Split:

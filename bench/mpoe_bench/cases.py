@@ -77,9 +77,10 @@ def _held_out() -> tuple[Workload, ...]:
     sizes = ((512, 2048), (2048, 512), (1024, 4096), (4096, 1024), (3072, 768))
     shapes = ("paper_full", "paper_48", "paper_24", "light_32", "separable")
     phases = ((False, False), (True, False), (True, True))
-    combinations = product(
-        shapes, (4, 16, 48), (torch.float32, torch.bfloat16), (1, 24, 256, 1024), phases, sizes
-    )
+    experts_of = (4, 16, 48)
+    dtypes = (torch.float32, torch.bfloat16)
+    tokens_of = (1, 24, 256, 1024)
+    combinations = product(shapes, experts_of, dtypes, tokens_of, phases, sizes)
     return tuple(
         Workload(shape, *size, experts, tokens, dtype, *phase)
         for shape, experts, dtype, tokens, phase, size in islice(combinations, 0, None, 37)
@@ -100,7 +101,8 @@ def random_cores(
     cores = []
     for k, size in enumerate(shape.core_shapes):
         full = size if k == shape.central else (num_experts, *size)
-        core = torch.randn(full, dtype=torch.float64) / (size[0] * size[1]) ** 0.5
+        core = torch.randn(full, dtype=torch.float64)
+        core /= (size[0] * size[1]) ** 0.5
         cores.append(core.to(dtype).requires_grad_(requires_grad))
     return cores
 

@@ -62,13 +62,10 @@ class Truth:
     @classmethod
     def of(cls, results: Callable[[torch.dtype], Tensors], dtype: torch.dtype) -> Truth:
         """Of something that gives its results in any dtype; it is asked for float64 last."""
-        same, exact = (
-            {n: v.detach().cpu() for n, v in results(kind).items()}
-            for kind in (dtype, torch.float64)
-        )
-        return cls(
-            exact, {name: relative_error(same[name], value) for name, value in exact.items()}, dtype
-        )
+        same = {name: value.detach().cpu() for name, value in results(dtype).items()}
+        exact = {name: value.detach().cpu() for name, value in results(torch.float64).items()}
+        errors = {name: relative_error(same[name], value) for name, value in exact.items()}
+        return cls(exact, errors, dtype)
 
     def compare(self, results: Tensors) -> tuple[dict[str, float], list[str]]:
         """Relative L2 error of every result of the right shape; and what is wrong, in words."""
@@ -126,8 +123,12 @@ class Contender:
     def call(self, phase: str) -> Callable[[], Tensor] | None:
         """What runs in a phase; masking the central gradient changes nothing in a forward pass."""
         if phase == "train":
-            return None if self.step is None and self.grad_y is None else self.train
-        return None if self.facts.get("masked") else torch.no_grad()(self.timed or self.function)
+            if self.step is None and self.grad_y is None:
+                return None
+            return self.train
+        if self.facts.get("masked"):
+            return None
+        return torch.no_grad()(self.timed or self.function)
 
 
 Build = Callable[[Any], tuple[Contender, Truth]]

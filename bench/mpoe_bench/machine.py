@@ -57,7 +57,11 @@ def backends_to_measure(
     if names is None or names == ALL:
         if here == (EAGER,):
             return here
-        return (AUTO, *here) if names == ALL else (AUTO,) if suite == "quick" else (AUTO, EAGER)
+        if names == ALL:
+            return (AUTO, *here)
+        if suite == "quick":
+            return (AUTO,)
+        return (AUTO, EAGER)
     reasons = backend_reasons()
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:

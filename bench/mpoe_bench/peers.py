@@ -43,8 +43,10 @@ class DenseExpertsLayer(nn.Module):
         self.router = nn.Linear(model, experts, bias=False, **placed)
 
         def weights(rows: int, columns: int) -> Any:
-            made = torch.randn(experts, rows, columns, **placed) / columns**0.5
-            return nn.ParameterList(made.unbind(0)) if apart else nn.Parameter(made)
+            matrices = torch.randn(experts, rows, columns, **placed) / columns**0.5
+            if apart:
+                return nn.ParameterList(matrices.unbind(0))
+            return nn.Parameter(matrices)
 
         self.up = weights(hidden, model)
         self.down = weights(model, hidden)
@@ -133,8 +135,10 @@ class OriginalLayer(nn.Module):
         cores: list[Sequence[Tensor]] = []
         for number, name in enumerate(module.core_names()):
             core = module.get_parameter(name)
-            is_shared = number == module.shape.central
-            cores.append([core] * self.layer.num_experts if is_shared else core.unbind(0))
+            if number == module.shape.central:
+                cores.append([core] * self.layer.num_experts)
+            else:
+                cores.append(core.unbind(0))
         return [rebuilt(chain, module.shape).T for chain in zip(*cores, strict=True)]
 
 

@@ -167,7 +167,9 @@ class Run:
         phases = list(comparison.phases)
         if self.device == "cuda" and "forward" in phases:
             phases.append("graph")
-        for name in [baseline, *named] if named else []:
+        if not named:
+            return
+        for name in (baseline, *named):
             for phase in phases:
                 if phase in self.phases:
                     yield name, phase
@@ -308,8 +310,9 @@ def in_turn(
             functions[name]()
         return timer() - start
 
-    plans = {name: budget.plan(sample(name)) for name in functions}
-    calls |= {name: count for name, (_, count) in plans.items()}
+    rounds = {}
+    for name in functions:
+        rounds[name], calls[name] = budget.plan(sample(name))
 
     def before() -> None:
         if benchmark.stats is not None:
@@ -317,7 +320,7 @@ def in_turn(
         for name in others:
             samples[name].append(sample(name) / calls[name])
 
-    benchmark.pedantic(lambda: sample(first), setup=before, rounds=plans[first][0])
+    benchmark.pedantic(lambda: sample(first), setup=before, rounds=rounds[first])
     samples[first] = list(benchmark.stats.stats.data) if benchmark.stats is not None else []
     return samples
 

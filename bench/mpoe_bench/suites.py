@@ -219,7 +219,8 @@ class Plan(NamedTuple):
             yield from self.gpu_layers((32,), (1, 64))
         for dtype in HALVES:
             named = mixtures(scale.model)
-            for tokens, count in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
+            counts = {scale.many_tokens: 1, scale.few_tokens: depth, 1: depth}
+            for tokens, count in counts.items():
                 yield self.beside(named, self.at(tokens, dtype), count, STOCK_LAYERS)
             wide = self.at(scale.many_tokens, dtype, 2048 if scale.judged else 64)
             named = mixtures(wide.model)
@@ -246,8 +247,12 @@ class Plan(NamedTuple):
             new = 3
         for name in ("T5", "Llama"):
             yield self.model("train_step", SHAPES[:3], step, depth, torch.bfloat16, name)
-            for batch in (1, 8) if name == "T5" else (8,):
-                shapes = SHAPES if name == "T5" else SHAPES[:3]
+            shapes = SHAPES[:3]
+            batches = [8]
+            if name == "T5":
+                shapes = SHAPES
+                batches = [1, 8]
+            for batch in batches:
                 yield self.model(
                     "generate", shapes, (batch, new), min(4, depth), torch.bfloat16, name
                 )

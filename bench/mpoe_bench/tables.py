@@ -32,7 +32,11 @@ def ratio_text(timing: Facts | None) -> str:
     spread."""
     if timing is None:
         return "-"
-    digits = 2 if timing["x"] < 10 else 1 if timing["x"] < 100 else 0
+    digits = 0
+    if timing["x"] < 10:
+        digits = 2
+    elif timing["x"] < 100:
+        digits = 1
     x, low, high = (f"{timing[name]:.{digits}f}" for name in ("x", "low", "high"))
     return x if timing["rounds"] < 2 else f"{x} ({low}-{high})"
 

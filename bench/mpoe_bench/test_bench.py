@@ -121,7 +121,8 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
     times = {}
     for name, seconds_of_rounds in samples.items():
         pairs = zip(seconds_of_rounds, chosen_seconds, strict=True)
-        times[name] = median(one / other for one, other in pairs) * median(chosen_seconds)
+        ratio = median(one / other for one, other in pairs)
+        times[name] = ratio * median(chosen_seconds)
     best = min(times, key=times.__getitem__)
     rows = section["rows"]
     if not rows or rows[-1]["name"] != case.name:

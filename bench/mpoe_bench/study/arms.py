@@ -100,7 +100,9 @@ def costs_of(arm: Arm, model: int, hidden: int, layers: int = LAYERS) -> Costs:
         made = convert(made, arm, model, 0)
         config: MPOEConfig = made.mpoe_config
         kept = made.transformer.h[0].mlp
-        relative = kept.relative_flops(config.top_k) if config.keeps_network else config.top_k
+        relative = config.top_k
+        if config.keeps_network:
+            relative = kept.relative_flops(config.top_k)
         flops = relative * dense + model * config.num_experts
     weights = 0
     parameters = 0
@@ -151,9 +153,8 @@ def mutual_information(classes: Tensor, chosen: Tensor, experts: int) -> float:
         chosen: experts of every token, int64 ``[T, K]``.
         experts: E.
     """
-    information = mutual_info_score(
-        classes.repeat_interleave(chosen.shape[1]).numpy(), chosen.flatten().numpy()
-    )
+    repeated = classes.repeat_interleave(chosen.shape[1])
+    information = mutual_info_score(repeated.numpy(), chosen.flatten().numpy())
     return float(information) / (math.log(experts) or 1.0)
 
 
@@ -189,8 +190,9 @@ def router_facts(
             "use": float(use) / math.log(experts),
         }
         for name, classes in (("token", tokens), ("domain", domains)):
+            explained = mutual_information(classes, chosen, experts)
             by_chance = mutual_information(classes[shuffled], chosen, experts)
-            of_layer[name] = mutual_information(classes, chosen, experts) - by_chance
+            of_layer[name] = explained - by_chance
         for name, value in of_layer.items():
             facts[name] += value / len(logits[0])
     return {name: round(value, 4) for name, value in facts.items()}
@@ -289,7 +291,8 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Tr
 
     def trained(model: Any, drawn: Iterable[tuple[int, Tensor]]) -> Trained:
         begin = time.process_time()
-        history = train_steps(model.train(), optimiser(model, run.rate), steps, drawn)
+        adam = optimiser(model, run.rate)
+        history = train_steps(model.train(), adam, steps, drawn)
         return Trained(model, history, time.process_time() - begin)
 
     dense = dense_model(size, hidden, run.seed, layers)
@@ -301,8 +304,10 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Tr
     if key not in starts:
         starts[key] = trained(dense, first)
     start = starts[key]
-    end = trained(convert(copy.deepcopy(start.model), arm, size, run.seed), numbered)
-    return Trained(end.model, start.history + end.history, start.seconds + end.seconds)
+    mixture = convert(copy.deepcopy(start.model), arm, size, run.seed)
+    end = trained(mixture, numbered)
+    seconds = start.seconds + end.seconds
+    return Trained(end.model, start.history + end.history, seconds)
 
 
 @torch.no_grad()
@@ -314,8 +319,10 @@ def evaluate(model: Any, blocks: Blocks, routed: bool) -> tuple[dict[str, float]
         total = 0.0
         for part in ids.split(BATCH):
             output = model(input_ids=part, labels=part)
-            task = output.get("task_loss")
-            total += float(output.loss if task is None else task) * len(part)
+            loss = output.get("task_loss")
+            if loss is None:
+                loss = output.loss
+            total += float(loss) * len(part)
             logits.append(output.get("router_logits"))
         losses[domain] = total / len(ids)
     if not routed:

@@ -262,9 +262,9 @@ class QuietStudy:
         with torch.no_grad():
             wanted = self.base(input_ids=ids).logits.log_softmax(-1)
         learnt = model(input_ids=ids).logits.log_softmax(-1)
-        return F.kl_div(
-            learnt.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean"
-        )
+        learnt = learnt.flatten(0, 1)
+        wanted = wanted.flatten(0, 1)
+        return F.kl_div(learnt, wanted, log_target=True, reduction="batchmean")
 
     def loss_with_replay(self) -> Callable[[Any, Tensor], Tensor]:
         """A model's loss on some pieces and the divergence on as many of the base's own texts."""
@@ -363,7 +363,8 @@ class QuietStudy:
         for name, how in (("TIES of LoRAs", "ties_svd"), ("DARE of LoRAs", "dare_ties_svd")):
             rivals[name] = best(merged(how, weight, **half) for weight in (0.3, 0.6, 1.0))
         for top_k in sorted({1, 2, len(files)}):
-            rivals[f"Arrow, top {top_k}"] = best(arrow(top_k, heat) for heat in (0.3, 1.0, 3.0))
+            routed = (arrow(top_k, temperature) for temperature in (0.3, 1.0, 3.0))
+            rivals[f"Arrow, top {top_k}"] = best(routed)
         rivals["mean hidden states"] = best([self.mean_hidden_states(files)])
         return rivals
 
@@ -377,7 +378,8 @@ class QuietStudy:
         for number, (_, validation, _) in enumerate(self.splits.values()):
             inputs = mean_inputs(self.base, batched(validation))
             for (_, layer), row in zip(routed_layers(mixture), inputs, strict=True):
-                layer.router.weight.data[number] = F.normalize(row, dim=0)
+                weight = layer.router.weight.data
+                weight[number] = F.normalize(row, dim=0)
         return mixture
 
     def tenants(self, number: int) -> Record:
@@ -409,13 +411,15 @@ class QuietStudy:
         neurons = check_adapter(self.base, place)
         texts = [{"input_ids": rows, "labels": rows} for rows in train[:FITTED].split(BATCH)]
         losses_of = [mean_loss(model, test) for model in (self.base, merged)]
+        record: Record = {"neurons": neurons, "losses": losses_of}
         try:
             fitted = fit_adapter(self.base, merged, texts, domain, neurons=neurons)
         except ValueError as error:
-            return {"neurons": neurons, "losses": losses_of, "refused": str(error)}
+            record["refused"] = str(error)
+            return record
         with_neurons = start_expert(self.base, expert=fitted).eval()
         losses_of.append(mean_loss(with_neurons, test))
-        return {"neurons": neurons, "losses": losses_of}
+        return record
 
     def costs(self) -> Record:
         """Of one thread: seconds of a background; tokens per second and memory of training, of

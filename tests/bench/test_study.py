@@ -517,3 +517,6 @@ def test_a_study_of_quiet_experts_from_its_first_run_to_its_table(tmp_path, tiny
     records = records_in(study_file.with_suffix(".json"))
     assert not open_study(study_file).waiting(records)
     assert "| waits |" not in study_file.with_suffix(".md").read_text()
+    picture = study_file.with_suffix(".svg").read_text()
+    for method in ("quiet expert", "expert, always on", "LoRA with replay"):
+        assert f">{method}</text>" in picture, method

@@ -73,6 +73,8 @@ def store(study_file: Path, runner: Runner, made: dict[str, Record]) -> None:
                 file, json.dumps({"study": study_file.name, "runs": records}, indent=1) + "\n"
             )
         write_text(study_file.with_suffix(".md"), runner.table(records))
+        if isinstance(runner, QuietStudy):
+            runner.draw(records, study_file.with_suffix(".svg"))
 
 
 def main(argv: list[str]) -> int:

@@ -37,6 +37,7 @@ from mpoe_bench.study.experts import (
     trained,
 )
 from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Record, Records, made, values_of
+from mpoe_bench.study.quiet_picture import draw
 from mpoe_bench.study.quiet_tables import QuietResults
 from mpoe_bench.study.texts import (
     SPLITS,
@@ -91,6 +92,9 @@ class QuietStudy:
 
     def table(self, records: Records) -> str:
         return QuietResults(self.plan, records).page()
+
+    def draw(self, records: Records, file: Path) -> None:
+        draw(QuietResults(self.plan, records), file)
 
     def make(self, key: str, records: Records) -> Record:
         begin = time.process_time()

@@ -40,6 +40,7 @@ class Case:
         others = [domain for domain in plan.domains if domain not in domains]
         self.others = [record[other] - base[other] for other in others]
         self.probes = [record[probe] - base[probe] for probe in plan.probes]
+        self.elsewhere = fmean([*self.others, *self.probes])
         self.answers: float = record["answers"]
         self.same: float = record["same"]
         self.prefix: float = record["prefix"]
@@ -253,8 +254,7 @@ class QuietResults:
                 case = self.of_domain(method, self.plan.forgetting, steps, self.plan.seeds[0])
                 cell = ""
                 if case is not None:
-                    lost = fmean([*case.others, *case.probes])
-                    cell = f"{case.gain:+.3f} / {lost:+.3f} / {case.answers:.4f}"
+                    cell = f"{case.gain:+.3f} / {case.elsewhere:+.3f} / {case.answers:.4f}"
                 row.append(cell)
             rows.append(row)
         return rows

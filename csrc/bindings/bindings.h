@@ -34,7 +34,7 @@ struct Address {
 template <std::size_t Count>
 using Addresses = std::array<Address, Count>;
 template <std::size_t Count>
-using Sizes = std::array<std::int64_t, Count>;
+using Sizes = std::array<int64_t, Count>;
 using WithoutGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 // Becomes a ValueError.
@@ -52,21 +52,20 @@ void require(bool condition, const Parts&... parts) {
 }
 
 Dtype dtype_named(std::string_view name);
+// One that the GEMM kernels take.
+Dtype gemm_dtype_named(std::string_view name);
 Activation activation_named(std::string_view name);
 
 // Slots and tokens become addresses: a wrong one must not be dereferenced.
-void require_range(const std::int64_t* values,
-                   std::int64_t count,
-                   std::int64_t low,
-                   std::int64_t high,
-                   const char* name);
+void require_range(
+    const int64_t* values, int64_t count, int64_t low, int64_t high, const char* name);
 
 // The expert_offsets of a call as int64: [experts + 1], starting at 0, non-decreasing, at most
 // `slots`.
-std::vector<std::int64_t> checked_offsets(Address offsets,
-                                          std::int64_t offset_bytes,
-                                          std::int64_t experts,
-                                          std::int64_t slots);
+std::vector<int64_t> checked_offsets(Address offsets,
+                                     int64_t offset_bytes,
+                                     int64_t experts,
+                                     int64_t slots);
 
 // Each adds an op's functions to the module.
 void bind_threads(pybind11::module_& module);

@@ -8,24 +8,18 @@
 namespace mpoe {
 namespace {
 
-void set_sizes(HiddenExperts& in, const Sizes<3>& sizes) {
-  const auto [features, block, own_groups] = sizes;
-  require(block > 0 && features % block == 0, "right must have blocks that divide ", features);
-  in.features = features;
-  in.block = block;
-  in.own_groups = own_groups;
+void check(const HiddenExperts& in) {
+  require(in.block > 0 && in.features % in.block == 0,
+          "right must have blocks that divide ",
+          in.features);
   require(
-      in.shared() || own_groups == in.groups(), "right must have 1 or ", in.groups(), " groups");
+      in.shared() || in.own_groups == in.groups(), "right must have 1 or ", in.groups(), " groups");
   // An empty x_gate has no address.
   require(in.tokens == 0 || in.gated() == (in.x_gate != nullptr),
           "right_gate must be given with u_gate");
 }
 
-void set_sizes(NeuronExperts& in, const Sizes<3>& sizes) {
-  in.in_features = sizes[0];
-  in.out_features = sizes[1];
-  in.neurons = sizes[2];
-}
+void check(const NeuronExperts&) {}
 
 // dtype: of everything except the gates; counts: tokens, experts, top_k; sizes: features, block and
 // own_groups of hidden-side experts; in_features, out_features and neurons of neurons. inputs: x,
@@ -37,24 +31,27 @@ Form checked_experts(std::string_view dtype,
                      const Sizes<3>& counts,
                      const Sizes<3>& sizes,
                      const Addresses<8>& inputs) {
-  Form in{};
-  in.dtype = dtype_named(dtype);
-  require(in.dtype == Dtype::kFloat32 || in.dtype == Dtype::kBFloat16,
-          "x must be float32 or bfloat16; got ",
-          dtype);
-  in.activation = activation_named(activation);
-  in.tokens = counts[0];
-  in.experts = counts[1];
-  in.top_k = counts[2];
-  in.x = inputs[0];
-  in.gates = inputs[1];
-  in.index = inputs[2];
-  in.right = inputs[3];
-  in.left = inputs[4];
-  in.bias = inputs[5];
-  in.x_gate = inputs[6];
-  in.right_gate = inputs[7];
-  set_sizes(in, sizes);
+  const Dtype type = gemm_dtype_named(dtype);
+  const Activation function = activation_named(activation);
+  const auto [tokens, experts, top_k] = counts;
+  const auto [x, gates, index, right, left, bias, x_gate, right_gate] = inputs;
+  const Form in{{type,
+                 function,
+                 tokens,
+                 experts,
+                 top_k,
+                 x,
+                 gates,
+                 index,
+                 right,
+                 left,
+                 bias,
+                 x_gate,
+                 right_gate},
+                sizes[0],
+                sizes[1],
+                sizes[2]};
+  check(in);
   return in;
 }
 
@@ -103,7 +100,7 @@ void routed(std::string_view dtype,
             const Addresses<8>& inputs,
             std::string_view x_dtype,
             std::string_view weight_dtype,
-            std::int64_t features,
+            int64_t features,
             bool raw,
             float scale,
             const Addresses<4>& router_inputs,
@@ -112,23 +109,23 @@ void routed(std::string_view dtype,
   const auto [router_x, weight, mask, given_logits] = router_inputs;
   const Router router =
       checked_router(x_dtype, weight_dtype, {in.tokens, features, in.experts}, router_x, weight);
-  const std::int64_t pairs = in.tokens * in.top_k;
+  const int64_t pairs = in.tokens * in.top_k;
   Buffer<float> own_logits, own_gates;
-  Buffer<std::int64_t> own_index;
+  Buffer<int64_t> own_index;
   float* logits = given_logits;
   float* gates = inputs[1];
-  std::int64_t* index = inputs[2];
+  int64_t* index = inputs[2];
   if (logits == nullptr) {
     own_logits = Buffer<float>(in.tokens * in.experts);
     own_gates = Buffer<float>(pairs);
-    own_index = Buffer<std::int64_t>(pairs);
+    own_index = Buffer<int64_t>(pairs);
     logits = own_logits.get();
     gates = own_gates.get();
     index = own_index.get();
   }
   gating(checked_gating(router, in.top_k, raw, logits, index, gates));
   const bool* const has_experts = mask;
-  for (std::int64_t s = 0; s < pairs; ++s) {
+  for (int64_t s = 0; s < pairs; ++s) {
     gates[s] *= scale;
     if (mask.is_given() && !has_experts[s / in.top_k])
       index[s] = -1;

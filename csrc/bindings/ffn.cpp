@@ -21,24 +21,21 @@ Address address_of(const void* memory) {
 
 void project(const Projection& projection,
              Address x,
-             std::int64_t tokens,
-             const std::vector<std::int64_t>& offsets,
+             int64_t tokens,
+             const std::vector<int64_t>& offsets,
              Address rows,
-             std::int64_t slots,
+             int64_t slots,
              void* y) {
   const auto& [sizes, memory] = projection;
-  LinearForward in{};
-  static_cast<LinearInputs&>(in) =
-      sizes.inputs(x, tokens, {memory[0], memory[1], memory[2]}, offsets, rows, slots);
-  in.bias = memory[3];
-  in.y = y;
-  sizes.strategy->forward(in);
+  const auto [left, central, right, bias] = memory;
+  const LinearInputs inputs = sizes.inputs(x, tokens, {left, central, right}, offsets, rows, slots);
+  sizes.strategy->forward({inputs, bias, y, nullptr, nullptr});
 }
 
 template <class T>
-void multiply(void* values, const void* factors, std::int64_t count) {
+void multiply(void* values, const void* factors, int64_t count) {
   T* out = static_cast<T*>(values);
-  for (std::int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count; ++i)
     store(out[i], load(out[i]) * load(static_cast<const T*>(factors)[i]));
 }
 
@@ -58,9 +55,8 @@ void routed_ffn(std::string_view weight_dtype,
   const auto [tokens, top_k, capacity] = sizes;
   const LinearSizes& up = of_rows.back().first;
   const Dtype dtype = up.dtype;
-  const std::int64_t experts = up.experts, features = up.dims.in_features,
-                     hidden = up.dims.out_features;
-  const auto fits = [&](const LinearSizes& other, std::int64_t in, std::int64_t out) {
+  const int64_t experts = up.experts, features = up.dims.in_features, hidden = up.dims.out_features;
+  const auto fits = [&](const LinearSizes& other, int64_t in, int64_t out) {
     return other.experts == experts && other.dtype == dtype && other.dims.in_features == in &&
            other.dims.out_features == out;
   };
@@ -68,12 +64,12 @@ void routed_ffn(std::string_view weight_dtype,
           "the projections of a network must fit each other");
   const Router router{dtype, dtype_named(weight_dtype), tokens, features, experts, x, weight};
   require(router.weight_dtype != Dtype::kFloat64, "the router's weight must not be float64");
-  const std::int64_t slots = tokens * top_k;
-  require(slots <= std::numeric_limits<std::int32_t>::max(), "there must be fewer than 2^31 slots");
+  const int64_t slots = tokens * top_k;
+  require(slots <= std::numeric_limits<int32_t>::max(), "there must be fewer than 2^31 slots");
 
   Buffer<float> logits(tokens * experts), gates(slots);
-  Buffer<std::int64_t> index(slots), token_of_slot(slots), slot_of_token(slots);
-  Buffer<std::int32_t> narrow_offsets(experts + 1);
+  Buffer<int64_t> index(slots), token_of_slot(slots), slot_of_token(slots);
+  Buffer<int32_t> narrow_offsets(experts + 1);
   gating(checked_gating(router, top_k, raw, logits.get(), index.get(), gates.get()));
   route({
       .index = index.get(),
@@ -86,15 +82,17 @@ void routed_ffn(std::string_view weight_dtype,
       .token_of_slot = token_of_slot.get(),
       .slot_of_token = slot_of_token.get(),
   });
-  const std::vector<std::int64_t> offsets(narrow_offsets.get(), narrow_offsets.get() + experts + 1);
+  const std::vector<int64_t> offsets(narrow_offsets.get(), narrow_offsets.get() + experts + 1);
 
-  const std::int64_t element = size_of(dtype);
+  const int64_t element = size_of(dtype);
   Buffer<char> rows(slots * hidden * element), out(slots * features * element), factors;
-  project(of_rows.front(), x, tokens, offsets, address_of(token_of_slot.get()), slots, rows.get());
+  const auto project_x = [&](const Projection& projection, char* results) {
+    project(projection, x, tokens, offsets, address_of(token_of_slot.get()), slots, results);
+  };
+  project_x(of_rows.front(), rows.get());
   if (of_rows.size() == 2) {
     factors = Buffer<char>(slots * hidden * element);
-    project(
-        of_rows.back(), x, tokens, offsets, address_of(token_of_slot.get()), slots, factors.get());
+    project_x(of_rows.back(), factors.get());
     (dtype == Dtype::kFloat32 ? multiply<float>
                               : multiply<BFloat16>)(rows.get(), factors.get(), slots * hidden);
   }

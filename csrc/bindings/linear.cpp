@@ -4,30 +4,29 @@
 namespace mpoe {
 
 LinearInputs LinearSizes::inputs(Address x,
-                                 std::int64_t tokens,
+                                 int64_t tokens,
                                  const Addresses<3>& blocks,
-                                 const std::vector<std::int64_t>& offsets,
+                                 const std::vector<int64_t>& offsets,
                                  Address rows,
-                                 std::int64_t slots) const {
+                                 int64_t slots) const {
   if (rows.is_given())
     require_range(rows, slots, 0, tokens - 1, "row_index");
   else
     require(slots == tokens, "without row_index there must be as many slots as rows of x");
-  LinearInputs in{};
-  in.dtype = dtype;
-  in.dims = dims;
-  in.order = order;
-  in.x = x;
-  in.tokens = tokens;
-  in.left = blocks[0];
-  in.central = blocks[1];
-  in.right = blocks[2];
-  in.experts = experts;
-  in.offsets = offsets.data();
-  in.row_index = rows;
-  in.slots = slots;
-  in.activation = activation;
-  return in;
+  const auto [left, central, right] = blocks;
+  return {dtype,
+          dims,
+          order,
+          x,
+          tokens,
+          left,
+          central,
+          right,
+          experts,
+          offsets.data(),
+          rows,
+          slots,
+          activation};
 }
 
 namespace {
@@ -69,17 +68,15 @@ ProductOrder checked_order(const Sizes<3>& chain, bool half_first, bool transpos
 LinearSizes checked_sizes(std::string_view dtype,
                           std::string_view activation,
                           std::string_view strategy,
-                          std::int64_t experts,
+                          int64_t experts,
                           const Sizes<10>& sizes,
                           const Sizes<3>& chain,
                           bool half_first,
                           bool transposed_half_first) {
   const auto [iL, jL, a, iC, jC, b, iR, jR, in_features, out_features] = sizes;
   const BlockDims dims{iL, jL, a, iC, jC, b, iR, jR, in_features, out_features};
-  const Dtype type = dtype_named(dtype);
-  require(type == Dtype::kFloat32 || type == Dtype::kBFloat16,
-          "x must be float32 or bfloat16; got ",
-          dtype);
+  const Dtype type = gemm_dtype_named(dtype);
+
   const Activation function = activation_named(activation);
   require(in_features >= 1 && out_features >= 1, "in_features and out_features must be positive");
   require(dims.padded_in() >= in_features && dims.padded_out() >= out_features,
@@ -103,9 +100,9 @@ LinearSizes checked_sizes(std::string_view dtype,
 // bias: [out_features] or none. Results: y [slots, out_features]; h [slots * jC, b], only by
 // strategy separable, and z, the pre-activation, like y: none: not saved.
 void bound_linear(const LinearSizes& sizes,
-                  std::int64_t tokens,
-                  std::int64_t slots,
-                  std::int64_t offset_bytes,
+                  int64_t tokens,
+                  int64_t slots,
+                  int64_t offset_bytes,
                   Address x,
                   const Addresses<3>& blocks,
                   Address offsets,
@@ -116,22 +113,17 @@ void bound_linear(const LinearSizes& sizes,
                   Address z) {
   const auto checked = checked_offsets(offsets, offset_bytes, sizes.experts, slots);
   require(!h.is_given() || sizes.is_separable(), "only strategy separable saves its central step");
-  LinearForward in{};
-  static_cast<LinearInputs&>(in) = sizes.inputs(x, tokens, blocks, checked, rows, slots);
-  in.bias = bias;
-  in.y = y;
-  in.h = h;
-  in.saved = z;
-  sizes.strategy->forward(in);
+  const LinearInputs inputs = sizes.inputs(x, tokens, blocks, checked, rows, slots);
+  sizes.strategy->forward({inputs, bias, y, h, z});
 }
 
 // grad: [slots, out_features]; h: of the forward, read only by strategy separable; saved: like
 // grad, y of the forward for relu, z for the rest, not read without an activation. results: dx,
 // dleft, dcentral, dright, dbias; none: not wanted.
 void bound_linear_backward(const LinearSizes& sizes,
-                           std::int64_t tokens,
-                           std::int64_t slots,
-                           std::int64_t offset_bytes,
+                           int64_t tokens,
+                           int64_t slots,
+                           int64_t offset_bytes,
                            Address x,
                            const Addresses<3>& blocks,
                            Address offsets,
@@ -141,17 +133,9 @@ void bound_linear_backward(const LinearSizes& sizes,
                            Address saved,
                            const Addresses<5>& results) {
   const auto checked = checked_offsets(offsets, offset_bytes, sizes.experts, slots);
-  LinearBackward in{};
-  static_cast<LinearInputs&>(in) = sizes.inputs(x, tokens, blocks, checked, rows, slots);
-  in.grad = grad;
-  in.h = h;
-  in.saved = saved;
-  in.dx = results[0];
-  in.dleft = results[1];
-  in.dcentral = results[2];
-  in.dright = results[3];
-  in.dbias = results[4];
-  sizes.strategy->backward(in);
+  const LinearInputs inputs = sizes.inputs(x, tokens, blocks, checked, rows, slots);
+  const auto [dx, dleft, dcentral, dright, dbias] = results;
+  sizes.strategy->backward({inputs, grad, h, saved, dx, dleft, dcentral, dright, dbias});
 }
 
 }  // namespace

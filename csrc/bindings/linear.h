@@ -17,18 +17,18 @@ struct LinearSizes {
   Dtype dtype;
   Activation activation;
   const LinearStrategy* strategy;
-  std::int64_t experts;
+  int64_t experts;
   BlockDims dims;
   ProductOrder order;
 
   bool is_separable() const { return strategy->name == "separable"; }
   // blocks: left, central, right. `offsets` must outlive the result.
   LinearInputs inputs(Address x,
-                      std::int64_t tokens,
+                      int64_t tokens,
                       const Addresses<3>& blocks,
-                      const std::vector<std::int64_t>& offsets,
+                      const std::vector<int64_t>& offsets,
                       Address rows,
-                      std::int64_t slots) const;
+                      int64_t slots) const;
 };
 
 }  // namespace mpoe

@@ -52,6 +52,14 @@ Dtype dtype_named(std::string_view name) {
   refuse("dtype must be float32, bfloat16, float16 or float64; got ", name);
 }
 
+Dtype gemm_dtype_named(std::string_view name) {
+  const Dtype dtype = dtype_named(name);
+  require(dtype == Dtype::kFloat32 || dtype == Dtype::kBFloat16,
+          "x must be float32 or bfloat16; got ",
+          name);
+  return dtype;
+}
+
 Activation activation_named(std::string_view name) {
   if (name == "none")
     return Activation::kNone;
@@ -66,29 +74,26 @@ Activation activation_named(std::string_view name) {
   refuse("unknown activation ", name);
 }
 
-void require_range(const std::int64_t* values,
-                   std::int64_t count,
-                   std::int64_t low,
-                   std::int64_t high,
-                   const char* name) {
-  const std::int64_t bad = first_outside(values, count, low, high);
+void require_range(
+    const int64_t* values, int64_t count, int64_t low, int64_t high, const char* name) {
+  const int64_t bad = first_outside(values, count, low, high);
   if (bad >= 0)
     refuse(name, " must lie in ", low, "..", high, "; got ", values[bad]);
 }
 
-std::vector<std::int64_t> checked_offsets(Address offsets,
-                                          std::int64_t offset_bytes,
-                                          std::int64_t experts,
-                                          std::int64_t slots) {
+std::vector<int64_t> checked_offsets(Address offsets,
+                                     int64_t offset_bytes,
+                                     int64_t experts,
+                                     int64_t slots) {
   require(
       experts >= 1, "expert_offsets must be [E + 1] for at least one expert; got E = ", experts);
   require(offset_bytes == 4 || offset_bytes == 8, "expert_offsets must be int32 or int64");
-  const std::int32_t* narrow = offsets;
-  const std::int64_t* wide = offsets;
-  std::vector<std::int64_t> values(static_cast<std::size_t>(experts + 1));
-  std::int64_t before = 0;
-  for (std::int64_t e = 0; e <= experts; ++e) {
-    const std::int64_t value = offset_bytes == 4 ? narrow[e] : wide[e];
+  const int32_t* narrow = offsets;
+  const int64_t* wide = offsets;
+  std::vector<int64_t> values(static_cast<std::size_t>(experts + 1));
+  int64_t before = 0;
+  for (int64_t e = 0; e <= experts; ++e) {
+    const int64_t value = offset_bytes == 4 ? narrow[e] : wide[e];
     require(value >= before && value <= slots && (e > 0 || value == 0),
             "expert_offsets must start at 0, not fall, and end at ",
             slots,

@@ -14,12 +14,8 @@ Router checked_router(std::string_view x_dtype,
   return {x_type, weight_type, sizes[0], sizes[1], sizes[2], x, weight};
 }
 
-Gating checked_gating(const Router& router,
-                      std::int64_t top_k,
-                      bool raw,
-                      float* logits,
-                      std::int64_t* index,
-                      float* gates) {
+Gating checked_gating(
+    const Router& router, int64_t top_k, bool raw, float* logits, int64_t* index, float* gates) {
   require(top_k >= 1 && top_k <= router.experts,
           "top_k must lie in 1..",
           router.experts,
@@ -33,7 +29,7 @@ namespace {
 void bound_gating(std::string_view x_dtype,
                   std::string_view weight_dtype,
                   const Sizes<3>& sizes,
-                  std::int64_t top_k,
+                  int64_t top_k,
                   bool raw,
                   Address x,
                   Address weight,

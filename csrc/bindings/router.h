@@ -15,11 +15,7 @@ Router checked_router(std::string_view x_dtype,
                       Address weight);
 // raw: gates are probabilities, otherwise they sum to 1. Results: logits float32 [tokens, experts],
 // index int64 [tokens, top_k], gates float32 [tokens, top_k].
-Gating checked_gating(const Router& router,
-                      std::int64_t top_k,
-                      bool raw,
-                      float* logits,
-                      std::int64_t* index,
-                      float* gates);
+Gating checked_gating(
+    const Router& router, int64_t top_k, bool raw, float* logits, int64_t* index, float* gates);
 
 }  // namespace mpoe

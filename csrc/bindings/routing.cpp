@@ -12,10 +12,10 @@ namespace {
 // index: int64 [tokens, top_k]; capacity: negative: no limit; mask: bool [tokens] or none. Results:
 // offsets int32 [experts + 1], token_of_slot int64 [tokens * top_k], slot_of_token int64 [tokens,
 // top_k].
-void bound_route(std::int64_t tokens,
-                 std::int64_t top_k,
-                 std::int64_t experts,
-                 std::int64_t capacity,
+void bound_route(int64_t tokens,
+                 int64_t top_k,
+                 int64_t experts,
+                 int64_t capacity,
                  Address index,
                  Address mask,
                  Address offsets,
@@ -23,7 +23,7 @@ void bound_route(std::int64_t tokens,
                  Address slot_of_token) {
   require(experts >= 1, "num_experts must be at least 1; got ", experts);
   require(top_k >= 1, "top_k_index must be [T, K] with K >= 1; got [", tokens, ", ", top_k, "]");
-  require(tokens <= std::numeric_limits<std::int32_t>::max() / top_k,
+  require(tokens <= std::numeric_limits<int32_t>::max() / top_k,
           "top_k_index must have fewer than 2^31 entries");  // offsets are int32
   require_range(index, tokens * top_k, 0, experts - 1, "top_k_index");
   route({
@@ -41,12 +41,12 @@ void bound_route(std::int64_t tokens,
 
 // x: `tokens` rows of row_bytes, one every stride_bytes; token_of_slot: int64 [slots]; offsets:
 // [experts + 1].
-void bound_dispatch(std::int64_t tokens,
-                    std::int64_t slots,
-                    std::int64_t experts,
-                    std::int64_t row_bytes,
-                    std::int64_t stride_bytes,
-                    std::int64_t offset_bytes,
+void bound_dispatch(int64_t tokens,
+                    int64_t slots,
+                    int64_t experts,
+                    int64_t row_bytes,
+                    int64_t stride_bytes,
+                    int64_t offset_bytes,
                     Address x,
                     Address token_of_slot,
                     Address offsets,

@@ -12,16 +12,15 @@ namespace {
 
 // The types of torch_parallel_for and torch_get_num_threads, of torch's stable C interface.
 using TorchParallelFor =
-    int (*)(std::int64_t begin, std::int64_t end, std::int64_t grain, RangeFunction, void* context);
-using TorchGetNumThreads = int (*)(std::uint32_t* count);
+    int (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction, void* context);
+using TorchGetNumThreads = int (*)(uint32_t* count);
 
-int sequential_for(
-    std::int64_t begin, std::int64_t end, std::int64_t, RangeFunction function, void* context) {
+int sequential_for(int64_t begin, int64_t end, int64_t, RangeFunction function, void* context) {
   function(begin, end, context);
   return 0;
 }
 
-int one_thread(std::uint32_t* count) {
+int one_thread(uint32_t* count) {
   *count = 1;
   return 0;
 }
@@ -31,11 +30,8 @@ std::atomic<TorchGetNumThreads> num_threads_of_torch = one_thread;
 
 }  // namespace
 
-void parallel_range(std::int64_t begin,
-                    std::int64_t end,
-                    std::int64_t grain,
-                    RangeFunction function,
-                    void* context) {
+void parallel_range(
+    int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
   // It fails only if `function` throws.
   if (parallel_for_of_torch.load(std::memory_order_relaxed)(begin, end, grain, function, context) !=
       0)
@@ -43,7 +39,7 @@ void parallel_range(std::int64_t begin,
 }
 
 int num_threads() {
-  std::uint32_t count = 1;
+  uint32_t count = 1;
   num_threads_of_torch.load(std::memory_order_relaxed)(&count);
   return static_cast<int>(count);
 }

@@ -18,7 +18,7 @@ template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(std::int64_t count) {
+  explicit Buffer(int64_t count) {
     constexpr std::size_t kHugePage = 2 << 20;
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T) + 64;
     const bool large = bytes >= 2 * kHugePage;
@@ -47,7 +47,7 @@ class Buffer {
 };
 
 template <class T>
-inline Buffer<T> zeros(std::int64_t count) {
+inline Buffer<T> zeros(int64_t count) {
   Buffer<T> buffer(count);
   std::fill_n(buffer.get(), count, T{});
   return buffer;

@@ -22,11 +22,11 @@ constexpr bool kChecked = false;
 // without memory, to count how much it `used()`, and with as much.
 class Scratch {
  public:
-  Scratch(float* memory, std::int64_t size) : memory_(memory), size_(size) {}
+  Scratch(float* memory, int64_t size) : memory_(memory), size_(size) {}
 
   // Uninitialised; in whole cache lines.
-  float* raw(std::int64_t count) {
-    const std::int64_t begin = used_;
+  float* raw(int64_t count) {
+    const int64_t begin = used_;
     used_ += (count + 15) / 16 * 16;
     if (memory_ == nullptr)
       return nullptr;
@@ -40,22 +40,22 @@ class Scratch {
     return memory_ + begin;
   }
   // Zeros: products read padding.
-  float* floats(std::int64_t count) {
+  float* floats(int64_t count) {
     float* const piece = raw(count);
     if (piece != nullptr)
       std::memset(piece, 0, count * sizeof(float));
     return piece;
   }
   template <class T>
-  T* elements(std::int64_t count) {
-    return reinterpret_cast<T*>(floats((count * static_cast<std::int64_t>(sizeof(T)) + 3) / 4));
+  T* elements(int64_t count) {
+    return reinterpret_cast<T*>(floats((count * static_cast<int64_t>(sizeof(T)) + 3) / 4));
   }
-  std::int64_t used() const { return used_; }
+  int64_t used() const { return used_; }
 
  private:
   float* const memory_;
-  const std::int64_t size_;
-  std::int64_t used_ = 0;
+  const int64_t size_;
+  int64_t used_ = 0;
 };
 
 }  // namespace

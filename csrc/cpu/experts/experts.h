@@ -16,10 +16,10 @@ namespace mpoe {
 struct Experts {
   Dtype dtype;  // kFloat32 or kBFloat16: dtype of everything except the gates
   Activation activation;
-  std::int64_t tokens, experts, top_k;
+  int64_t tokens, experts, top_k;
   const void* x;
-  const float* gates;         // [T, K]
-  const std::int64_t* index;  // [T, K], each in -1..E-1
+  const float* gates;    // [T, K]
+  const int64_t* index;  // [T, K], each in -1..E-1
   const void* right;
   const void* left;
   const void* bias;  // or null
@@ -32,15 +32,15 @@ struct Experts {
 
 struct HiddenExperts : Experts {
   // x, x_gate [T, F]; right, left, right_gate [E, own_groups, b, b]; bias [E, F].
-  std::int64_t features, block, own_groups;  // own_groups: features / block, or 1: shared
+  int64_t features, block, own_groups;  // own_groups: features / block, or 1: shared
 
-  std::int64_t groups() const { return features / block; }
+  int64_t groups() const { return features / block; }
   bool shared() const { return own_groups == 1; }
 };
 
 struct NeuronExperts : Experts {
   // x [T, I]; right (up) and right_gate [E, m, I]; left (down) [E, m, O]; bias [E, m].
-  std::int64_t in_features, out_features, neurons;
+  int64_t in_features, out_features, neurons;
 };
 
 // As the inputs; null: not wanted.

@@ -15,26 +15,26 @@ namespace mpoe {
 namespace {
 
 // 1 MiB of sums, more if those of kChunk tokens are more.
-constexpr std::int64_t kTileFloats = 1 << 18;
+constexpr int64_t kTileFloats = 1 << 18;
 // The same for groups with their own blocks; more if one group's are.
-constexpr std::int64_t kOwnFloats = 1 << 16;
+constexpr int64_t kOwnFloats = 1 << 16;
 // A part that has sums of all experts' cores, to clear and to add up, gets at least so many rows per
 // expert, and there are at most so many parts.
-constexpr std::int64_t kPartRows = 32, kMostParts = 8;
+constexpr int64_t kPartRows = 32, kMostParts = 8;
 
-std::int64_t padded_block(const HiddenExperts& in) {
+int64_t padded_block(const HiddenExperts& in) {
   return round_up(in.block, kPanel);
 }
 
 // The groups, split into parts.
 class HiddenParts {
  public:
-  HiddenParts(const HiddenExperts& in, std::int64_t count)
+  HiddenParts(const HiddenExperts& in, int64_t count)
       : in_(in), count_(count), sorted_(in, tile_tokens()) {}
 
-  std::int64_t count() const { return count_; }
+  int64_t count() const { return count_; }
   const SortedSlots& sorted() const { return sorted_; }
-  HiddenPart part(std::int64_t number, float* scratch, std::int64_t scratch_size) const {
+  HiddenPart part(int64_t number, float* scratch, int64_t scratch_size) const {
     HiddenPart part{};
     part.first = in_.groups() * number / count_;
     part.last = in_.groups() * (number + 1) / count_;
@@ -43,23 +43,32 @@ class HiddenParts {
     part.scratch_size = scratch_size;
     return part;
   }
+  // f(part, more) for every part, by all threads; `more`: so many floats of a thread.
+  template <class F>
+  void for_each(int64_t scratch_size, int64_t more, const F& f) const {
+    parallel_for(count_, 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> scratch(scratch_size), own(more);
+      for (int64_t p = begin; p < end; ++p)
+        f(part(p, scratch.get(), scratch_size), own.get());
+    });
+  }
 
  private:
-  std::int64_t together() const {
-    const std::int64_t most = std::max<std::int64_t>(1, ceil_divide(in_.groups(), count_));
+  int64_t together() const {
+    const int64_t most = std::max<int64_t>(1, ceil_divide(in_.groups(), count_));
     if (in_.shared())
       return most;
-    const std::int64_t sums = padded_block(in_) * std::max<std::int64_t>(1, in_.tokens);
-    return std::clamp<std::int64_t>(kOwnFloats / sums, 1, most);
+    const int64_t sums = padded_block(in_) * std::max<int64_t>(1, in_.tokens);
+    return std::clamp<int64_t>(kOwnFloats / sums, 1, most);
   }
-  std::int64_t tile_tokens() const {
+  int64_t tile_tokens() const {
     if (!in_.shared())
-      return std::max<std::int64_t>(1, in_.tokens);
-    return std::max<std::int64_t>(kChunk, kTileFloats / (padded_block(in_) * together()));
+      return std::max<int64_t>(1, in_.tokens);
+    return std::max<int64_t>(kChunk, kTileFloats / (padded_block(in_) * together()));
   }
 
   const HiddenExperts& in_;
-  const std::int64_t count_;
+  const int64_t count_;
   const SortedSlots sorted_;
 };
 
@@ -74,34 +83,29 @@ class HiddenBackwardParts {
         kinds_(in.gated() ? 3 : 2),
         parts_(in, number_of_parts(in)),
         slot_gates_(zeros<float>(out.dgates == nullptr ? 0 : in.groups() * pairs_)) {
-    scratch_size_ = run(0, nullptr, nullptr);
+    scratch_size_ = run(parts_.part(0, nullptr, 0), nullptr);
   }
 
   void run() {
     if (in_.shared())
       run_shared();
     else
-      parallel_for(0, parts_.count(), 1, [&](std::int64_t begin, std::int64_t end) {
-        Buffer<float> sums(kinds_ * square_), scratch(scratch_size_);
-        for (std::int64_t p = begin; p < end; ++p)
-          run(p, scratch.get(), sums.get());
-      });
+      parts_.for_each(
+          scratch_size_, kinds_ * square_, [&](HiddenPart part, float* sums) { run(part, sums); });
     if (out_.dgates != nullptr)
       add_gates();
   }
 
  private:
-  static std::int64_t number_of_parts(const HiddenExperts& in) {
-    const std::int64_t groups = in.groups();
+  static int64_t number_of_parts(const HiddenExperts& in) {
+    const int64_t groups = in.groups();
     if (!in.shared())
-      return std::min<std::int64_t>(groups, 2 * num_threads());
-    const std::int64_t rows = in.tokens * in.top_k * groups;
-    return std::clamp<std::int64_t>(
-        rows / (kPartRows * in.experts), 1, std::min(groups, kMostParts));
+      return std::min<int64_t>(groups, 2 * num_threads());
+    const int64_t rows = in.tokens * in.top_k * groups;
+    return std::clamp<int64_t>(rows / (kPartRows * in.experts), 1, std::min(groups, kMostParts));
   }
 
-  std::int64_t run(std::int64_t number, float* scratch, float* sums) {
-    HiddenPart part = parts_.part(number, scratch, scratch_size_);
+  int64_t run(HiddenPart part, float* sums) {
     part.cores = sums;
     part.slot_gates = out_.dgates == nullptr ? nullptr : slot_gates_.get();
     return expert_kernels(in_.dtype).backward(
@@ -112,42 +116,39 @@ class HiddenBackwardParts {
   // first part's in the order of parts. Only those of experts with slots are written and read.
   void run_shared() {
     const auto add = gemm_kernels(Dtype::kFloat32).add_row;
-    const std::vector<std::int64_t>& used = parts_.sorted().used_experts();
-    const std::int64_t count = parts_.count(), cores = in_.experts * kinds_ * square_;
-    const std::int64_t together = std::clamp<std::int64_t>(num_threads(), 1, count);
-    const std::int64_t others = together == count ? count - 1 : together;
+    const std::vector<int64_t>& used = parts_.sorted().used_experts();
+    const int64_t count = parts_.count(), cores = in_.experts * kinds_ * square_;
+    const int64_t together = std::clamp<int64_t>(num_threads(), 1, count);
+    const int64_t others = together == count ? count - 1 : together;
     // One piece, for huge pages.
     Buffer<float> memory((1 + others) * cores + together * scratch_size_);
     float* const total = memory.get();
     float* const scratch = total + (1 + others) * cores;
-    for (std::int64_t first = 0; first < count; first += together) {
-      const std::int64_t last = std::min(count, first + together);
-      const std::int64_t added = std::max<std::int64_t>(first, 1);
-      const auto sums_of = [&](std::int64_t p) {
+    for (int64_t first = 0; first < count; first += together) {
+      const int64_t last = std::min(count, first + together);
+      const int64_t added = std::max<int64_t>(first, 1);
+      const auto sums_of = [&](int64_t p) {
         return p == 0 ? total : total + (1 + p - added) * cores;
       };
-      parallel_for(first, last, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t p = begin; p < end; ++p)
-          run(p, scratch + (p - first) * scratch_size_, sums_of(p));
+      parallel_for_each(last - first, 1, [&](int64_t p) {
+        run(parts_.part(first + p, scratch + p * scratch_size_, scratch_size_), sums_of(first + p));
       });
-      parallel_for(0, std::ssize(used), 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t u = begin; u < end; ++u) {
-          const std::int64_t place = used[u] * kinds_ * square_;
-          for (std::int64_t p = added; p < last; ++p)
-            add(sums_of(p) + place, total + place, kinds_ * square_);
-        }
+      parallel_for_each(std::ssize(used), 1, [&](int64_t u) {
+        const int64_t place = used[u] * kinds_ * square_;
+        for (int64_t p = added; p < last; ++p)
+          add(sums_of(p) + place, total + place, kinds_ * square_);
       });
     }
     void* const results[] = {out_.dright, out_.dleft, out_.dright_gate};
-    for (std::int64_t kind = 0; kind < kinds_; ++kind)
+    for (int64_t kind = 0; kind < kinds_; ++kind)
       if (results[kind] != nullptr)
         store_cores(total + kind * square_, static_cast<char*>(results[kind]));
   }
 
   // One core of every expert.
   void store_cores(const float* sums, char* result) {
-    const std::int64_t bytes = square_ * size_of(in_.dtype);
-    for (std::int64_t e = 0; e < in_.experts; ++e) {
+    const int64_t bytes = square_ * size_of(in_.dtype);
+    for (int64_t e = 0; e < in_.experts; ++e) {
       if (parts_.sorted().has_slots(e))
         gemm_kernels(in_.dtype).round_row(sums + e * kinds_ * square_, result + e * bytes, square_);
       else
@@ -156,9 +157,9 @@ class HiddenBackwardParts {
   }
 
   void add_gates() {
-    for (std::int64_t s = 0; s < pairs_; ++s) {
+    for (int64_t s = 0; s < pairs_; ++s) {
       float sum = 0;
-      for (std::int64_t g = 0; g < in_.groups(); ++g)
+      for (int64_t g = 0; g < in_.groups(); ++g)
         sum += slot_gates_.get()[g * pairs_ + s];
       out_.dgates[s] = sum;
     }
@@ -167,10 +168,10 @@ class HiddenBackwardParts {
   const HiddenExperts& in_;
   const void* const grad_;
   const ExpertsGradients& out_;
-  const std::int64_t pairs_, square_, kinds_;
+  const int64_t pairs_, square_, kinds_;
   const HiddenParts parts_;
   Buffer<float> slot_gates_;
-  std::int64_t scratch_size_ = 0;  // of one part
+  int64_t scratch_size_ = 0;  // of one part
 };
 
 }  // namespace
@@ -178,17 +179,13 @@ class HiddenBackwardParts {
 void experts_forward(const HiddenExperts& in, void* out) {
   if (in.tokens == 0 || in.features == 0)
     return;
-  const HiddenParts parts(in, std::min<std::int64_t>(in.groups(), 2 * num_threads()));
+  const HiddenParts parts(in, std::min<int64_t>(in.groups(), 2 * num_threads()));
   const auto run = [&](const HiddenPart& part) {
     return expert_kernels(in.dtype).forward(
         gemm_kernels(in.dtype), in, parts.sorted().view(), part, out);
   };
-  const std::int64_t size = run(parts.part(0, nullptr, 0));
-  parallel_for(0, parts.count(), 1, [&](std::int64_t begin, std::int64_t end) {
-    Buffer<float> scratch(size);
-    for (std::int64_t p = begin; p < end; ++p)
-      run(parts.part(p, scratch.get(), size));
-  });
+  const int64_t size = run(parts.part(0, nullptr, 0));
+  parts.for_each(size, 0, [&](const HiddenPart& part, float*) { run(part); });
 }
 
 void experts_backward(const HiddenExperts& in, const void* grad, const ExpertsGradients& out) {

@@ -454,7 +454,7 @@ class HiddenBackward : HiddenProducts {
   T* const dz_ = operands<T>();
   T* const dvalue_ = gated_ ? operands<T>() : dz_;
   // Whether the sums of an expert's cores hold something.
-  std::uint8_t* const begun_ = scratch_.elements<std::uint8_t>(in_.experts);
+  uint8_t* const begun_ = scratch_.elements<uint8_t>(in_.experts);
   // [E, groups together, wide]
   float* const dbias_ =
       scratch_.floats(out_.dbias == nullptr ? 0 : in_.experts * part_.together * wide_);

@@ -12,8 +12,6 @@
 namespace mpoe {
 namespace {
 
-using std::int64_t;
-
 // Rows: each is in its own page, and the hardware cannot tell which is next.
 constexpr int64_t kAhead = 8;
 
@@ -23,7 +21,7 @@ int64_t least(int64_t a, int64_t b) {
 
 template <class T>
 constexpr int64_t bytes_of(int64_t count) {
-  return count * static_cast<int64_t>(sizeof(T));
+  return count * int64_t{sizeof(T)};
 }
 
 // Groups [first, last) that are processed together, and the tokens of one tile.
@@ -45,7 +43,7 @@ struct Chunk {
   int64_t rows;
   int64_t ahead;  // the owners and groups of `ahead` rows that come later follow those of `rows`
   int64_t slots[kChunk], owners[kChunk + kAhead], groups[kChunk + kAhead];
-  std::uint8_t marks[kChunk];
+  uint8_t marks[kChunk];
 };
 
 // locality: 3 into the L1 cache, 2 into the L2 cache.
@@ -57,15 +55,6 @@ inline void prefetch_to_read(const void* address, int64_t bytes) {
 inline void prefetch_to_write(const void* address, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64)
     __builtin_prefetch(static_cast<const char*>(address) + b, 1);
-}
-
-template <class T>
-void store_row(const float* from, T* out, int64_t count) {
-  int64_t c = 0;
-  for (; c + kWidth <= count; c += kWidth)
-    store_floats(out + c, load_floats(from + c));
-  for (; c < count; ++c)
-    store(out[c], from[c]);
 }
 
 // What a forward and a backward of one part share.

@@ -16,8 +16,6 @@
 namespace mpoe {
 namespace {
 
-using std::int64_t;
-
 // Of an expert: packing its weights costs more than reading them in place.
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kBlockBytes = 384 * 1024;   // of rows that are gathered at once, if a tile's fit
@@ -104,6 +102,8 @@ class Neurons {
   Buffer<T> for_panels(int64_t elements) const {
     return Buffer<T>(most_ <= kFewRows ? 0 : elements);
   }
+  // The same for a part's.
+  Buffer<T> panels_of(int64_t width) const { return for_panels(part_ * padded_k(gemm_, width)); }
 
   // [slots, stride_], zero where products read beyond m.
   Buffer<T> slot_rows() const {
@@ -113,6 +113,18 @@ class Neurons {
         rows.get()[s * stride_ + k] = T{};
     return rows;
   }
+
+  // Some slots' rows of a matrix [T, width], gathered, and packed weights that they meet.
+  struct Gathered {
+    Gathered(const Neurons& all, int64_t width)
+        : width(width),
+          stride(row_stride(all.gemm_, width)),
+          rows(all.block_ * stride),
+          panels(all.panels_of(width)) {}
+
+    const int64_t width, stride;
+    Buffer<T> rows, panels;
+  };
 
   // f(first slot, rows)
   template <class F>
@@ -166,11 +178,11 @@ class Neurons {
       }
       const bool adds = first > slots_.offsets[part.expert];
       if (out.dleft != nullptr) {
-        back.turn(rows, back.rows.get(), back.rows_stride, in_.out_features);
+        back.turn(rows, back.grad);
         back.add(part, back.h.get(), back.h_stride, rows, in_.out_features, back.dleft, adds);
       }
       if (out.dright != nullptr || out.dright_gate != nullptr)
-        back.turn(rows, work.rows.get(), work.rows_stride, in_.in_features);
+        back.turn(rows, work.x);
       if (out.dright != nullptr)
         back.add(part, dvalue, stride_, rows, in_.in_features, back.dright, adds);
       if (out.dright_gate != nullptr)
@@ -206,57 +218,63 @@ class Neurons {
         dgates[slots_.slots[s]] += of_panels[p * sorted_.count() + s];
   }
 
-  void gather(
-      const T* from, int64_t width, int64_t first, int64_t rows, T* to, int64_t stride) const {
+  void gather(const void* matrix, int64_t first, int64_t rows, Gathered& to) const {
     constexpr int64_t kAhead = 4, kLine = 64 / sizeof(T);
+    const T* const from = static_cast<const T*>(matrix);
+    const int64_t width = to.width;
     for (int64_t r = 0; r < rows; ++r) {
       if (r + kAhead < rows) {
         const T* const later = from + slots_.owners[first + r + kAhead] * width;
         for (int64_t c = 0; c < std::min<int64_t>(width, 8 * kLine); c += kLine)
           __builtin_prefetch(later + c);
       }
-      std::memcpy(to + r * stride, from + slots_.owners[first + r] * width, width * sizeof(T));
-      for (int64_t c = width; c < padded_k(gemm_, width); ++c)
-        to[r * stride + c] = T{};
+      T* const row = to.rows.get() + r * to.stride;
+      std::memcpy(row, from + slots_.owners[first + r] * width, width * sizeof(T));
+      std::fill(row + width, row + padded_k(gemm_, width), T{});
     }
   }
 
   // Asks for weights that are read once: many lines come at a time, more than by reading them row
   // by row.
   static void fetch(const T* weights, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
+    for (int64_t i = 0; i < count; i += 64 / int64_t{sizeof(T)})
       __builtin_prefetch(weights + i, 0, 2);
   }
 
-  // Packed weights of a part, as the right operand of products with rows of `width` elements.
-  void pack_weights(const Part& part, const void* weights, int64_t width, T* panels) const {
-    const T* const own =
-        static_cast<const T*>(weights) + (part.expert * in_.neurons + part.first) * width;
-    gemm_.pack_transposed(
-        panels, padded_k(gemm_, width) / gemm_.unit, own, width, width, part.count);
+  const T* weights_of(const Part& part, const void* weights, int64_t width) const {
+    return static_cast<const T*>(weights) + (part.expert * in_.neurons + part.first) * width;
+  }
+  // Packed weights of a part, as the right operand of products with rows of `width` elements;
+  // nothing for few rows.
+  void pack_weights(const Part& part, const void* weights, int64_t width, Buffer<T>& panels) const {
+    if (!few(part.expert))
+      gemm_.pack_transposed(panels.get(),
+                            padded_k(gemm_, width) / gemm_.unit,
+                            weights_of(part, weights, width),
+                            width,
+                            width,
+                            part.count);
   }
 
   // tiles [panels, block_, 32] = rows times a part's weights: packed, or in place for few rows.
   void multiply(const Part& part,
-                const T* a,
-                int64_t stride,
+                const Gathered& a,
                 int64_t rows,
-                int64_t width,
                 const void* weights,
-                const T* panels,
-                float* tiles) const {
-    const T* const own =
-        static_cast<const T*>(weights) + (part.expert * in_.neurons + part.first) * width;
+                const Buffer<T>& panels,
+                Buffer<float>& tiles) const {
+    const int64_t width = a.width, stride = a.stride;
+    const T* const own = weights_of(part, weights, width);
     const int64_t k = padded_k(gemm_, width);
     if (few(part.expert))
       fetch(own, part.count * width);
     for (int64_t c = 0; c < part.count; c += kPanel) {
-      float* const tile = tiles + c * block_;
+      float* const tile = tiles.get() + c * block_;
       if (few(part.expert))
         gemm_.multiply_dots(rows,
                             std::min(kPanel, part.count - c),
                             width,
-                            a,
+                            a.rows.get(),
                             stride,
                             own + c * width,
                             width,
@@ -267,9 +285,9 @@ class Neurons {
           multiply_rows(gemm_,
                         count,
                         k / gemm_.unit,
-                        a + first * stride,
+                        a.rows.get() + first * stride,
                         stride,
-                        panels + c * k,
+                        panels.get() + c * k,
                         tile + first * kPanel,
                         false,
                         part.count - c);
@@ -281,35 +299,25 @@ class Neurons {
   struct Work {
     explicit Work(const Neurons& all)
         : all(all),
-          rows_stride(row_stride(all.gemm_, all.in_.in_features)),
-          rows(all.block_ * rows_stride),
-          panels(all.for_panels(all.part_ * padded_k(all.gemm_, all.in_.in_features))),
-          gate_panels(all.for_panels(
-              !all.in_.gated() ? 0 : all.part_ * padded_k(all.gemm_, all.in_.in_features))),
+          x(all, all.in_.in_features),
+          gate_panels(all.in_.gated() ? all.panels_of(x.width) : Buffer<T>()),
           z(all.part_ * all.block_),
           value(!all.in_.gated() ? 0 : all.part_ * all.block_),
           gates(all.block_) {}
 
     void begin(const Part& part) {
-      if (all.few(part.expert))
-        return;
-      all.pack_weights(part, all.in_.right, all.in_.in_features, panels.get());
+      all.pack_weights(part, all.in_.right, x.width, x.panels);
       if (all.in_.gated())
-        all.pack_weights(part, all.in_.right_gate, all.in_.in_features, gate_panels.get());
+        all.pack_weights(part, all.in_.right_gate, x.width, gate_panels);
     }
     void products(const Part& part, int64_t first, int64_t count) {
       const NeuronExperts& in = all.in_;
-      const bool gated = in.gated();
-      all.gather(
-          static_cast<const T*>(in.x), in.in_features, first, count, rows.get(), rows_stride);
+      all.gather(in.x, first, count, x);
       for (int64_t r = 0; r < count; ++r)
         gates.get()[r] = in.gates[all.slots_.slots[first + r]];
-      const auto times = [&](const void* weights, const T* packed, float* tiles) {
-        all.multiply(part, rows.get(), rows_stride, count, in.in_features, weights, packed, tiles);
-      };
-      times(in.right, panels.get(), (gated ? value : z).get());
-      if (gated)
-        times(in.right_gate, gate_panels.get(), z.get());
+      all.multiply(part, x, count, in.right, x.panels, in.gated() ? value : z);
+      if (in.gated())
+        all.multiply(part, x, count, in.right_gate, gate_panels, z);
     }
     NeuronTile tile(const Part& part, int64_t count, int64_t c) const {
       NeuronTile tile{};
@@ -326,8 +334,8 @@ class Neurons {
     }
 
     const Neurons& all;
-    const int64_t rows_stride;
-    Buffer<T> rows, panels, gate_panels;
+    Gathered x;
+    Buffer<T> gate_panels;
     Buffer<float> z, value, gates;
   };
 
@@ -335,11 +343,9 @@ class Neurons {
   struct Back {
     explicit Back(const Neurons& all)
         : all(all),
-          rows_stride(row_stride(all.gemm_, all.in_.out_features)),
           h_stride(row_stride(all.gemm_, all.part_)),
           widest(std::max(all.in_.in_features, all.in_.out_features)),
-          rows(all.block_ * rows_stride),
-          panels(all.for_panels(all.part_ * padded_k(all.gemm_, all.in_.out_features))),
+          grad(all, all.in_.out_features),
           h(all.block_ * h_stride),
           left(all.part_ * padded_k(all.gemm_, all.block_)),
           right(round_up(widest, kPanel) * padded_k(all.gemm_, all.block_)),
@@ -351,19 +357,17 @@ class Neurons {
 
     void begin(const Part& part) {
       std::fill_n(dbias.get(), all.part_, 0.0f);
-      if (!all.few(part.expert))
-        all.pack_weights(part, all.in_.left, all.in_.out_features, panels.get());
+      all.pack_weights(part, all.in_.left, grad.width, grad.panels);
     }
     // dh = grad down^T
-    void product(const Part& part, const T* grad, int64_t first, int64_t count) {
-      const int64_t width = all.in_.out_features;
-      all.gather(grad, width, first, count, rows.get(), rows_stride);
-      all.multiply(
-          part, rows.get(), rows_stride, count, width, all.in_.left, panels.get(), dh.get());
+    void product(const Part& part, const T* rows, int64_t first, int64_t count) {
+      all.gather(rows, first, count, grad);
+      all.multiply(part, grad, count, all.in_.left, grad.panels, dh);
     }
     // Packs the right operand of `add`.
-    void turn(int64_t count, const T* b, int64_t stride, int64_t width) {
-      all.gemm_.pack(right.get(), ceil_divide(count, all.gemm_.unit), b, stride, count, width);
+    void turn(int64_t count, const Gathered& b) {
+      const int64_t units = ceil_divide(count, all.gemm_.unit);
+      all.gemm_.pack(right.get(), units, b.rows.get(), b.stride, count, b.width);
     }
     // sum [part, width] (adds: +)= a^T b over `count` rows
     void add(const Part& part,
@@ -378,26 +382,22 @@ class Neurons {
       const int64_t sum_stride = round_up(width, kPanel);
       gemm.pack(left.get(), units, a, stride, count, part.count);
       for (int64_t p = 0; p * kPanel < width; ++p)
-        for_column_tiles(gemm,
-                         part.count,
-                         units,
-                         left.get(),
-                         1,
-                         [&](const T* columns, int64_t first, int64_t tile, int64_t) {
-                           multiply_columns(gemm,
-                                            tile,
-                                            units,
-                                            columns,
-                                            right.get() + p * panel,
-                                            sum.get() + first * sum_stride + p * kPanel,
-                                            sum_stride,
-                                            adds);
-                         });
+        add_column_products(gemm,
+                            part.count,
+                            units,
+                            left.get(),
+                            right.get() + p * panel,
+                            1,
+                            sum.get() + p * kPanel,
+                            sum_stride,
+                            0,
+                            adds);
     }
 
     const Neurons& all;
-    const int64_t rows_stride, h_stride, widest;
-    Buffer<T> rows, panels, h, left, right;
+    const int64_t h_stride, widest;
+    Gathered grad;
+    Buffer<T> h, left, right;
     Buffer<float> dh, dbias, dright, dleft, dright_gate;
   };
 

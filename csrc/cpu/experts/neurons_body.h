@@ -10,8 +10,6 @@
 namespace mpoe {
 namespace {
 
-using std::int64_t;
-
 // Vectors of a row of which `columns` exist: zeros are read past its end, and nothing is written
 // there.
 struct Columns {

@@ -12,10 +12,6 @@
 namespace mpoe {
 namespace {
 
-using std::int32_t;
-using std::int64_t;
-using std::uint32_t;
-
 constexpr int64_t kUnitBytes = 4;
 constexpr int64_t kPanelBytes = kPanel * kUnitBytes;  // of one unit
 
@@ -196,20 +192,14 @@ void multiply_columns(int64_t rows,
 template <class T>
 void store(const float* tile, int64_t rows, int64_t columns, void* out, int64_t stride) {
   T* target = static_cast<T*>(out);
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* row = tile + r * kPanel;
-    int64_t c = 0;
-    for (; c + kWidth <= columns; c += kWidth)
-      store_floats(target + r * stride + c, load_floats(row + c));
-    for (; c < columns; ++c)
-      mpoe::store(target[r * stride + c], row[c]);
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    store_row(tile + r * kPanel, target + r * stride, columns);
 }
 
 // Scatters a rounded row of a tile to its granules.
 template <class T>
 inline void scatter(const T* row, T* out, const ColumnMap& columns) {
-  for (int64_t g = 0; g < kPanel / kGranule; ++g) {
+  for (int64_t g = 0; g < kGranules; ++g) {
     if (columns.valid[g] == kGranule)
       std::memcpy(out + columns.offset[g], row + g * kGranule, kGranule * sizeof(T));
     else
@@ -227,7 +217,7 @@ void finish_as(const float* tile,
                const ColumnMap& columns,
                const Finish& finish) {
   bool together = true;
-  for (int64_t g = 0; g < kPanel / kGranule; ++g)
+  for (int64_t g = 0; g < kGranules; ++g)
     together = together && columns.valid[g] == kGranule &&
                columns.offset[g] == columns.offset[0] + g * kGranule;
   T* saved = static_cast<T*>(finish.saved);
@@ -293,12 +283,12 @@ void store_units(const float* tile,
                  int64_t row_stride,
                  const int32_t* which,
                  const int32_t* unit_offset) {
-  constexpr int64_t kGranules = kPanel / kGranule * sizeof(T) / kUnitBytes;
+  constexpr int64_t kRowGranules = kGranules * sizeof(T) / kUnitBytes;
   alignas(64) std::conditional_t<sizeof(T) == 2, uint32_t, float> units[kPanel];
   for (int64_t r = 0; r < rows; ++r) {
     row_units(tile + r * kPanel, units, T{});
     const int32_t* start = row_unit + r * row_stride;
-    for (int64_t g = 0; g < kGranules; ++g)
+    for (int64_t g = 0; g < kRowGranules; ++g)
       std::memcpy(
           static_cast<char*>(out) + (int64_t{start[which[g]]} + unit_offset[g]) * kUnitBytes,
           units + g * kGranule,
@@ -326,8 +316,7 @@ void activation_backward(
   const T* g = static_cast<const T*>(grad);
   const T* s = static_cast<const T*>(saved);
   T* out = static_cast<T*>(dz);
-  if (activation == Activation::kNone)
-    return void(std::memcpy(out, g, count * sizeof(T)));
+
   with_activation(activation,
                   [&](auto kind) { backward_as<T, decltype(kind)::value>(g, s, out, count); });
 }
@@ -344,18 +333,13 @@ void add_row(const void* row, float* sum, int64_t count) {
 
 template <class T>
 void round_row(const float* in, void* out, int64_t count) {
-  T* target = static_cast<T*>(out);
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth)
-    store_floats(target + i, load_floats(in + i));
-  for (; i < count; ++i)
-    mpoe::store(target[i], in[i]);
+  store_row(in, static_cast<T*>(out), count);
 }
 
 template <class T>
 constexpr GemmKernels table() {
   return {
-      .unit = kUnitBytes / static_cast<int64_t>(sizeof(T)),
+      .unit = kUnitBytes / int64_t{sizeof(T)},
       .best_rows = UnitProduct<T>::kRows,
       .longest_sum = 384,
       .multiply_rows = multiply_rows<T, kPanel>,

@@ -14,8 +14,6 @@
 namespace mpoe {
 namespace {
 
-using std::int64_t;
-
 constexpr int64_t kSide = 16;       // rows of a tile, and units or columns of its rows
 constexpr int64_t kTileBytes = 64;  // of a tile's row
 constexpr int64_t kPanelRow = kPanel * 4;
@@ -36,17 +34,17 @@ inline void finish_writes(const void* memory) {
 
 // What LDTILECFG reads (Intel's Architecture Instruction Set Extensions, chapter 3).
 struct alignas(64) TileShapes {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {};
-  std::uint8_t rows[16] = {};
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
 };
 
 // Tiles 0..3: C, two by two; 4 and 5: A; 6 and 7: B.
 void shape_tiles(int64_t rows) {
   TileShapes shapes;
   const auto set = [&](int tile, int64_t tile_rows, int64_t bytes) {
-    shapes.rows[tile] = static_cast<std::uint8_t>(tile_rows);
-    shapes.row_bytes[tile] = static_cast<std::uint16_t>(bytes);
+    shapes.rows[tile] = static_cast<uint8_t>(tile_rows);
+    shapes.row_bytes[tile] = static_cast<uint16_t>(bytes);
   };
   // A tile must have at least one row, even if it is not used.
   const int64_t upper = std::min(rows, kSide), lower = std::max<int64_t>(rows - kSide, 1);

@@ -17,6 +17,14 @@ inline Floats minimum(Floats a, Floats b) {
   return select((Words)(a < b), a, b);
 }
 
+// By Horner's rule, coefficients from the highest power down.
+template <class... Coefficients>
+inline Floats polynomial(Floats x, float highest, Coefficients... others) {
+  Floats value = splat(highest);
+  ((value = multiply_add(value, x, splat(others))), ...);
+  return value;
+}
+
 // e^x: x = n ln 2 + r, a Taylor polynomial of degree 7 in r, |r| <= ln 2 / 2 (error below 1e-8),
 // times 2^n.
 inline Floats exponential(Floats x) {
@@ -26,14 +34,8 @@ inline Floats exponential(Floats x) {
   const Floats n = shifted - kRound;
   const Floats r =
       multiply_add(n, splat(1.90465421e-9f), multiply_add(n, splat(-0.693147182f), bounded));
-  Floats p = splat(1.0f / 5040);
-  p = multiply_add(p, r, splat(1.0f / 720));
-  p = multiply_add(p, r, splat(1.0f / 120));
-  p = multiply_add(p, r, splat(1.0f / 24));
-  p = multiply_add(p, r, splat(1.0f / 6));
-  p = multiply_add(p, r, splat(0.5f));
-  p = multiply_add(p, r, splat(1.0f));
-  p = multiply_add(p, r, splat(1.0f));
+  const Floats p =
+      polynomial(r, 1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f);
   const Words exponent = (Words)shifted << 23;  // the integer sits in the low bits of the mantissa
   const Floats result = (Floats)((Words)p + exponent);
   return select((Words)(x != x), x, result);
@@ -48,18 +50,20 @@ inline Floats sigmoid(Floats x) {
 inline Floats error_function(Floats x) {
   const Floats c = minimum(maximum(x, splat(-3.74392116f)), splat(3.74392116f));
   const Floats s = c * c;
-  Floats p = splat(0.00022905065861350646f);
-  p = multiply_add(p, s, splat(0.0034082910107109506f));
-  p = multiply_add(p, s, splat(0.050955695062380861f));
-  p = multiply_add(p, s, splat(0.18520832239976145f));
-  p = multiply_add(p, s, splat(1.128379143519084f));
-  Floats q = splat(-1.1791602954361697e-7f);
-  q = multiply_add(q, s, splat(0.000023547966471313185f));
-  q = multiply_add(q, s, splat(0.0010179625278914885f));
-  q = multiply_add(q, s, splat(0.014070470171167667f));
-  q = multiply_add(q, s, splat(0.11098505178285362f));
-  q = multiply_add(q, s, splat(0.49746925110067538f));
-  q = multiply_add(q, s, splat(1.0f));
+  const Floats p = polynomial(s,
+                              0.00022905065861350646f,
+                              0.0034082910107109506f,
+                              0.050955695062380861f,
+                              0.18520832239976145f,
+                              1.128379143519084f);
+  const Floats q = polynomial(s,
+                              -1.1791602954361697e-7f,
+                              0.000023547966471313185f,
+                              0.0010179625278914885f,
+                              0.014070470171167667f,
+                              0.11098505178285362f,
+                              0.49746925110067538f,
+                              1.0f);
   // Beyond the clamp erf is within 2e-7 of 1. A large pre-activation would multiply any error:
   // return the sign itself.
   const Floats sign = select((Words)(x < 0.0f), splat(-1.0f), splat(1.0f));

@@ -8,7 +8,7 @@
 namespace mpoe {
 
 // k padded to whole units.
-inline std::int64_t padded_k(const GemmKernels& gemm, std::int64_t k) {
+inline int64_t padded_k(const GemmKernels& gemm, int64_t k) {
   return round_up(k, gemm.unit);
 }
 
@@ -24,52 +24,52 @@ void with_element_type(Dtype dtype, const F& f) {
 // Sums are nested three deep, which rounds less than one long sum: its error grows with the square
 // root of its length, theirs with that of the three lengths added up. The innermost have
 // gemm.longest_sum units of k, the next this many of those.
-constexpr std::int64_t kSumsOfSums = 8;
+constexpr int64_t kSumsOfSums = 8;
 
 // tile (accumulate: +)= the sum of pieces of `units`, each computed by piece(first, count, tile,
 // stride, accumulate).
-template <std::int64_t most_rows = kMaxRows, class F>
+template <int64_t most_rows = kMaxRows, class F>
 inline void sum_of_sums(const GemmKernels& gemm,
-                        std::int64_t rows,
-                        std::int64_t units,
+                        int64_t rows,
+                        int64_t units,
                         float* tile,
-                        std::int64_t tile_stride,
+                        int64_t tile_stride,
                         bool accumulate,
                         const F& piece) {
-  const std::int64_t longest = gemm.longest_sum;
-  for_each_tile(units, longest * kSumsOfSums, [&](std::int64_t first, std::int64_t count) {
+  const int64_t longest = gemm.longest_sum;
+  for_each_tile(units, longest * kSumsOfSums, [&](int64_t first, int64_t count) {
     const bool adds = accumulate || first > 0;
     if (!adds || count <= longest) {
-      for_each_tile(count, longest, [&](std::int64_t start, std::int64_t length) {
+      for_each_tile(count, longest, [&](int64_t start, int64_t length) {
         piece(first + start, length, tile, tile_stride, adds || start > 0);
       });
       return;
     }
     alignas(64) float part[most_rows * kPanel];
-    for_each_tile(count, longest, [&](std::int64_t start, std::int64_t length) {
+    for_each_tile(count, longest, [&](int64_t start, int64_t length) {
       piece(first + start, length, part, kPanel, start > 0);
     });
-    for (std::int64_t r = 0; r < rows; ++r)
-      for (std::int64_t c = 0; c < kPanel; ++c)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < kPanel; ++c)
         tile[r * tile_stride + c] += part[r * kPanel + c];
   });
 }
 
 // Rows whose sums stay in the L1 cache together with a piece of a panel.
-constexpr std::int64_t kStripRows = 112;
+constexpr int64_t kStripRows = 112;
 
 // multiply_rows and multiply_columns of gemm.h for any number of units; at most kStripRows rows. If
 // half a panel holds `columns`, the rest of the tile is unspecified.
 template <class T>
 inline void multiply_rows(const GemmKernels& gemm,
-                          std::int64_t rows,
-                          std::int64_t units,
+                          int64_t rows,
+                          int64_t units,
                           const T* a,
-                          std::int64_t stride,
+                          int64_t stride,
                           const T* panel,
                           float* tile,
                           bool accumulate,
-                          std::int64_t columns = kPanel) {
+                          int64_t columns = kPanel) {
   const auto multiply = columns <= kPanel / 2 ? gemm.multiply_half_panel : gemm.multiply_rows;
   sum_of_sums<kStripRows>(
       gemm,
@@ -78,7 +78,7 @@ inline void multiply_rows(const GemmKernels& gemm,
       tile,
       kPanel,
       accumulate,
-      [&](std::int64_t first, std::int64_t count, float* sum, std::int64_t sum_stride, bool adds) {
+      [&](int64_t first, int64_t count, float* sum, int64_t sum_stride, bool adds) {
         multiply(rows,
                  count,
                  a + first * gemm.unit,
@@ -90,30 +90,29 @@ inline void multiply_rows(const GemmKernels& gemm,
       });
 }
 inline void multiply_columns(const GemmKernels& gemm,
-                             std::int64_t rows,
-                             std::int64_t units,
+                             int64_t rows,
+                             int64_t units,
                              const void* a,
                              const void* panel,
                              float* tile,
-                             std::int64_t tile_stride,
+                             int64_t tile_stride,
                              bool accumulate) {
-  sum_of_sums(
-      gemm,
-      rows,
-      units,
-      tile,
-      tile_stride,
-      accumulate,
-      [&](std::int64_t first, std::int64_t count, float* sum, std::int64_t sum_stride, bool adds) {
-        const std::int64_t offset = first * kPanel * 4;
-        gemm.multiply_columns(rows,
-                              count,
-                              static_cast<const char*>(a) + offset,
-                              static_cast<const char*>(panel) + offset,
-                              sum,
-                              sum_stride,
-                              adds);
-      });
+  sum_of_sums(gemm,
+              rows,
+              units,
+              tile,
+              tile_stride,
+              accumulate,
+              [&](int64_t first, int64_t count, float* sum, int64_t sum_stride, bool adds) {
+                const int64_t offset = first * kPanel * 4;
+                gemm.multiply_columns(rows,
+                                      count,
+                                      static_cast<const char*>(a) + offset,
+                                      static_cast<const char*>(panel) + offset,
+                                      sum,
+                                      sum_stride,
+                                      adds);
+              });
 }
 
 // Calls f(first_row, rows, first_column, tile) for every tile of `count` rows of `a` times every
@@ -122,17 +121,17 @@ inline void multiply_columns(const GemmKernels& gemm,
 // Summed as in multiply_rows. Columns of the last tile past `columns` are unspecified.
 template <class T, class F>
 void multiply_all(const GemmKernels& gemm,
-                  std::int64_t count,
-                  std::int64_t k,
+                  int64_t count,
+                  int64_t k,
                   const T* a,
-                  std::int64_t stride,
+                  int64_t stride,
                   const T* panels,
-                  std::int64_t columns,
+                  int64_t columns,
                   const F& f) {
   alignas(64) float sums[kStripRows * kPanel];
-  const std::int64_t units = k / gemm.unit;
-  for (std::int64_t c = 0; c < columns; c += kPanel)
-    for_each_tile(count, kStripRows, [&](std::int64_t strip, std::int64_t strip_rows) {
+  const int64_t units = k / gemm.unit;
+  for (int64_t c = 0; c < columns; c += kPanel)
+    for_each_tile(count, kStripRows, [&](int64_t strip, int64_t strip_rows) {
       multiply_rows(gemm,
                     strip_rows,
                     units,
@@ -142,7 +141,7 @@ void multiply_all(const GemmKernels& gemm,
                     sums,
                     false,
                     columns - c);
-      for_each_tile(strip_rows, gemm.best_rows, [&](std::int64_t row, std::int64_t rows) {
+      for_each_tile(strip_rows, gemm.best_rows, [&](int64_t row, int64_t rows) {
         f(strip + row, rows, c, sums + row * kPanel);
       });
     });
@@ -151,20 +150,41 @@ void multiply_all(const GemmKernels& gemm,
 // Calls f(columns, first, count, p) for every tile of A's rows, which are columns of panels, and
 // every panel p of B.
 template <class T, class F>
-void for_column_tiles(const GemmKernels& gemm,
-                      std::int64_t rows,
-                      std::int64_t units,
-                      const T* a,
-                      std::int64_t panels,
-                      const F& f) {
-  for (std::int64_t q = 0; q * kPanel < rows; ++q)
-    for_each_tile(std::min(kPanel, rows - q * kPanel),
-                  gemm.best_rows,
-                  [&](std::int64_t first, std::int64_t tile_rows) {
-                    const T* columns = a + (q * units * kPanel + first) * gemm.unit;
-                    for (std::int64_t p = 0; p < panels; ++p)
-                      f(columns, q * kPanel + first, tile_rows, p);
-                  });
+void for_column_tiles(
+    const GemmKernels& gemm, int64_t rows, int64_t units, const T* a, int64_t panels, const F& f) {
+  for (int64_t q = 0; q * kPanel < rows; ++q)
+    for_each_tile(
+        std::min(kPanel, rows - q * kPanel), gemm.best_rows, [&](int64_t first, int64_t tile_rows) {
+          const T* columns = a + (q * units * kPanel + first) * gemm.unit;
+          for (int64_t p = 0; p < panels; ++p)
+            f(columns, q * kPanel + first, tile_rows, p);
+        });
+}
+
+// sums (accumulate: +)= A B of panels; element (r, c) of a panel's sums is at r * stride + c, and
+// those of the next one start `panel_step` later.
+template <class T>
+void add_column_products(const GemmKernels& gemm,
+                         int64_t rows,
+                         int64_t units,
+                         const T* a,
+                         const T* b,
+                         int64_t panels,
+                         float* sums,
+                         int64_t stride,
+                         int64_t panel_step,
+                         bool accumulate) {
+  for_column_tiles(
+      gemm, rows, units, a, panels, [&](const T* columns, int64_t first, int64_t count, int64_t p) {
+        multiply_columns(gemm,
+                         count,
+                         units,
+                         columns,
+                         b + p * units * kPanel * gemm.unit,
+                         sums + p * panel_step + first * stride,
+                         stride,
+                         accumulate);
+      });
 }
 
 }  // namespace mpoe

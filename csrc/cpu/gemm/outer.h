@@ -14,14 +14,14 @@ namespace mpoe {
 template <class T>
 void turn_rows(const GemmKernels& gemm,
                const T* in,
-               std::int64_t stride,
-               std::int64_t rows,
-               std::int64_t columns,
+               int64_t stride,
+               int64_t rows,
+               int64_t columns,
                T* out,
-               std::int64_t out_stride) {
+               int64_t out_stride) {
   gemm.transpose(in, stride, rows, columns, out, out_stride);
-  for (std::int64_t k = rows; k < padded_k(gemm, rows); ++k)
-    for (std::int64_t c = 0; c < columns; ++c)
+  for (int64_t k = rows; k < padded_k(gemm, rows); ++k)
+    for (int64_t c = 0; c < columns; ++c)
       out[c * out_stride + k] = T{};
 }
 
@@ -30,32 +30,31 @@ void turn_rows(const GemmKernels& gemm,
 // rows `stride` floats apart, in whole panels.
 template <class T>
 void multiply_outer(const GemmKernels& gemm,
-                    std::int64_t k,
-                    std::int64_t m,
+                    int64_t k,
+                    int64_t m,
                     const T* a,
-                    std::int64_t a_stride,
+                    int64_t a_stride,
                     Span columns,
                     const T* b_panels,
                     float* sum,
-                    std::int64_t stride,
+                    int64_t stride,
                     bool accumulate) {
   // Rows of A^T that stay in the L2 cache while panels of B stream past.
-  const std::int64_t row_bytes = k * static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t group =
-      std::max<std::int64_t>(1, 512 * 1024 / row_bytes / kStripRows) * kStripRows;
-  for (std::int64_t start = 0; start < m; start += group)
+  const int64_t row_bytes = k * int64_t{sizeof(T)};
+  const int64_t group = std::max<int64_t>(1, 512 * 1024 / row_bytes / kStripRows) * kStripRows;
+  for (int64_t start = 0; start < m; start += group)
     multiply_all(gemm,
                  std::min(group, m - start),
                  k,
                  a + start * a_stride,
                  a_stride,
                  b_panels + columns.first * kPanel * k,
-                 (columns.last - columns.first) * kPanel,
-                 [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
-                   for (std::int64_t r = 0; r < rows; ++r) {
+                 columns.size() * kPanel,
+                 [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
+                   for (int64_t r = 0; r < rows; ++r) {
                      float* to = sum + (start + first + r) * stride + columns.first * kPanel + c;
                      const float* from = tile + r * kPanel;
-                     for (std::int64_t i = 0; i < kPanel; ++i)
+                     for (int64_t i = 0; i < kPanel; ++i)
                        to[i] = accumulate ? to[i] + from[i] : from[i];
                    }
                  });
@@ -65,20 +64,20 @@ void multiply_outer(const GemmKernels& gemm,
 // after the other: `out` is written nearly in memory order, and there are no sums in memory.
 template <class T>
 void outer_of_few(const GemmKernels& gemm,
-                  std::int64_t rows,
+                  int64_t rows,
                   const T* a,
-                  std::int64_t a_stride,
-                  std::int64_t m,
+                  int64_t a_stride,
+                  int64_t m,
                   const T* b,
-                  std::int64_t b_stride,
-                  std::int64_t n,
+                  int64_t b_stride,
+                  int64_t n,
                   T* out) {
-  const std::int64_t units = ceil_divide(rows, gemm.unit), panel = units * gemm.unit * kPanel;
-  const std::int64_t panels = ceil_divide(n, kPanel);
+  const int64_t units = ceil_divide(rows, gemm.unit), panel = units * gemm.unit * kPanel;
+  const int64_t panels = ceil_divide(n, kPanel);
   Buffer<T> a_panels(ceil_divide(m, kPanel) * panel), b_panels(panels * panel);
   gemm.pack(a_panels.get(), units, a, a_stride, rows, m);
   gemm.pack(b_panels.get(), units, b, b_stride, rows, n);
-  parallel_for(0, ceil_divide(m, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(ceil_divide(m, kPanel), 1, [&](int64_t begin, int64_t end) {
     alignas(64) float tile[kMaxRows * kPanel];
     for_column_tiles(
         gemm,
@@ -86,7 +85,7 @@ void outer_of_few(const GemmKernels& gemm,
         units,
         a_panels.get() + begin * panel,
         panels,
-        [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
+        [&](const T* columns, int64_t first, int64_t count, int64_t p) {
           multiply_columns(
               gemm, count, units, columns, b_panels.get() + p * panel, tile, kPanel, false);
           gemm.store(tile,
@@ -102,30 +101,30 @@ void outer_of_few(const GemmKernels& gemm,
 template <class T>
 class OuterSum {
  public:
-  OuterSum(const GemmKernels& gemm, std::int64_t m, std::int64_t n)
+  OuterSum(const GemmKernels& gemm, int64_t m, int64_t n)
       : gemm_(gemm),
         m_(m),
         n_(n),
         stride_(round_up(n, kPanel)),
-        most_units_(std::clamp<std::int64_t>(512 * 1024 / (4 * (m + n)), 64, 1024)),
+        most_units_(std::clamp<int64_t>(512 * 1024 / (4 * (m + n)), 64, 1024)),
         a_stride_(row_stride(gemm, most_units_ * gemm.unit)),
         a_(m * a_stride_),
         b_(most_units_ * gemm.unit * stride_) {}
 
   // Row stride of a sum, in floats.
-  std::int64_t stride() const { return stride_; }
+  int64_t stride() const { return stride_; }
 
   // sum [m, stride] (+)= the product over `rows` rows of a [rows, m] and b [rows, n].
-  void operator()(std::int64_t rows,
+  void operator()(int64_t rows,
                   const T* a,
-                  std::int64_t a_stride,
+                  int64_t a_stride,
                   const T* b,
-                  std::int64_t b_stride,
+                  int64_t b_stride,
                   float* sum,
                   bool accumulate) {
-    const std::int64_t most = most_units_ * gemm_.unit;
-    for (std::int64_t first = 0; first < rows; first += most) {
-      const std::int64_t count = std::min(most, rows - first), k = padded_k(gemm_, count);
+    const int64_t most = most_units_ * gemm_.unit;
+    for (int64_t first = 0; first < rows; first += most) {
+      const int64_t count = std::min(most, rows - first), k = padded_k(gemm_, count);
       turn_rows(gemm_, a + first * a_stride, a_stride, count, m_, a_.get(), a_stride_);
       gemm_.pack(b_.get(), k / gemm_.unit, b + first * b_stride, b_stride, count, n_);
       multiply_outer(gemm_,
@@ -143,7 +142,7 @@ class OuterSum {
 
  private:
   const GemmKernels& gemm_;
-  const std::int64_t m_, n_, stride_, most_units_, a_stride_;
+  const int64_t m_, n_, stride_, most_units_, a_stride_;
   Buffer<T> a_, b_;
 };
 

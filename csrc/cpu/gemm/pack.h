@@ -13,7 +13,7 @@ inline void interleave(const float* row, const float*, float* units) {
 }
 inline void interleave(const BFloat16* row, const BFloat16* next, float* units) {
 #if defined(__AVX512BW__)
-  alignas(64) static constexpr std::uint16_t kOrder[64] = {
+  alignas(64) static constexpr uint16_t kOrder[64] = {
       0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
       11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
       22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
@@ -23,7 +23,7 @@ inline void interleave(const BFloat16* row, const BFloat16* next, float* units) 
   _mm512_storeu_si512(units + 16,
                       _mm512_permutex2var_epi16(low, _mm512_load_si512(kOrder + 32), high));
 #else
-  for (std::int64_t c = 0; c < kPanel; c += kWidth) {
+  for (int64_t c = 0; c < kPanel; c += kWidth) {
     Words value = widen(load_vector<Halves>(row + c));
     if (next != nullptr)
       value |= widen(load_vector<Halves>(next + c)) << 16;
@@ -34,7 +34,7 @@ inline void interleave(const BFloat16* row, const BFloat16* next, float* units) 
 
 // The same for the first `columns` < 32 columns.
 template <class T>
-inline void interleave_part(const T* row, const T* next, std::int64_t columns, float* units) {
+inline void interleave_part(const T* row, const T* next, int64_t columns, float* units) {
   T padded[2][kPanel] = {};
   std::memcpy(padded[0], row, columns * sizeof(T));
   if (next != nullptr)
@@ -43,29 +43,25 @@ inline void interleave_part(const T* row, const T* next, std::int64_t columns, f
 }
 
 template <class T>
-void pack(void* panels,
-          std::int64_t panel_units,
-          const void* b,
-          std::int64_t stride,
-          std::int64_t k,
-          std::int64_t columns) {
-  constexpr std::int64_t unit = 4 / sizeof(T);
+void pack(
+    void* panels, int64_t panel_units, const void* b, int64_t stride, int64_t k, int64_t columns) {
+  constexpr int64_t unit = 4 / sizeof(T);
   // Panels written at the same time: enough to use whole pages of B, few enough for the ways of a
   // cache set.
-  constexpr std::int64_t kGroup = 4;
-  constexpr std::int64_t kAhead = 8;  // units
-  const std::int64_t units = ceil_divide(k, unit);
+  constexpr int64_t kGroup = 4;
+  constexpr int64_t kAhead = 8;  // units
+  const int64_t units = ceil_divide(k, unit);
   const T* source = static_cast<const T*>(b);
-  for (std::int64_t first = 0; first < columns; first += kGroup * kPanel) {
-    const std::int64_t last = columns < first + kGroup * kPanel ? columns : first + kGroup * kPanel;
-    for (std::int64_t u = 0; u < units; ++u) {
+  for (int64_t first = 0; first < columns; first += kGroup * kPanel) {
+    const int64_t last = columns < first + kGroup * kPanel ? columns : first + kGroup * kPanel;
+    for (int64_t u = 0; u < units; ++u) {
       const T* row = source + u * unit * stride;
       const T* next = unit == 2 && u * unit + 1 < k ? row + stride : nullptr;
       // Rows are in different pages, and the hardware does not prefetch across pages: fetch what
       // comes kAhead units later, in this group or the next.
-      const std::int64_t wrapped = u + kAhead < units ? 0 : kGroup * kPanel - units * unit * stride;
-      const std::int64_t ahead = kAhead * unit * stride + wrapped;
-      for (std::int64_t c = first; c < last; c += kPanel) {
+      const int64_t wrapped = u + kAhead < units ? 0 : kGroup * kPanel - units * unit * stride;
+      const int64_t ahead = kAhead * unit * stride + wrapped;
+      for (int64_t c = first; c < last; c += kPanel) {
         float* target = static_cast<float*>(panels) + c * panel_units + u * kPanel;
         __builtin_prefetch(row + ahead + c);
         __builtin_prefetch(row + ahead + (unit == 2 ? stride : kPanel / 2) + c);
@@ -80,22 +76,22 @@ void pack(void* panels,
 
 template <class T>
 void pack_granules(
-    void* panel, const void* b, std::int64_t stride, std::int64_t k, const ColumnMap& columns) {
-  constexpr std::int64_t unit = 4 / sizeof(T);
+    void* panel, const void* b, int64_t stride, int64_t k, const ColumnMap& columns) {
+  constexpr int64_t unit = 4 / sizeof(T);
   const T* source = static_cast<const T*>(b);
   float* target = static_cast<float*>(panel);
   T rows[2][kPanel] = {};
-  for (std::int64_t first = 0; first < k; first += unit) {
-    for (std::int64_t i = 0; i < unit; ++i) {
+  for (int64_t first = 0; first < k; first += unit) {
+    for (int64_t i = 0; i < unit; ++i) {
       const bool exists = first + i < k;
-      for (std::int64_t g = 0; g < kPanel / kGranule; ++g) {
+      for (int64_t g = 0; g < kGranules; ++g) {
         T* granule = rows[i] + g * kGranule;
         const T* from = source + (first + i) * stride + columns.offset[g];
         if (exists && columns.valid[g] == kGranule) {
           std::memcpy(granule, from, kGranule * sizeof(T));
         } else {
-          const std::int64_t valid = exists ? columns.valid[g] : 0;
-          for (std::int64_t c = 0; c < kGranule; ++c)
+          const int64_t valid = exists ? columns.valid[g] : 0;
+          for (int64_t c = 0; c < kGranule; ++c)
             granule[c] = c < valid ? from[c] : T{};
         }
       }
@@ -137,10 +133,7 @@ inline void transpose_words(__m512i row[16]) {
 
 // 16 columns x 16 units from [column][unit] to [unit][column]; false: not available, nothing is
 // done.
-inline bool transpose_units(const char* from,
-                            std::int64_t from_bytes,
-                            char* to,
-                            std::int64_t to_bytes) {
+inline bool transpose_units(const char* from, int64_t from_bytes, char* to, int64_t to_bytes) {
 #if defined(__AVX512F__)
   __m512i rows[16];
 #pragma GCC unroll 16
@@ -158,20 +151,16 @@ inline bool transpose_units(const char* from,
 }
 
 template <class T>
-void pack_transposed(void* panels,
-                     std::int64_t panel_units,
-                     const void* b,
-                     std::int64_t stride,
-                     std::int64_t k,
-                     std::int64_t columns) {
-  constexpr std::int64_t unit = 4 / sizeof(T);
-  const std::int64_t units = ceil_divide(k, unit), whole = k / unit;
+void pack_transposed(
+    void* panels, int64_t panel_units, const void* b, int64_t stride, int64_t k, int64_t columns) {
+  constexpr int64_t unit = 4 / sizeof(T);
+  const int64_t units = ceil_divide(k, unit), whole = k / unit;
   const T* source = static_cast<const T*>(b);
-  for (std::int64_t first = 0; first < columns; first += 16) {
+  for (int64_t first = 0; first < columns; first += 16) {
     float* panel =
         static_cast<float*>(panels) + first / kPanel * kPanel * panel_units + first % kPanel;
     const T* rows = source + first * stride;
-    std::int64_t u = 0;
+    int64_t u = 0;
     if (first + 16 <= columns)
       for (; u + 16 <= whole; u += 16)
         if (!transpose_units(reinterpret_cast<const char*>(rows + u * unit),
@@ -180,54 +169,71 @@ void pack_transposed(void* panels,
                              kPanel * 4))
           break;
     for (; u < units; ++u)
-      for (std::int64_t c = 0; c < 16; ++c) {
+      for (int64_t c = 0; c < 16; ++c) {
         T pair[unit] = {};
         if (first + c < columns)
-          for (std::int64_t i = 0; i < unit && u * unit + i < k; ++i)
+          for (int64_t i = 0; i < unit && u * unit + i < k; ++i)
             pair[i] = rows[c * stride + u * unit + i];
         std::memcpy(panel + u * kPanel + c, pair, 4);
       }
   }
-  const std::int64_t half = round_up(columns, 16);
+  const int64_t half = round_up(columns, 16);
   if (half % kPanel == 0)
     return;
   float* panel = static_cast<float*>(panels) + half / kPanel * kPanel * panel_units + 16;
-  for (std::int64_t u = 0; u < units; ++u)
+  for (int64_t u = 0; u < units; ++u)
     std::memset(panel + u * kPanel, 0, 64);
 }
 
-// Side of the largest block that can be transposed in registers, or 1 if there is none.
-constexpr std::int64_t kBlock16 =
-#if defined(__SSE2__)
-    8;
+// Side of the blocks that are transposed in registers; 0: there are none.
+template <class T>
+constexpr int64_t kBlockSide =
+#if defined(__AVX512F__)
+    sizeof(T) == 4 ? 16 : 8;
+#elif defined(__SSE2__)
+    sizeof(T) == 4 ? 4 : 8;
 #else
-    1;
+    0;
 #endif
 
+inline void transpose_block(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+#if defined(__AVX512F__)
+  transpose_units(reinterpret_cast<const char*>(in),
+                  in_stride * 4,
+                  reinterpret_cast<char*>(out),
+                  out_stride * 4);
+#elif defined(__SSE2__)
+  __m128 row[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    row[i] = _mm_loadu_ps(in + i * in_stride);
+  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    _mm_storeu_ps(out + i * out_stride, row[i]);
+#else
+  (void)in, (void)in_stride, (void)out, (void)out_stride;
+#endif
+}
 inline void transpose_block(const BFloat16* in,
-                            std::int64_t in_stride,
+                            int64_t in_stride,
                             BFloat16* out,
-                            std::int64_t out_stride) {
+                            int64_t out_stride) {
 #if defined(__SSE2__)
   __m128i a[8], b[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
     a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_stride));
+  const auto interleave_halves = [](const __m128i* from, __m128i* to) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
-    b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    a[2 * i] = _mm_unpacklo_epi16(b[i], b[i + 4]);
-    a[2 * i + 1] = _mm_unpackhi_epi16(b[i], b[i + 4]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
-    b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
-  }
+    for (int i = 0; i < 4; ++i) {
+      to[2 * i] = _mm_unpacklo_epi16(from[i], from[i + 4]);
+      to[2 * i + 1] = _mm_unpackhi_epi16(from[i], from[i + 4]);
+    }
+  };
+  interleave_halves(a, b);
+  interleave_halves(b, a);
+  interleave_halves(a, b);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_stride), b[i]);
@@ -238,48 +244,24 @@ inline void transpose_block(const BFloat16* in,
 
 template <class T>
 void transpose(const void* in,
-               std::int64_t in_stride,
-               std::int64_t rows,
-               std::int64_t columns,
+               int64_t in_stride,
+               int64_t rows,
+               int64_t columns,
                void* out,
-               std::int64_t out_stride) {
+               int64_t out_stride) {
+  constexpr int64_t side = kBlockSide<T>;
   const T* from = static_cast<const T*>(in);
   T* to = static_cast<T*>(out);
-  std::int64_t whole_rows = 0, whole_columns = 0;
-  if constexpr (sizeof(T) == 2 && kBlock16 > 1) {
-    whole_rows = rows / kBlock16 * kBlock16;
-    whole_columns = whole_rows == 0 ? 0 : columns / kBlock16 * kBlock16;
-    for (std::int64_t r = 0; r < whole_rows; r += kBlock16)
-      for (std::int64_t c = 0; c < whole_columns; c += kBlock16)
+  int64_t whole_rows = 0, whole_columns = 0;
+  if constexpr (side > 0) {
+    whole_rows = rows / side * side;
+    whole_columns = whole_rows == 0 ? 0 : columns / side * side;
+    for (int64_t r = 0; r < whole_rows; r += side)
+      for (int64_t c = 0; c < whole_columns; c += side)
         transpose_block(from + r * in_stride + c, in_stride, to + c * out_stride + r, out_stride);
-  } else if constexpr (sizeof(T) == 4) {
-#if defined(__AVX512F__)
-    whole_rows = rows / 16 * 16;
-    whole_columns = whole_rows == 0 ? 0 : columns / 16 * 16;
-    for (std::int64_t r = 0; r < whole_rows; r += 16)
-      for (std::int64_t c = 0; c < whole_columns; c += 16)
-        transpose_units(reinterpret_cast<const char*>(from + r * in_stride + c),
-                        in_stride * 4,
-                        reinterpret_cast<char*>(to + c * out_stride + r),
-                        out_stride * 4);
-#elif defined(__SSE2__)
-    whole_rows = rows / 4 * 4;
-    whole_columns = whole_rows == 0 ? 0 : columns / 4 * 4;
-    for (std::int64_t r = 0; r < whole_rows; r += 4)
-      for (std::int64_t c = 0; c < whole_columns; c += 4) {
-        __m128 row[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-          row[i] = _mm_loadu_ps(from + (r + i) * in_stride + c);
-        _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-          _mm_storeu_ps(to + (c + i) * out_stride + r, row[i]);
-      }
-#endif
   }
-  for (std::int64_t c = 0; c < columns; ++c)
-    for (std::int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
       to[c * out_stride + r] = from[r * in_stride + c];
 }
 

@@ -31,8 +31,8 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 
 using Floats = float __attribute__((vector_size(4 * kWidth)));
-using Words = std::uint32_t __attribute__((vector_size(4 * kWidth)));
-using Halves = std::uint16_t __attribute__((vector_size(2 * kWidth)));
+using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
+using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
 
 template <class V>
 inline V load_vector(const void* address) {
@@ -118,7 +118,7 @@ inline Floats splat_of(const float* address) {
   return splat(*address);
 }
 inline Floats splat_of(const BFloat16* address) {
-  using Pairs = std::uint16_t __attribute__((vector_size(4 * kWidth)));
+  using Pairs = uint16_t __attribute__((vector_size(4 * kWidth)));
   return (Floats)((Words)(address->bits - Pairs{}) << 16);
 }
 
@@ -214,6 +214,16 @@ struct UnitProduct<BFloat16> {
   }
 #endif
 };
+
+// out = in, rounded.
+template <class T>
+inline void store_row(const float* in, T* out, int64_t count) {
+  int64_t c = 0;
+  for (; c + kWidth <= count; c += kWidth)
+    store_floats(out + c, load_floats(in + c));
+  for (; c < count; ++c)
+    store(out[c], in[c]);
+}
 
 }  // namespace
 }  // namespace mpoe

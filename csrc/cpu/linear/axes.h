@@ -22,14 +22,14 @@ constexpr int kAxes = 8;
 
 using Axes = std::vector<Axis>;  // from the slowest to the fastest
 // Per axis: its size, or its stride in elements
-using AxisValues = std::array<std::int64_t, kAxes>;
+using AxisValues = std::array<int64_t, kAxes>;
 
 inline AxisValues axis_sizes(const BlockDims& d) {
   return {d.iL, d.jL, d.a, d.iC, d.jC, d.b, d.iR, d.jR};
 }
 
-inline std::int64_t product(const AxisValues& sizes, const Axes& axes) {
-  std::int64_t elements = 1;
+inline int64_t product(const AxisValues& sizes, const Axes& axes) {
+  int64_t elements = 1;
   for (const Axis axis : axes)
     elements *= sizes[axis];
   return elements;
@@ -43,16 +43,18 @@ inline Axes operator+(Axes first, const Axes& second) {
 // A matrix [rows, columns] whose rows are `row_stride` elements apart; no row axes: a dense tensor.
 struct AxisMatrix {
   Axes rows, columns;
-  std::int64_t row_stride;
+  int64_t row_stride;
 
   AxisValues strides(const AxisValues& sizes) const {
     AxisValues found{};
-    std::int64_t step = 1;
-    for (auto axis = columns.rbegin(); axis != columns.rend(); ++axis)
-      found[*axis] = step, step *= sizes[*axis];
-    step = row_stride;
-    for (auto axis = rows.rbegin(); axis != rows.rend(); ++axis)
-      found[*axis] = step, step *= sizes[*axis];
+    const auto fill = [&](const Axes& axes, int64_t step) {
+      for (auto axis = axes.rbegin(); axis != axes.rend(); ++axis) {
+        found[*axis] = step;
+        step *= sizes[*axis];
+      }
+    };
+    fill(columns, 1);
+    fill(rows, row_stride);
     return found;
   }
 };
@@ -90,7 +92,7 @@ class Permutation {
       const auto before = std::move(places_);
       places_.clear();
       for (const auto& [source, target] : before)
-        for (std::int64_t i = 0; i < move.size; ++i)
+        for (int64_t i = 0; i < move.size; ++i)
           places_.push_back({source + i * move.from, target + i * move.to});
     }
   }
@@ -99,21 +101,20 @@ class Permutation {
   // elements' dtype.
   template <class T>
   void run(const GemmKernels& gemm,
-           std::int64_t count,
+           int64_t count,
            const T* in,
-           std::int64_t in_step,
+           int64_t in_step,
            T* out,
-           std::int64_t out_step) const {
-    for (std::int64_t k = 0; k < count; ++k, in += in_step, out += out_step)
+           int64_t out_step) const {
+    for (int64_t k = 0; k < count; ++k, in += in_step, out += out_step)
       copy(gemm, 0, places(), in, out);
   }
   // One tensor, by all threads.
   template <class T>
   void run_by_all(const GemmKernels& gemm, const T* in, T* out) const {
-    const std::int64_t grain = ceil_divide(16 * 1024, inner_.size * across_.size);
-    parallel_for(0, places(), grain, [&](std::int64_t begin, std::int64_t end) {
-      copy(gemm, begin, end, in, out);
-    });
+    const int64_t grain = ceil_divide(16 * 1024, inner_.size * across_.size);
+    parallel_for(
+        places(), grain, [&](int64_t begin, int64_t end) { copy(gemm, begin, end, in, out); });
   }
   // Whether both orders are the same, without padding.
   bool is_identity() const {
@@ -121,29 +122,28 @@ class Permutation {
   }
 
  private:
-  std::int64_t places() const { return static_cast<std::int64_t>(places_.size()); }
+  int64_t places() const { return std::ssize(places_); }
   template <class T>
-  void copy(
-      const GemmKernels& gemm, std::int64_t begin, std::int64_t end, const T* in, T* out) const {
-    for (std::int64_t p = begin; p < end; ++p) {
+  void copy(const GemmKernels& gemm, int64_t begin, int64_t end, const T* in, T* out) const {
+    for (int64_t p = begin; p < end; ++p) {
       const auto& [from, to] = places_[p];
       if (inner_.from == 1 && inner_.to == 1)
-        std::memcpy(static_cast<void*>(out + to), in + from, inner_.size * sizeof(T));
+        std::memcpy(out + to, in + from, inner_.size * sizeof(T));
       else if (across_.size > 1)
         gemm.transpose(in + from, inner_.from, inner_.size, across_.size, out + to, across_.to);
       else
-        for (std::int64_t i = 0; i < inner_.size; ++i)
+        for (int64_t i = 0; i < inner_.size; ++i)
           out[to + i * inner_.to] = in[from + i * inner_.from];
     }
   }
 
   struct Move {
-    std::int64_t size, from, to;  // of an axis, and its strides in both orders
+    int64_t size, from, to;  // of an axis, and its strides in both orders
   };
   Move inner_{1, 1, 1};  // the fastest axis of the target
   Move across_{
       1, 1, 1};  // the fastest axis of the source, if it is a different one and `inner_` is dense
-  std::vector<std::pair<std::int64_t, std::int64_t>> places_;  // offsets along the others in both
+  std::vector<std::pair<int64_t, int64_t>> places_;  // offsets along the others in both
 };
 
 }  // namespace mpoe

@@ -8,12 +8,10 @@ namespace mpoe {
 
 // One side of the weight.
 struct Side {
-  std::int64_t L, C, R;
-  std::int64_t features;  // true size, <= L C R
+  int64_t L, C, R;
+  int64_t features;  // true size, <= L C R
 
-  std::int64_t offset(std::int64_t l, std::int64_t c, std::int64_t r) const {
-    return (l * C + c) * R + r;
-  }
+  int64_t offset(int64_t l, int64_t c, int64_t r) const { return (l * C + c) * R + r; }
 };
 
 inline Side in_side(const BlockDims& d) {
@@ -25,42 +23,41 @@ inline Side out_side(const BlockDims& d) {
 
 // Where the 32 columns of a panel are in a row of `side`. The panel's granules run as (C in `c`, L
 // in `l`, R in granules); columns past the true size do not exist.
-inline ColumnMap side_columns(const Side& side, Span c_range, Span l_range, std::int64_t panel) {
-  const std::int64_t granules = ceil_divide(side.R, kGranule),
-                     height = l_range.last - l_range.first;
+inline ColumnMap side_columns(const Side& side, Span c_range, Span l_range, int64_t panel) {
+  const int64_t granules = ceil_divide(side.R, kGranule), height = l_range.size();
   ColumnMap map{};
-  for (std::int64_t g = 0; g < kPanel / kGranule; ++g) {
-    const std::int64_t q = panel * (kPanel / kGranule) + g;
-    const std::int64_t c = c_range.first + q / (height * granules),
-                       l = l_range.first + q / granules % height;
+  for (int64_t g = 0; g < kGranules; ++g) {
+    const int64_t q = panel * kGranules + g;
+    const int64_t c = c_range.first + q / (height * granules),
+                  l = l_range.first + q / granules % height;
     if (c >= c_range.last)
       continue;
-    const std::int64_t r = q % granules * kGranule, offset = side.offset(l, c, r);
+    const int64_t r = q % granules * kGranule, offset = side.offset(l, c, r);
     map.offset[g] = offset;
-    map.valid[g] = static_cast<std::int32_t>(
-        std::clamp<std::int64_t>(std::min(side.R - r, side.features - offset), 0, kGranule));
+    map.valid[g] = static_cast<int32_t>(
+        std::clamp<int64_t>(std::min(side.R - r, side.features - offset), 0, kGranule));
   }
   return map;
 }
-inline ColumnMap side_columns(const Side& side, Span c, std::int64_t panel) {
+inline ColumnMap side_columns(const Side& side, Span c, int64_t panel) {
   return side_columns(side, c, {0, side.L}, panel);
 }
 
 // sums[p][row][32] (+)= A B for every panel p of B; A's rows are read in place.
 template <class T>
 void rows_times_panels(const GemmKernels& gemm,
-                       std::int64_t rows,
-                       std::int64_t units,
+                       int64_t rows,
+                       int64_t units,
                        const T* a,
-                       std::int64_t stride,
+                       int64_t stride,
                        const T* panels,
-                       std::int64_t panel_units,
-                       std::int64_t count,
+                       int64_t panel_units,
+                       int64_t count,
                        float* sums,
-                       std::int64_t sum_rows,
+                       int64_t sum_rows,
                        bool accumulate) {
-  for_each_tile(rows, kStripRows, [&](std::int64_t first, std::int64_t strip_rows) {
-    for (std::int64_t p = 0; p < count; ++p)
+  for_each_tile(rows, kStripRows, [&](int64_t first, int64_t strip_rows) {
+    for (int64_t p = 0; p < count; ++p)
       multiply_rows(gemm,
                     strip_rows,
                     units,
@@ -75,66 +72,84 @@ void rows_times_panels(const GemmKernels& gemm,
 // Panels of a B whose columns are pairs (inner, column): their products become units of a packed
 // operand, in which `inner` is contracted next (gemm.h, store_units).
 struct UnitColumns {
-  std::int64_t per_panel;  // granules of units
-  std::int64_t panels;
-  std::vector<ColumnMap> map;             // per panel: where its columns are in a row of B
-  std::vector<std::int32_t> which;        // per granule of units: granule of the column
-  std::vector<std::int32_t> unit_offset;  // per granule of units: offset of the inner index
+  int64_t per_panel;  // granules of units
+  int64_t panels;
+  std::vector<ColumnMap> map;        // per panel: where its columns are in a row of B
+  std::vector<int32_t> which;        // per granule of units: granule of the column
+  std::vector<int32_t> unit_offset;  // per granule of units: offset of the inner index
 
   // Element (inner, column) of a row of B is at inner * inner_stride + column.
-  UnitColumns(std::int64_t unit,
-              std::int64_t inner,
-              std::int64_t inner_stride,
-              std::int64_t columns)
-      : per_panel(kPanel / kGranule / unit) {
-    const std::int64_t granules = ceil_divide(columns, kGranule),
-                       count = ceil_divide(inner, unit) * granules;
+  UnitColumns(int64_t unit, int64_t inner, int64_t inner_stride, int64_t columns)
+      : per_panel(kGranules / unit) {
+    const int64_t granules = ceil_divide(columns, kGranule),
+                  count = ceil_divide(inner, unit) * granules;
     panels = ceil_divide(count, per_panel);
-    for (std::int64_t p = 0; p < panels; ++p) {
+    for (int64_t p = 0; p < panels; ++p) {
       ColumnMap columns_of_panel{};
-      for (std::int64_t s = 0; s < per_panel; ++s) {
+      for (int64_t s = 0; s < per_panel; ++s) {
         // Past the end: the last one again
-        const std::int64_t q = std::min(p * per_panel + s, count - 1);
-        const std::int64_t first = q / granules * unit, column = q % granules * kGranule;
-        which.push_back(static_cast<std::int32_t>(q % granules));
-        unit_offset.push_back(static_cast<std::int32_t>(q / granules * kPanel));
-        for (std::int64_t i = 0; i < unit && first + i < inner; ++i) {
+        const int64_t q = std::min(p * per_panel + s, count - 1);
+        const int64_t first = q / granules * unit, column = q % granules * kGranule;
+        which.push_back(static_cast<int32_t>(q % granules));
+        unit_offset.push_back(static_cast<int32_t>(q / granules * kPanel));
+        for (int64_t i = 0; i < unit && first + i < inner; ++i) {
           columns_of_panel.offset[i * per_panel + s] = (first + i) * inner_stride + column;
           columns_of_panel.valid[i * per_panel + s] =
-              static_cast<std::int32_t>(std::min(kGranule, columns - column));
+              static_cast<int32_t>(std::min(kGranule, columns - column));
         }
       }
       map.push_back(columns_of_panel);
     }
   }
+
+  // Panels of a B of k rows.
+  template <class T>
+  void pack(const GemmKernels& gemm, const T* b, int64_t stride, int64_t k, T* to) const {
+    for (int64_t p = 0; p < panels; ++p)
+      gemm.pack_granules(to + p * padded_k(gemm, k) * kPanel, b, stride, k, map[p]);
+  }
+  // Stores a tile of products with the panel of `column`; `row_unit`: of the tile's rows, as many
+  // each as there are granules of columns.
+  template <class T>
+  void store(const GemmKernels& gemm,
+             const float* tile,
+             int64_t rows,
+             int64_t column,
+             T* out,
+             const int32_t* row_unit,
+             int64_t granules) const {
+    const int64_t granule = column / kPanel * per_panel;
+    gemm.store_units(
+        tile, rows, out, row_unit, granules, which.data() + granule, unit_offset.data() + granule);
+  }
 };
 
 // Copies a run of elements, usually a few granules: too short for a memcpy call each.
 template <class T>
-inline void copy_run(const T* from, std::int64_t count, T* to) {
+inline void copy_run(const T* from, int64_t count, T* to) {
   for (; count >= kGranule; count -= kGranule, from += kGranule, to += kGranule)
     std::memcpy(to, from, kGranule * sizeof(T));
-  for (std::int64_t k = 0; k < count; ++k)
+  for (int64_t k = 0; k < count; ++k)
     to[k] = from[k];
 }
 
 // rows[t, (kC kL kR)] for a block of kC from the rows of `source(t)`, zero where padded.
 template <class T, class Source>
 void arrange_rows(const Side& side,
-                  std::int64_t unit,
+                  int64_t unit,
                   Span range,
-                  std::int64_t count,
+                  int64_t count,
                   const Source& source,
                   T* rows,
-                  std::int64_t stride) {
-  const std::int64_t width = round_up(side.R, unit);
-  for (std::int64_t t = 0; t < count; ++t) {
+                  int64_t stride) {
+  const int64_t width = round_up(side.R, unit);
+  for (int64_t t = 0; t < count; ++t) {
     const T* row = source(t);
     T* out = rows + t * stride;
-    for (std::int64_t c = range.first; c < range.last; ++c)
-      for (std::int64_t l = 0; l < side.L; ++l, out += width) {
-        const std::int64_t from = side.offset(l, c, 0);
-        const std::int64_t valid = std::clamp<std::int64_t>(side.features - from, 0, side.R);
+    for (int64_t c = range.first; c < range.last; ++c)
+      for (int64_t l = 0; l < side.L; ++l, out += width) {
+        const int64_t from = side.offset(l, c, 0);
+        const int64_t valid = std::clamp<int64_t>(side.features - from, 0, side.R);
         copy_run(row + from, valid, out);
         std::fill(out + valid, out + width, T{});
       }

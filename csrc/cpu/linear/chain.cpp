@@ -15,8 +15,8 @@ Axes axes_of(Operand operand) {
 
 std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims,
                                                const std::array<Operand, kChainSteps>& order,
-                                               std::int64_t slots,
-                                               std::int64_t few_rows) {
+                                               int64_t slots,
+                                               int64_t few_rows) {
   const AxisValues sizes = axis_sizes(dims);
   std::array<ChainStep, kChainSteps> steps;
   Axes state = {kInLeft, kInCentral, kInRight};
@@ -71,11 +71,11 @@ void finish_rows(const GemmKernels& gemm,
                  Span block,
                  const float* rows,
                  const float* bias) {
-  const std::int64_t width = in.dims.out_features, whole = width / kPanel, tail = width % kPanel;
-  std::vector<std::int64_t> offset(whole);
-  for (std::int64_t p = 0; p < whole; ++p)
+  const int64_t width = in.dims.out_features, whole = width / kPanel, tail = width % kPanel;
+  std::vector<int64_t> offset(whole);
+  for (int64_t p = 0; p < whole; ++p)
     offset[p] = p * kPanel;
-  for (std::int64_t s = block.first; s < block.last; ++s, rows += in.dims.padded_out()) {
+  for (int64_t s = block.first; s < block.last; ++s, rows += in.dims.padded_out()) {
     T* y = static_cast<T*>(in.y) + s * width;
     T* saved = in.saved == nullptr ? nullptr : static_cast<T*>(in.saved) + s * width;
     Finish finish{
@@ -96,7 +96,7 @@ void finish_rows(const GemmKernels& gemm,
 template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
   const BlockDims& d = in.dims;
-  const std::int64_t filled = in.filled(), width = d.padded_out();
+  const int64_t filled = in.filled(), width = d.padded_out();
   if (!zero_the_rest<T>(in))
     return;
   const Chain<T> chain(gemm, in, Direction::kForward, kFewRows);
@@ -105,29 +105,25 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   Buffer<float> bias(in.bias == nullptr ? 0 : width + kPanel);
   if (in.bias != nullptr)
     load_bias<T>(in, 0, width + kPanel, bias.get());
-  const std::int64_t most = chain.packs_by_piece()
-                                ? filled
-                                : std::min(chain.block_slots(), ceil_divide(filled, num_threads()));
-  const auto run_blocks = [&](std::int64_t begin, std::int64_t end) {
+  const int64_t most = chain.packs_by_piece()
+                           ? filled
+                           : std::min(chain.block_slots(), ceil_divide(filled, num_threads()));
+  const auto run_blocks = [&](int64_t begin, int64_t end) {
     ChainMemory<T> memory = chain.memory(most);
     Buffer<float> product(most * width), rows(most * width + kPanel);
-    for (std::int64_t k = begin; k < end; ++k) {
+    for (int64_t k = begin; k < end; ++k) {
       const Span block{k * most, std::min(filled, (k + 1) * most)};
       chain.compute_states(block, last, memory);
       chain.multiply(
           last, Direction::kForward, block, memory.states[last].get(), memory, product.get());
-      leave.run(gemm_kernels(Dtype::kFloat32),
-                block.last - block.first,
-                product.get(),
-                width,
-                rows.get(),
-                width);
+      leave.run(
+          gemm_kernels(Dtype::kFloat32), block.size(), product.get(), width, rows.get(), width);
       finish_rows<T>(gemm, in, block, rows.get(), in.bias == nullptr ? nullptr : bias.get());
     }
   };
   if (chain.packs_by_piece())
     return run_blocks(0, 1);  // all threads take part in its product with C
-  parallel_for(0, ceil_divide(filled, most), 1, run_blocks);
+  parallel_for(ceil_divide(filled, most), 1, run_blocks);
 }
 
 }  // namespace

@@ -13,24 +13,31 @@
 
 namespace mpoe {
 
+// Forward: products with operands [met, fresh]. Backward: with their transposes, which turn the
+// gradient of a product into that of the preceding state.
+enum class Direction { kForward, kBackward };
+
 struct ChainStep {
   Operand operand;
   Axes rest, met, fresh;
-  std::int64_t m, k, n;  // their numbers of elements
+  int64_t m, k, n;  // their numbers of elements
 
   AxisMatrix product() const { return {rest, fresh, n}; }
+  // Of products with the operand in a direction.
+  int64_t inner(Direction direction) const { return direction == Direction::kForward ? k : n; }
+  int64_t columns(Direction direction) const { return direction == Direction::kForward ? n : k; }
 };
 
 constexpr int kChainSteps = 3;
 // For which a product with C packs it piece by piece. More in a backward, where the gradient of C
 // otherwise takes sums in float32 of all of C with every block; whether it is needed must not
 // change the other gradients' bits.
-constexpr std::int64_t kFewRows = 64, kFewGradientRows = 128;
+constexpr int64_t kFewRows = 64, kFewGradientRows = 128;
 
 std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims,
                                                const std::array<Operand, kChainSteps>& order,
-                                               std::int64_t slots,
-                                               std::int64_t few_rows);
+                                               int64_t slots,
+                                               int64_t few_rows);
 
 // An operand in memory order: the axes of L, C or R.
 AxisMatrix natural(Operand operand);
@@ -43,23 +50,18 @@ inline AxisMatrix rows_out() {
   return {{}, {kOutLeft, kOutCentral, kOutRight}, 0};
 }
 
-// Forward: products with operands [met, fresh]. Backward: with their transposes, which turn the
-// gradient of a product into that of the preceding state.
-enum class Direction { kForward, kBackward };
-
 // Copies `count` rows of `width` elements, padded with zeros to `whole`. in(k) points to row k.
 template <class T, class Source>
-void pad_rows(
-    std::int64_t count, std::int64_t width, std::int64_t whole, const Source& in, T* out) {
-  for (std::int64_t k = 0; k < count; ++k, out += whole) {
-    std::memcpy(static_cast<void*>(out), in(k), width * sizeof(T));
+void pad_rows(int64_t count, int64_t width, int64_t whole, const Source& in, T* out) {
+  for (int64_t k = 0; k < count; ++k, out += whole) {
+    std::memcpy(out, in(k), width * sizeof(T));
     std::fill(out + width, out + whole, T{});
   }
 }
 
 // Of the rows before and after a product: they share the L2 cache with the operand.
-constexpr std::int64_t kBlockBytes = 512 * 1024;
-constexpr std::int64_t kMostSlots = 256;
+constexpr int64_t kBlockBytes = 512 * 1024;
+constexpr int64_t kMostSlots = 256;
 
 // One thread's scratch memory for a block of slots.
 template <class T>
@@ -74,7 +76,7 @@ template <class T>
 class Chain {
  public:
   // `last`: the last direction that is needed; backward implies forward.
-  Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last, std::int64_t few_rows)
+  Chain(const GemmKernels& gemm, const LinearInputs& in, Direction last, int64_t few_rows)
       : gemm_(gemm),
         in_(in),
         sizes_(axis_sizes(in.dims)),
@@ -110,24 +112,23 @@ class Chain {
     return {steps_[s].rest, steps_[s].fresh, row_stride(gemm_, steps_[s].n)};
   }
   // As many slots as keep everything that a block touches in cache.
-  std::int64_t block_slots() const {
-    std::int64_t elements = 0;
+  int64_t block_slots() const {
+    int64_t elements = 0;
     for (int s = 0; s < kChainSteps; ++s)
       elements = std::max(elements, steps_[s].m * (state(s).row_stride + gradient(s).row_stride));
-    return std::clamp<std::int64_t>(
-        kBlockBytes / (elements * static_cast<std::int64_t>(sizeof(T))), 1, kMostSlots);
+    return std::clamp<int64_t>(kBlockBytes / (elements * int64_t{sizeof(T)}), 1, kMostSlots);
   }
   // Whether C is in order, and all slots are one block of so few rows that its panels are packed
   // piece by piece as they are needed: a piece stays in cache, and all panels together would pass
   // through memory. C, and its gradient, are then matrices [met, `segment`] for each `segment` of
   // the columns, `segment_step` elements apart: one, after L; one for each a, if C is first.
   bool packs_by_piece() const { return packs_by_piece_; }
-  std::int64_t segment() const { return segment_; }
-  std::int64_t segment_step() const { return segment_step_; }
+  int64_t segment() const { return segment_; }
+  int64_t segment_step() const { return segment_step_; }
 
-  ChainMemory<T> memory(std::int64_t slots) const {
+  ChainMemory<T> memory(int64_t slots) const {
     ChainMemory<T> memory;
-    std::int64_t product = in_.dims.padded_in(), matrix = 0, panels = 0;
+    int64_t product = in_.dims.padded_in(), matrix = 0, panels = 0;
     for (int s = 0; s < kChainSteps; ++s) {
       const ChainStep& step = steps_[s];
       // Rows may end in a partial unit
@@ -144,15 +145,15 @@ class Chain {
   // Computes the states of the slots of `block` before the steps 0..last.
   void compute_states(Span block, int last, ChainMemory<T>& memory) const {
     const BlockDims& d = in_.dims;
-    const std::int64_t count = block.last - block.first;
+    const int64_t count = block.size();
     T* product = memory.product.get();
     pad_rows<T>(
         count,
         d.in_features,
         d.padded_in(),
-        [&](std::int64_t k) { return row_of<T>(in_, block.first + k); },
+        [&](int64_t k) { return row_of<T>(in_, block.first + k); },
         product);
-    std::int64_t width = d.padded_in();
+    int64_t width = d.padded_in();
     for (int s = 0; s <= last; ++s) {
       T* state_rows = memory.states[s].get();
       enter_[s].run(gemm_, count, product, width, state_rows, steps_[s].m * state(s).row_stride);
@@ -167,42 +168,38 @@ class Chain {
   void multiply(
       int s, Direction direction, Span block, const T* a, ChainMemory<T>& memory, Out* out) const {
     const ChainStep& step = steps_[s];
-    const bool forward = direction == Direction::kForward;
-    const std::int64_t k = forward ? step.k : step.n, columns = forward ? step.n : step.k;
-    const std::int64_t units = ceil_divide(k, gemm_.unit), stride = row_stride(gemm_, k);
+    const int64_t k = step.inner(direction), columns = step.columns(direction);
+    const int64_t units = ceil_divide(k, gemm_.unit), stride = row_stride(gemm_, k);
     const auto store = gemm_kernels(std::is_same_v<Out, float> ? Dtype::kFloat32 : in_.dtype).store;
     // `panels`: of the columns `part`.
     const auto product = [&](Span slots, Span part, const T* panels) {
       alignas(64) float tile[kMaxRows * kPanel];
-      const std::int64_t start = (slots.first - block.first) * step.m;
-      for (std::int64_t c = part.first; c < part.last;
+      const int64_t start = (slots.first - block.first) * step.m;
+      for (int64_t c = part.first; c < part.last;
            c += kPanel, panels += kPanel * units * gemm_.unit)
-        for_each_tile(
-            (slots.last - slots.first) * step.m,
-            gemm_.best_rows,
-            [&](std::int64_t first, std::int64_t rows) {
-              const std::int64_t row = start + first;
-              multiply_rows(gemm_, rows, units, a + row * stride, stride, panels, tile, false);
-              store(tile, rows, std::min(kPanel, columns - c), out + row * columns + c, columns);
-            });
+        for_each_tile(slots.size() * step.m, gemm_.best_rows, [&](int64_t first, int64_t rows) {
+          const int64_t row = start + first;
+          multiply_rows(gemm_, rows, units, a + row * stride, stride, panels, tile, false);
+          store(tile, rows, std::min(kPanel, columns - c), out + row * columns + c, columns);
+        });
     };
     if (step.operand == Operand::kCentral && packs_by_piece_) {
       // Columns of a piece: wide where they are read in runs.
-      const std::int64_t most =
+      const bool forward = direction == Direction::kForward;
+      const int64_t most =
           forward && (segment_ == step.n || segment_ % (4 * kPanel) == 0) ? 4 * kPanel : kPanel;
-      return parallel_for(
-          0, ceil_divide(columns, most), 1, [&](std::int64_t begin, std::int64_t end) {
-            Buffer<T> panels(most * units * gemm_.unit);
-            for (std::int64_t piece = begin; piece < end; ++piece) {
-              const Span part{piece * most, std::min((piece + 1) * most, columns)};
-              pack_piece(step, direction, part, panels.get());
-              product(block, part, panels.get());
-            }
-          });
+      return parallel_for(ceil_divide(columns, most), 1, [&](int64_t begin, int64_t end) {
+        Buffer<T> panels(most * units * gemm_.unit);
+        for (int64_t piece = begin; piece < end; ++piece) {
+          const Span part{piece * most, std::min((piece + 1) * most, columns)};
+          pack_piece(step, direction, part, panels.get());
+          product(block, part, panels.get());
+        }
+      });
     }
     if (step.operand == Operand::kCentral)
       return product(block, {0, columns}, central_[static_cast<int>(direction)].get());
-    for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
+    for_each_expert(in_, block, [&](int64_t expert, Span slots) {
       pack(s, direction, expert, memory.matrix.get(), memory.panels.get());
       product(slots, {0, columns}, memory.panels.get());
     });
@@ -224,10 +221,8 @@ class Chain {
         break;
       Buffer<T>& panels = central_[static_cast<int>(direction)];
       panels = Buffer<T>(round_up(step.k, kPanel) * round_up(step.n, kPanel));
-      const bool forward = direction == Direction::kForward;
-      const std::int64_t columns = forward ? step.n : step.k,
-                         k = padded_k(gemm_, forward ? step.k : step.n);
-      parallel_for(0, ceil_divide(columns, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
+      const int64_t columns = step.columns(direction), k = padded_k(gemm_, step.inner(direction));
+      parallel_for(ceil_divide(columns, kPanel), 1, [&](int64_t begin, int64_t end) {
         pack_panels(s,
                     direction,
                     matrix,
@@ -243,19 +238,19 @@ class Chain {
     if (direction == Direction::kForward) {
       const T* first = central + part.first / segment_ * segment_step_ + part.first % segment_;
       return gemm_.pack(
-          panels, ceil_divide(step.k, gemm_.unit), first, segment_, step.k, part.last - part.first);
+          panels, ceil_divide(step.k, gemm_.unit), first, segment_, step.k, part.size());
     }
-    const std::int64_t units = ceil_divide(step.n, gemm_.unit);
-    for (std::int64_t q = 0; q < step.n / segment_; ++q)
+    const int64_t units = ceil_divide(step.n, gemm_.unit);
+    for (int64_t q = 0; q < step.n / segment_; ++q)
       gemm_.pack_transposed(panels + q * segment_ * kPanel,
                             units,
                             central + q * segment_step_ + part.first * segment_,
                             segment_,
                             segment_,
-                            part.last - part.first);
+                            part.size());
   }
   // The panels of an expert's L or R; `matrix` is scratch memory for [met, fresh].
-  void pack(int s, Direction direction, std::int64_t expert, T* matrix, T* panels) const {
+  void pack(int s, Direction direction, int64_t expert, T* matrix, T* panels) const {
     const ChainStep& step = steps_[s];
     const void* const blocks[] = {in_.left, in_.central, in_.right};
     const T* block =
@@ -263,24 +258,14 @@ class Chain {
     const bool identity = operands_[s].is_identity();
     if (!identity)
       operands_[s].run(gemm_, 1, block, 0, matrix, 0);
-    pack_panels(s,
-                direction,
-                identity ? block : matrix,
-                0,
-                direction == Direction::kForward ? step.n : step.k,
-                panels);
+    pack_panels(s, direction, identity ? block : matrix, 0, step.columns(direction), panels);
   }
   // The panels of the columns [first, last) of an operand [met, fresh].
-  void pack_panels(int s,
-                   Direction direction,
-                   const T* matrix,
-                   std::int64_t first,
-                   std::int64_t last,
-                   T* panels) const {
+  void pack_panels(
+      int s, Direction direction, const T* matrix, int64_t first, int64_t last, T* panels) const {
     const ChainStep& step = steps_[s];
-    const bool forward = direction == Direction::kForward;
-    const std::int64_t k = forward ? step.k : step.n, units = ceil_divide(k, gemm_.unit);
-    if (forward)
+    const int64_t k = step.inner(direction), units = ceil_divide(k, gemm_.unit);
+    if (direction == Direction::kForward)
       gemm_.pack(panels, units, matrix + first, step.n, k, last - first);
     else
       gemm_.pack_transposed(panels, units, matrix + first * step.n, step.n, k, last - first);
@@ -294,7 +279,7 @@ class Chain {
   std::array<Permutation, kChainSteps> enter_;     // x, or the preceding product, to the state
   Buffer<T> central_[2];                           // panels by direction
   bool packs_by_piece_ = false;
-  std::int64_t segment_ = 0, segment_step_ = 0;
+  int64_t segment_ = 0, segment_step_ = 0;
 };
 
 }  // namespace mpoe

@@ -10,8 +10,6 @@
 namespace mpoe {
 namespace {
 
-constexpr std::int64_t kMostGroups = 8;
-
 template <class T>
 class Backward {
  public:
@@ -36,7 +34,7 @@ class Backward {
       if (is_direct(s))
         continue;
       const std::size_t sums = is_central(s) ? groups_.size() : parts_.size();
-      sums_[s] = Buffer<float>(sum_size_[s] * static_cast<std::int64_t>(sums));
+      sums_[s] = Buffer<float>(sum_size_[s] * static_cast<int64_t>(sums));
     }
     enter_ = Permutation(chain_.sizes(), rows_out(), chain_.gradient(kChainSteps - 1));
   }
@@ -45,14 +43,11 @@ class Backward {
     const PreActivationGradient<T> dz(gemm_, in_);
     bias_gradient(gemm_, in_, dz.get());
     dz_ = dz.get();
-    const std::int64_t groups = static_cast<std::int64_t>(groups_.size());
+    const int64_t groups = std::ssize(groups_);
     if (groups == 1)
       run_group(0);  // all threads take part in its products with C, if C is packed by piece
     if (groups > 1)
-      parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t g = begin; g < end; ++g)
-          run_group(g);
-      });
+      parallel_for_each(groups, 1, [&](int64_t g) { run_group(g); });
     for (int s = 0; s < kChainSteps; ++s) {
       if (gradients_[s] == nullptr || is_direct(s))
         continue;
@@ -60,10 +55,7 @@ class Backward {
         store_gradient(s, 0, {0, groups});
         continue;
       }
-      parallel_for(0, in_.experts, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t e = begin; e < end; ++e)
-          store_gradient(s, e, expert_parts_[e]);
-      });
+      parallel_for_each(in_.experts, 1, [&](int64_t e) { store_gradient(s, e, expert_parts_[e]); });
     }
     x_gradients_.finish(gemm_);
   }
@@ -71,23 +63,18 @@ class Backward {
  private:
   // The slots of one expert in one group.
   struct Part {
-    std::int64_t expert, first;
+    int64_t expert, first;
   };
 
-  // As many groups as memory allows: their sums of dcentral may take as much as two weights.
   void plan_groups() {
-    const std::int64_t filled = in_.filled(), central_bytes = d_.a * d_.iC * d_.jC * d_.b * 4;
-    const std::int64_t weight_bytes =
-        d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T));
-    const std::int64_t room =
-        std::clamp<std::int64_t>(2 * weight_bytes / central_bytes, 1, kMostGroups);
-    const std::int64_t count = chain_.packs_by_piece() ? 1 : std::min(room, filled);
+    const int64_t filled = in_.filled(), most = most_groups<T>(d_, d_.central_size());
+    const int64_t count = chain_.packs_by_piece() ? 1 : std::min(most, filled);
     expert_parts_.resize(in_.experts);
-    for (std::int64_t g = 0; g < count; ++g) {
+    for (int64_t g = 0; g < count; ++g) {
       groups_.push_back({filled * g / count, filled * (g + 1) / count});
-      group_parts_.push_back(static_cast<std::int64_t>(parts_.size()));
-      for_each_expert(in_, groups_[g], [&](std::int64_t expert, Span slots) {
-        const std::int64_t part = static_cast<std::int64_t>(parts_.size());
+      group_parts_.push_back(std::ssize(parts_));
+      for_each_expert(in_, groups_[g], [&](int64_t expert, Span slots) {
+        const int64_t part = std::ssize(parts_);
         Span& parts = expert_parts_[expert];
         parts = {parts.first == parts.last ? part : parts.first, part + 1};
         parts_.push_back({expert, slots.first});
@@ -107,11 +94,10 @@ class Backward {
     std::vector<OuterSum<T>> outer;
   };
 
-  void run_group(std::int64_t group) {
+  void run_group(int64_t group) {
     const Span slots = groups_[group];
-    const std::int64_t count = slots.last - slots.first;
-    const std::int64_t most =
-        chain_.packs_by_piece() ? count : std::min(chain_.block_slots(), count);
+    const int64_t count = slots.size();
+    const int64_t most = chain_.packs_by_piece() ? count : std::min(chain_.block_slots(), count);
     Memory memory{.chain = chain_.memory(most), .gradients = {}, .rows = {}, .outer = {}};
     for (int s = 0; s < kChainSteps; ++s) {
       const ChainStep& step = chain_.step(s);
@@ -120,12 +106,12 @@ class Backward {
       memory.outer.emplace_back(gemm_, step.k, step.n);
     }
     memory.rows = Buffer<T>(most * std::max(d_.padded_in(), d_.padded_out()));
-    for (std::int64_t first = slots.first; first < slots.last; first += most)
+    for (int64_t first = slots.first; first < slots.last; first += most)
       run_block(group, {first, std::min(first + most, slots.last)}, memory);
   }
 
-  void run_block(std::int64_t group, Span block, Memory& memory) {
-    const std::int64_t count = block.last - block.first, width = d_.out_features;
+  void run_block(int64_t group, Span block, Memory& memory) {
+    const int64_t count = block.size(), width = d_.out_features;
     if (last_wanted_ >= 0)
       chain_.compute_states(block, last_wanted_, memory.chain);
     T* rows = memory.rows.get();
@@ -133,7 +119,7 @@ class Backward {
         count,
         width,
         d_.padded_out(),
-        [&](std::int64_t k) { return dz_ + (block.first + k) * width; },
+        [&](int64_t k) { return dz_ + (block.first + k) * width; },
         rows);
     int s = kChainSteps - 1;
     enter_.run(
@@ -146,31 +132,29 @@ class Backward {
         return;
       T* product = memory.chain.product.get();
       chain_.multiply(s, Direction::kBackward, block, gradient, memory.chain, product);
-      const std::int64_t step = chain_.step(s).m * chain_.step(s).k;
+      const int64_t step = chain_.step(s).m * chain_.step(s).k;
       if (s > 0)
         leave_[s].run(
             gemm_, count, product, step, memory.gradients[s - 1].get(), gradient_elements(s - 1));
       else
         leave_[s].run(gemm_, count, product, step, rows, step);
     }
-    for (std::int64_t k = 0; k < count; ++k)
-      std::memcpy(static_cast<void*>(x_gradients_.row(block.first + k)),
-                  rows + k * d_.padded_in(),
-                  d_.in_features * sizeof(T));
+    for (int64_t k = 0; k < count; ++k)
+      std::memcpy(
+          x_gradients_.row(block.first + k), rows + k * d_.padded_in(), d_.in_features * sizeof(T));
   }
 
-  std::int64_t gradient_elements(int s) const {
+  int64_t gradient_elements(int s) const {
     return chain_.step(s).m * chain_.gradient(s).row_stride;
   }
 
   // Adds state^T gradient to the sums of a step's operand.
-  void add_outer(int s, std::int64_t group, Span block, Memory& memory) {
-    const std::int64_t m = chain_.step(s).m;
-    const std::int64_t state_stride = chain_.state(s).row_stride,
-                       stride = chain_.gradient(s).row_stride;
-    const auto add = [&](Span slots, std::int64_t sum, bool accumulate) {
-      const std::int64_t row = (slots.first - block.first) * m;
-      memory.outer[s]((slots.last - slots.first) * m,
+  void add_outer(int s, int64_t group, Span block, Memory& memory) {
+    const int64_t m = chain_.step(s).m;
+    const int64_t state_stride = chain_.state(s).row_stride, stride = chain_.gradient(s).row_stride;
+    const auto add = [&](Span slots, int64_t sum, bool accumulate) {
+      const int64_t row = (slots.first - block.first) * m;
+      memory.outer[s](slots.size() * m,
                       memory.chain.states[s].get() + row * state_stride,
                       state_stride,
                       memory.gradients[s].get() + row * stride,
@@ -179,9 +163,9 @@ class Backward {
                       accumulate);
     };
     if (is_direct(s)) {
-      for (std::int64_t first = 0; first < chain_.step(s).n; first += chain_.segment())
+      for (int64_t first = 0; first < chain_.step(s).n; first += chain_.segment())
         outer_of_few(gemm_,
-                     (block.last - block.first) * m,
+                     block.size() * m,
                      memory.chain.states[s].get(),
                      state_stride,
                      chain_.step(s).k,
@@ -193,8 +177,8 @@ class Backward {
     }
     if (is_central(s))
       return add(block, group, block.first > groups_[group].first);
-    std::int64_t part = group_parts_[group];
-    for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
+    int64_t part = group_parts_[group];
+    for_each_expert(in_, block, [&](int64_t expert, Span slots) {
       while (parts_[part].expert != expert)
         ++part;
       add(slots, part, slots.first > parts_[part].first);
@@ -202,14 +186,14 @@ class Backward {
   }
 
   // Stores the gradient of an expert's block, the sum over `parts`.
-  void store_gradient(int s, std::int64_t expert, Span parts) {
+  void store_gradient(int s, int64_t expert, Span parts) {
     const ChainStep& step = chain_.step(s);
-    const std::int64_t size = step.k * step.n;
+    const int64_t size = step.k * step.n;
     if (parts.first == parts.last)
       return zero_rows(gradients_[s], expert, expert + 1, size * sizeof(T));
     const GemmKernels& floats = gemm_kernels(Dtype::kFloat32);
     float* total = sums_[s].get() + parts.first * sum_size_[s];
-    for (std::int64_t p = parts.first + 1; p < parts.last; ++p)
+    for (int64_t p = parts.first + 1; p < parts.last; ++p)
       floats.add_row(sums_[s].get() + p * sum_size_[s], total, sum_size_[s]);
     const Permutation arrange(
         chain_.sizes(), {step.met, step.fresh, round_up(step.n, kPanel)}, natural(step.operand));
@@ -233,12 +217,12 @@ class Backward {
   Permutation enter_;  // dz to the gradient of the last product
   std::array<T*, kChainSteps> gradients_;  // of the steps' operands; null: not wanted
   int first_wanted_ = kChainSteps, last_wanted_ = -1;
-  std::vector<Span> groups_;               // of slots
-  std::vector<Part> parts_;                // by group, then expert
-  std::vector<std::int64_t> group_parts_;  // the first part of each group
+  std::vector<Span> groups_;          // of slots
+  std::vector<Part> parts_;           // by group, then expert
+  std::vector<int64_t> group_parts_;  // the first part of each group
   std::vector<Span> expert_parts_;
   std::array<Buffer<float>, kChainSteps> sums_;  // of every part; for central, of every group
-  std::array<std::int64_t, kChainSteps> sum_size_;
+  std::array<int64_t, kChainSteps> sum_size_;
   const T* dz_ = nullptr;
 };
 

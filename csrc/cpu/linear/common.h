@@ -17,7 +17,7 @@ namespace mpoe {
 // Calls f(expert, slots) for every expert with slots in `block`.
 template <class F>
 void for_each_expert(const LinearInputs& in, Span block, const F& f) {
-  std::int64_t e =
+  int64_t e =
       std::upper_bound(in.offsets, in.offsets + in.experts + 1, block.first) - in.offsets - 1;
   for (; e < in.experts && in.offsets[e] < block.last; ++e) {
     const Span slots{std::max(block.first, in.offsets[e]), std::min(block.last, in.offsets[e + 1])};
@@ -27,32 +27,49 @@ void for_each_expert(const LinearInputs& in, Span block, const F& f) {
 }
 
 template <class T>
-const T* row_of(const LinearInputs& in, std::int64_t slot) {
-  const std::int64_t row = in.row_index == nullptr ? slot : in.row_index[slot];
+const T* row_of(const LinearInputs& in, int64_t slot) {
+  const int64_t row = in.row_index == nullptr ? slot : in.row_index[slot];
   return static_cast<const T*>(in.x) + row * in.dims.in_features;
 }
 
+// An expert's blocks.
+template <class T>
+const T* left_of(const LinearInputs& in, int64_t expert) {
+  return static_cast<const T*>(in.left) + expert * in.dims.left_size();
+}
+template <class T>
+const T* right_of(const LinearInputs& in, int64_t expert) {
+  return static_cast<const T*>(in.right) + expert * in.dims.right_size();
+}
+
+// to [whole] = the elements [first, first + count) of a row, zero past its `size`.
+template <class T>
+void copy_padded(const T* row, int64_t size, int64_t first, int64_t count, T* to, int64_t whole) {
+  const int64_t valid = std::clamp<int64_t>(size - first, 0, count);
+  std::memcpy(to, row + std::min(first, size), valid * sizeof(T));
+  std::fill(to + valid, to + whole, T{});
+}
+
 // Map of 32 contiguous columns at `first`, of which those below `limit` exist.
-inline ColumnMap consecutive(std::int64_t first, std::int64_t limit) {
+inline ColumnMap consecutive(int64_t first, int64_t limit) {
   ColumnMap map{};
-  for (std::int64_t g = 0; g < kPanel / kGranule; ++g) {
+  for (int64_t g = 0; g < kGranules; ++g) {
     map.offset[g] = first + g * kGranule;
-    map.valid[g] =
-        static_cast<std::int32_t>(std::clamp<std::int64_t>(limit - map.offset[g], 0, kGranule));
+    map.valid[g] = static_cast<int32_t>(std::clamp<int64_t>(limit - map.offset[g], 0, kGranule));
   }
   return map;
 }
 
 // Bias of `count` output columns from `first` on; zeros past the true size.
 template <class T>
-inline void load_bias(const LinearForward& in, std::int64_t first, std::int64_t count, float* out) {
+inline void load_bias(const LinearForward& in, int64_t first, int64_t count, float* out) {
   const T* bias = static_cast<const T*>(in.bias);
-  for (std::int64_t c = 0; c < count; ++c)
+  for (int64_t c = 0; c < count; ++c)
     out[c] = first + c < in.dims.out_features ? mpoe::load(bias[first + c]) : 0.0f;
 }
 
 // Zeros the rows [first, last) of a result.
-inline void zero_rows(void* out, std::int64_t first, std::int64_t last, std::int64_t row_bytes) {
+inline void zero_rows(void* out, int64_t first, int64_t last, int64_t row_bytes) {
   if (out != nullptr && last > first)
     std::memset(static_cast<char*>(out) + first * row_bytes,
                 0,

@@ -18,6 +18,13 @@ struct Wanted {
   bool half() const { return left || central; }
 };
 
+// The gradients of the blocks of an expert without slots.
+template <class T>
+void zero_blocks(const LinearBackward& in, int64_t expert) {
+  zero_rows(in.dleft, expert, expert + 1, in.dims.left_size() * sizeof(T));
+  zero_rows(in.dright, expert, expert + 1, in.dims.right_size() * sizeof(T));
+}
+
 // dz = grad * activation'(saved) of the filled slots, [filled, F]: `grad` itself without an
 // activation, otherwise computed into its own memory.
 template <class T>
@@ -28,18 +35,14 @@ class PreActivationGradient {
     values_ = grad;
     if (in.activation == Activation::kNone)
       return;
-    const std::int64_t width = in.dims.out_features;
+    const int64_t width = in.dims.out_features;
     memory_ = Buffer<T>(in.filled() * width);
     const T* saved = static_cast<const T*>(in.saved);
-    parallel_for(
-        0, in.filled(), ceil_divide(16 * 1024, width), [&](std::int64_t begin, std::int64_t end) {
-          const std::int64_t start = begin * width;
-          gemm.activation_backward(in.activation,
-                                   grad + start,
-                                   saved + start,
-                                   memory_.get() + start,
-                                   (end - begin) * width);
-        });
+    parallel_for(in.filled(), ceil_divide(16 * 1024, width), [&](int64_t begin, int64_t end) {
+      const int64_t start = begin * width;
+      gemm.activation_backward(
+          in.activation, grad + start, saved + start, memory_.get() + start, (end - begin) * width);
+    });
     values_ = memory_.get();
   }
   const T* get() const { return values_; }
@@ -54,25 +57,30 @@ template <class T>
 void bias_gradient(const GemmKernels& gemm, const LinearBackward& in, const T* dz) {
   if (in.dbias == nullptr)
     return;
-  constexpr std::int64_t kLongestPart =
-      32;                                 // slots per partial sum: long sums in one pass round more
-  constexpr std::int64_t kColumns = 512;  // every column is summed from the first slot to the last
-  const std::int64_t width = in.dims.out_features, filled = in.filled();
-  parallel_for(0, ceil_divide(width, kColumns), 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t first = begin * kColumns; first < std::min(end * kColumns, width);
-         first += kColumns) {
-      const std::int64_t count = std::min(kColumns, width - first);
-      alignas(64) float sum[kColumns] = {};
-      for_each_tile(filled, kLongestPart, [&](std::int64_t slot, std::int64_t slots) {
-        alignas(64) float part[kColumns] = {};
-        for (std::int64_t s = slot; s < slot + slots; ++s)
-          gemm.add_row(dz + s * width + first, part, count);
-        for (std::int64_t c = 0; c < count; ++c)
-          sum[c] += part[c];
-      });
-      gemm.round_row(sum, static_cast<T*>(in.dbias) + first, count);
-    }
+  constexpr int64_t kLongestPart = 32;  // slots per partial sum: long sums in one pass round more
+  constexpr int64_t kColumns = 512;     // every column is summed from the first slot to the last
+  const int64_t width = in.dims.out_features, filled = in.filled();
+  parallel_for_each(ceil_divide(width, kColumns), 1, [&](int64_t block) {
+    const int64_t first = block * kColumns, count = std::min(kColumns, width - first);
+    alignas(64) float sum[kColumns] = {};
+    for_each_tile(filled, kLongestPart, [&](int64_t slot, int64_t slots) {
+      alignas(64) float part[kColumns] = {};
+      for (int64_t s = slot; s < slot + slots; ++s)
+        gemm.add_row(dz + s * width + first, part, count);
+      for (int64_t c = 0; c < count; ++c)
+        sum[c] += part[c];
+    });
+    gemm.round_row(sum, static_cast<T*>(in.dbias) + first, count);
   });
+}
+
+// Groups of slots or experts with `floats` sums of dcentral each, which take at most as much memory
+// as two weights. Their number does not depend on the number of threads.
+template <class T>
+int64_t most_groups(const BlockDims& d, int64_t floats) {
+  constexpr int64_t kMostGroups = 8;
+  const int64_t weight_bytes = d.padded_in() * d.padded_out() * int64_t{sizeof(T)};
+  return std::clamp<int64_t>(2 * weight_bytes / (floats * 4), 1, kMostGroups);
 }
 
 // Where a kernel writes the gradients of the slots' rows of x: straight to dx if every row has at
@@ -86,61 +94,60 @@ class RowGradients {
       : in_(in), width_(in.dims.in_features), dx_(static_cast<T*>(in.dx)) {
     if (in.row_index == nullptr || dx_ == nullptr)
       return;
-    const std::int64_t filled = in.filled();
+    const int64_t filled = in.filled();
     readers_.assign(in.tokens + 1, 0);
-    for (std::int64_t s = 0; s < filled; ++s)
+    for (int64_t s = 0; s < filled; ++s)
       ++readers_[in.row_index[s] + 1];
-    const bool alone = std::all_of(
-        readers_.begin(), readers_.end(), [](std::int64_t count) { return count <= 1; });
+    const bool alone =
+        std::all_of(readers_.begin(), readers_.end(), [](int64_t count) { return count <= 1; });
     if (alone && !together)
       return;
-    for (std::int64_t t = 0; t < in.tokens; ++t)
+    for (int64_t t = 0; t < in.tokens; ++t)
       readers_[t + 1] += readers_[t];
     by_row_.resize(filled);
-    std::vector<std::int64_t> next(readers_.begin(), readers_.end() - 1);
-    for (std::int64_t s = 0; s < filled; ++s)
+    std::vector<int64_t> next(readers_.begin(), readers_.end() - 1);
+    for (int64_t s = 0; s < filled; ++s)
       by_row_[next[in.row_index[s]]++] = s;
     slots_ = Buffer<T>(filled * width_);
   }
   // [I] of a filled slot, to be written whole.
-  T* row(std::int64_t slot) {
+  T* row(int64_t slot) {
     return slots_ ? slots_.get() + slot * width_ : dx_ + target(slot) * width_;
   }
   void finish(const GemmKernels& gemm) {
     if (dx_ == nullptr)
       return;
-    const std::int64_t row_bytes = width_ * sizeof(T);
+    const int64_t row_bytes = width_ * sizeof(T);
     if (in_.row_index == nullptr)
       return zero_rows(dx_, in_.filled(), in_.tokens, row_bytes);
     if (!slots_) {  // readers_[t + 1] is the number of row t's readers
-      for (std::int64_t t = 0; t < in_.tokens; ++t)
+      for (int64_t t = 0; t < in_.tokens; ++t)
         if (readers_[t + 1] == 0)
           zero_rows(dx_, t, t + 1, row_bytes);
       return;
     }
-    parallel_for(
-        0, in_.tokens, ceil_divide(16 * 1024, width_), [&](std::int64_t begin, std::int64_t end) {
-          Buffer<float> sum(width_);
-          for (std::int64_t t = begin; t < end; ++t) {
-            std::fill_n(sum.get(), width_, 0.0f);
-            for (std::int64_t k = readers_[t]; k < readers_[t + 1]; ++k)
-              gemm.add_row(slots_.get() + by_row_[k] * width_, sum.get(), width_);
-            gemm.round_row(sum.get(), dx_ + t * width_, width_);
-          }
-        });
+    parallel_for(in_.tokens, ceil_divide(16 * 1024, width_), [&](int64_t begin, int64_t end) {
+      Buffer<float> sum(width_);
+      for (int64_t t = begin; t < end; ++t) {
+        std::fill_n(sum.get(), width_, 0.0f);
+        for (int64_t k = readers_[t]; k < readers_[t + 1]; ++k)
+          gemm.add_row(slots_.get() + by_row_[k] * width_, sum.get(), width_);
+        gemm.round_row(sum.get(), dx_ + t * width_, width_);
+      }
+    });
   }
 
  private:
-  std::int64_t target(std::int64_t slot) const {
+  int64_t target(int64_t slot) const {
     return in_.row_index == nullptr ? slot : in_.row_index[slot];
   }
 
   const LinearBackward& in_;
-  const std::int64_t width_;
+  const int64_t width_;
   T* const dx_;
-  std::vector<std::int64_t> readers_;  // [T + 1]: offsets of a row's slots in `by_row_`
-  std::vector<std::int64_t> by_row_;   // filled slots, sorted by row, then slot
-  Buffer<T> slots_;                    // [filled, I] if a row has several readers
+  std::vector<int64_t> readers_;  // [T + 1]: offsets of a row's slots in `by_row_`
+  std::vector<int64_t> by_row_;   // filled slots, sorted by row, then slot
+  Buffer<T> slots_;               // [filled, I] if a row has several readers
 };
 
 }  // namespace mpoe

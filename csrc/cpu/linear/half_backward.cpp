@@ -13,8 +13,6 @@
 namespace mpoe {
 namespace {
 
-constexpr std::int64_t kMostGroups = 8;
-
 BlockDims exchanged(const BlockDims& d) {
   return {d.jL, d.iL, d.a, d.jC, d.iC, d.b, d.jR, d.iR, d.out_features, d.in_features};
 }
@@ -23,7 +21,7 @@ BlockDims exchanged(const BlockDims& d) {
 template <class T>
 struct OneExpert {
   LinearForward in{};
-  std::int64_t offsets[2] = {0, 0};
+  int64_t offsets[2] = {0, 0};
   Buffer<T> left, right;  // exchanged copies
 
   OneExpert(const LinearBackward& full, bool exchange) {
@@ -35,34 +33,34 @@ struct OneExpert {
       return;
     in.dims = exchanged(full.dims);
     in.row_index = nullptr;
-    left = Buffer<T>(in.dims.iL * in.dims.jL * in.dims.a);
-    right = Buffer<T>(in.dims.b * in.dims.iR * in.dims.jR);
+    left = Buffer<T>(in.dims.left_size());
+    right = Buffer<T>(in.dims.right_size());
     in.left = left.get();
     in.right = right.get();
   }
 
   // Blocks of one expert in this problem's order.
-  void load(const GemmKernels& gemm, const LinearBackward& full, std::int64_t expert) {
+  void load(const GemmKernels& gemm, const LinearBackward& full, int64_t expert) {
     const BlockDims& d = full.dims;
-    const T* from_left = static_cast<const T*>(full.left) + expert * d.iL * d.jL * d.a;
-    const T* from_right = static_cast<const T*>(full.right) + expert * d.b * d.iR * d.jR;
+    const T* from_left = left_of<T>(full, expert);
+    const T* from_right = right_of<T>(full, expert);
     if (!left) {
       in.left = from_left;
       in.right = from_right;
       return;
     }
-    for (std::int64_t i = 0; i < d.iL; ++i)
-      for (std::int64_t j = 0; j < d.jL; ++j)
+    for (int64_t i = 0; i < d.iL; ++i)
+      for (int64_t j = 0; j < d.jL; ++j)
         std::memcpy(
             left.get() + (j * d.iL + i) * d.a, from_left + (i * d.jL + j) * d.a, d.a * sizeof(T));
-    for (std::int64_t b = 0; b < d.b; ++b)
+    for (int64_t b = 0; b < d.b; ++b)
       gemm.transpose(
           from_right + b * d.iR * d.jR, d.jR, d.iR, d.jR, right.get() + b * d.iR * d.jR, d.iR);
   }
 };
 
 // Pair (iC, jC) of the possibly exchanged problem `d` as central has it.
-std::int64_t place_of(const BlockDims& d, bool exchange, std::int64_t pair) {
+int64_t place_of(const BlockDims& d, bool exchange, int64_t pair) {
   return exchange ? pair % d.jC * d.iC + pair / d.jC : pair;
 }
 
@@ -74,19 +72,16 @@ Buffer<T> turn_central(const GemmKernels& gemm,
                        bool exchange,
                        const void* central,
                        const HalfPlan& plan) {
-  const std::int64_t pairs = d.iC * d.jC, inner = pairs * plan.b,
-                     size = round_up(d.a, kPanel) * inner;
+  const int64_t pairs = d.iC * d.jC, inner = pairs * plan.b, size = round_up(d.a, kPanel) * inner;
   Buffer<T> panels = plan.b == d.b ? Buffer<T>(size) : zeros<T>(size);
-  parallel_for(
-      0, pairs, ceil_divide(16 * 1024, d.a * plan.b), [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t pair = begin; pair < end; ++pair)
-          gemm.pack_transposed(panels.get() + pair * plan.b * kPanel,
-                               inner / gemm.unit,
-                               static_cast<const T*>(central) + place_of(d, exchange, pair) * d.b,
-                               pairs * d.b,
-                               d.b,
-                               d.a);
-      });
+  parallel_for_each(pairs, ceil_divide(16 * 1024, d.a * plan.b), [&](int64_t pair) {
+    gemm.pack_transposed(panels.get() + pair * plan.b * kPanel,
+                         inner / gemm.unit,
+                         static_cast<const T*>(central) + place_of(d, exchange, pair) * d.b,
+                         pairs * d.b,
+                         d.b,
+                         d.a);
+  });
   return panels;
 }
 
@@ -97,25 +92,23 @@ void store_central(const GemmKernels& gemm,
                    const BlockDims& d,
                    bool exchange,
                    const HalfPlan& plan,
-                   std::int64_t groups,
+                   int64_t groups,
                    float* sums) {
-  const std::int64_t pairs = d.iC * d.jC, panels = ceil_divide(pairs * plan.b, kPanel),
-                     panel = d.a * kPanel;
+  const int64_t pairs = d.iC * d.jC, panels = ceil_divide(pairs * plan.b, kPanel),
+                panel = d.a * kPanel;
   const GemmKernels& floats = gemm_kernels(Dtype::kFloat32);
-  parallel_for(0, panels, ceil_divide(16 * 1024, panel), [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t p = begin; p < end; ++p) {
-      float* total = sums + p * panel;
-      for (std::int64_t g = 1; g < groups; ++g)
-        floats.add_row(total + g * panels * panel, total, panel);
-      // In runs of the columns of one pair.
-      const std::int64_t last = std::min((p + 1) * kPanel, pairs * plan.b);
-      for (std::int64_t column = p * kPanel, run = 0; column < last; column += run) {
-        const std::int64_t b = column % plan.b, valid = std::min(d.b - b, last - column);
-        run = std::min(plan.b - b, last - column);
-        T* out = static_cast<T*>(in.dcentral) + place_of(d, exchange, column / plan.b) * d.b + b;
-        for (std::int64_t a = 0; valid > 0 && a < d.a; ++a)
-          gemm.round_row(total + a * kPanel + column % kPanel, out + a * pairs * d.b, valid);
-      }
+  parallel_for_each(panels, ceil_divide(16 * 1024, panel), [&](int64_t p) {
+    float* total = sums + p * panel;
+    for (int64_t g = 1; g < groups; ++g)
+      floats.add_row(total + g * panels * panel, total, panel);
+    // In runs of the columns of one pair.
+    const int64_t last = std::min((p + 1) * kPanel, pairs * plan.b);
+    for (int64_t column = p * kPanel, run = 0; column < last; column += run) {
+      const int64_t b = column % plan.b, valid = std::min(d.b - b, last - column);
+      run = std::min(plan.b - b, last - column);
+      T* out = static_cast<T*>(in.dcentral) + place_of(d, exchange, column / plan.b) * d.b + b;
+      for (int64_t a = 0; valid > 0 && a < d.a; ++a)
+        gemm.round_row(total + a * kPanel + column % kPanel, out + a * pairs * d.b, valid);
     }
   });
 }
@@ -133,9 +126,8 @@ class Backward {
         wanted_(in),
         exchange_(!plan_.half_first),
         weight_dims_(exchange_ ? exchanged(d_) : d_),
-        weight_plan_(exchange_ ? turned_plan_ : plan_) {
-    for (std::int64_t e = 0; e < in.experts; ++e)
-      most_ = std::max(most_, in.offsets[e + 1] - in.offsets[e]);
+        weight_plan_(exchange_ ? turned_plan_ : plan_),
+        most_(in.most_slots()) {
     if (in.dx != nullptr || (wanted_.weight() && exchange_))
       turned_panels_ = pack_central<T>(gemm, exchanged(d_), in.central, turned_plan_, true);
     if (wanted_.weight() && !exchange_)
@@ -148,17 +140,14 @@ class Backward {
   void run() {
     RowGradients<T> gradients(in_, true);
     T* dx = in_.dx == nullptr ? nullptr : gradients.row(0);
-    const std::int64_t groups = static_cast<std::int64_t>(groups_.size());
-    parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t g = begin; g < end; ++g)
-        run_group(g, dx);
-    });
+    const int64_t groups = std::ssize(groups_);
+    parallel_for_each(groups, 1, [&](int64_t g) { run_group(g, dx); });
     if (wanted_.central)
       store_central<T>(
           gemm_, in_, weight_dims_, exchange_, weight_plan_, groups, central_sums_.get());
     if (in_.dbias != nullptr) {
-      for (std::int64_t g = 1; g < groups; ++g)
-        for (std::int64_t c = 0; c < d_.out_features; ++c)
+      for (int64_t g = 1; g < groups; ++g)
+        for (int64_t c = 0; c < d_.out_features; ++c)
           bias_sums_[c] += bias_sums_[g * d_.out_features + c];
       gemm_.round_row(bias_sums_.data(), in_.dbias, d_.out_features);
     }
@@ -166,14 +155,10 @@ class Backward {
   }
 
  private:
-  // As many groups as memory allows: their sums of dcentral may take as much as two weights.
   void plan_groups() {
-    const std::int64_t size = ceil_divide(d_.iC * d_.jC * plan_.b, kPanel) * d_.a * kPanel;
-    const std::int64_t room =
-        2 * d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T)) / (size * 4);
-    const std::int64_t count =
-        std::clamp<std::int64_t>(std::min(room, in_.experts), 1, kMostGroups);
-    for (std::int64_t g = 0; g < count; ++g)
+    const int64_t size = ceil_divide(d_.iC * d_.jC * plan_.b, kPanel) * d_.a * kPanel;
+    const int64_t count = std::min(most_groups<T>(d_, size), in_.experts);
+    for (int64_t g = 0; g < count; ++g)
       groups_.push_back({in_.experts * g / count, in_.experts * (g + 1) / count});
     if (wanted_.central)
       central_sums_ = zeros<float>(count * size);
@@ -182,7 +167,7 @@ class Backward {
       bias_sums_.assign(count * d_.out_features, 0.0f);
   }
 
-  void run_group(std::int64_t group, T* dx) {
+  void run_group(int64_t group, T* dx) {
     OneExpert<T> turned(in_, true);
     OneExpert<T> own(in_, exchange_);
     std::unique_ptr<HalfFirst<T>> x_half;
@@ -204,16 +189,15 @@ class Backward {
           wanted_.central ? central_sums_.get() + group * central_size_ : nullptr);
     Buffer<T> gradient(in_.activation == Activation::kNone ? 0 : most_ * d_.out_features);
     Buffer<T> gathered(exchange_ && in_.row_index != nullptr ? most_ * d_.in_features : 0);
-    for (std::int64_t e = groups_[group].first; e < groups_[group].last; ++e) {
-      const std::int64_t first = in_.offsets[e], count = in_.offsets[e + 1] - first;
+    for (int64_t e = groups_[group].first; e < groups_[group].last; ++e) {
+      const int64_t first = in_.offsets[e], count = in_.count(e);
       if (count == 0) {
-        zero_rows(in_.dleft, e, e + 1, d_.iL * d_.jL * d_.a * sizeof(T));
-        zero_rows(in_.dright, e, e + 1, d_.b * d_.iR * d_.jR * sizeof(T));
+        zero_blocks<T>(in_, e);
         continue;
       }
       const T* dz = gradient_rows(first, count, gradient.get());
       if (in_.dbias != nullptr)
-        for (std::int64_t t = 0; t < count; ++t)
+        for (int64_t t = 0; t < count; ++t)
           gemm_.add_row(dz + t * d_.out_features,
                         bias_sums_.data() + group * d_.out_features,
                         d_.out_features);
@@ -234,8 +218,8 @@ class Backward {
     }
   }
 
-  const T* gradient_rows(std::int64_t first, std::int64_t count, T* out) const {
-    const std::int64_t width = d_.out_features;
+  const T* gradient_rows(int64_t first, int64_t count, T* out) const {
+    const int64_t width = d_.out_features;
     const T* grad = static_cast<const T*>(in_.grad) + first * width;
     if (in_.activation == Activation::kNone)
       return grad;
@@ -246,26 +230,26 @@ class Backward {
 
   void run_weights(HalfGradient<T>& weights,
                    OneExpert<T>& own,
-                   std::int64_t expert,
-                   std::int64_t first,
-                   std::int64_t count,
+                   int64_t expert,
+                   int64_t first,
+                   int64_t count,
                    const T* dz,
                    T* gathered) const {
-    T* left = static_cast<T*>(in_.dleft) + (wanted_.left ? expert * d_.iL * d_.jL * d_.a : 0);
-    T* right = static_cast<T*>(in_.dright) + (wanted_.right ? expert * d_.b * d_.iR * d_.jR : 0);
+    T* left = static_cast<T*>(in_.dleft) + (wanted_.left ? expert * d_.left_size() : 0);
+    T* right = static_cast<T*>(in_.dright) + (wanted_.right ? expert * d_.right_size() : 0);
     if (!exchange_) {
       weights.run(
           first,
           count,
           dz,
-          [&](std::int64_t i, std::int64_t j) { return left + (i * d_.jL + j) * d_.a; },
-          [&](std::int64_t b, std::int64_t r) { return right + (b * d_.iR + r) * d_.jR; },
+          [&](int64_t i, int64_t j) { return left + (i * d_.jL + j) * d_.a; },
+          [&](int64_t b, int64_t r) { return right + (b * d_.iR + r) * d_.jR; },
           1);
       return;
     }
     const T* x = static_cast<const T*>(in_.x) + first * d_.in_features;
     if (in_.row_index != nullptr) {
-      for (std::int64_t t = 0; t < count; ++t)
+      for (int64_t t = 0; t < count; ++t)
         std::memcpy(
             gathered + t * d_.in_features, row_of<T>(in_, first + t), d_.in_features * sizeof(T));
       x = gathered;
@@ -275,8 +259,8 @@ class Backward {
         0,
         count,
         x,
-        [&](std::int64_t j, std::int64_t i) { return left + (i * d_.jL + j) * d_.a; },
-        [&](std::int64_t b, std::int64_t c) { return right + b * d_.iR * d_.jR + c; },
+        [&](int64_t j, int64_t i) { return left + (i * d_.jL + j) * d_.a; },
+        [&](int64_t b, int64_t c) { return right + b * d_.iR * d_.jR + c; },
         d_.jR);
   }
 
@@ -288,7 +272,8 @@ class Backward {
   bool exchange_;  // the gradients of blocks are those of the exchanged problem
   BlockDims weight_dims_;
   HalfPlan weight_plan_;
-  std::int64_t most_ = 0, central_size_ = 0;
+  const int64_t most_;  // slots of an expert
+  int64_t central_size_ = 0;
   Buffer<T> turned_panels_, own_panels_, inverse_panels_;
   std::vector<Span> groups_;  // of experts
   Buffer<float> central_sums_;

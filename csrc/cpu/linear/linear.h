@@ -13,12 +13,16 @@
 namespace mpoe {
 
 struct BlockDims {
-  std::int64_t iL, jL, a, iC, jC, b, iR, jR;
-  std::int64_t in_features,
+  int64_t iL, jL, a, iC, jC, b, iR, jR;
+  int64_t in_features,
       out_features;  // true sizes; the products of the factors may exceed them
 
-  std::int64_t padded_in() const { return iL * iC * iR; }
-  std::int64_t padded_out() const { return jL * jC * jR; }
+  int64_t padded_in() const { return iL * iC * iR; }
+  int64_t padded_out() const { return jL * jC * jR; }
+  // Elements of central, and of one expert's blocks.
+  int64_t central_size() const { return a * iC * jC * b; }
+  int64_t left_size() const { return iL * jL * a; }
+  int64_t right_size() const { return b * iR * jR; }
 };
 
 enum class Operand { kLeft, kCentral, kRight };
@@ -35,18 +39,26 @@ struct LinearInputs {
   Dtype dtype;
   BlockDims dims;
   ProductOrder order;
-  const void* x;                  // [T, I]
-  std::int64_t tokens;            // T
-  const void* left;               // [E, iL, jL, a]
-  const void* central;            // [a, iC, jC, b]
-  const void* right;              // [E, b, iR, jR]
-  std::int64_t experts;           // E
-  const std::int64_t* offsets;    // [E + 1], non-decreasing, the last one <= slots
-  const std::int64_t* row_index;  // [N], each in 0..T-1; null: slot s reads row s
-  std::int64_t slots;             // N
+  const void* x;             // [T, I]
+  int64_t tokens;            // T
+  const void* left;          // [E, iL, jL, a]
+  const void* central;       // [a, iC, jC, b]
+  const void* right;         // [E, b, iR, jR]
+  int64_t experts;           // E
+  const int64_t* offsets;    // [E + 1], non-decreasing, the last one <= slots
+  const int64_t* row_index;  // [N], each in 0..T-1; null: slot s reads row s
+  int64_t slots;             // N
   Activation activation;
 
-  std::int64_t filled() const { return offsets[experts]; }
+  int64_t filled() const { return offsets[experts]; }
+  // Slots of an expert.
+  int64_t count(int64_t expert) const { return offsets[expert + 1] - offsets[expert]; }
+  int64_t most_slots() const {
+    int64_t most = 0;
+    for (int64_t e = 0; e < experts; ++e)
+      most = count(e) > most ? count(e) : most;
+    return most;
+  }
 };
 
 struct LinearForward : LinearInputs {

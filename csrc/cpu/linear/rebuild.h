@@ -15,44 +15,42 @@ namespace mpoe {
 // Columns of a block: a range of nC, each with the same range of nL.
 struct BlockColumns {
   Span c, l;
-  std::int64_t cs() const { return c.last - c.first; }
-  std::int64_t ls() const { return l.last - l.first; }
 };
 
 // A slab and the rows that it multiplies should fit in the L2 cache together.
-constexpr std::int64_t kSlabBytes = 320 * 1024;
+constexpr int64_t kSlabBytes = 320 * 1024;
 // Columns of a block of the forward: enough to read rows rarely, few enough for a long k.
-constexpr std::int64_t kBlockColumns = 128;
+constexpr int64_t kBlockColumns = 128;
 // Blocks of the backward have separate sums of dleft and dright.
-constexpr std::int64_t kMostBlocks = 16;
+constexpr int64_t kMostBlocks = 16;
 
 // Size of the parts when `count` is split into the fewest equal parts of at most `most`.
-inline std::int64_t equal_part(std::int64_t count, std::int64_t most) {
-  return ceil_divide(count, ceil_divide(count, std::clamp<std::int64_t>(most, 1, count)));
+inline int64_t equal_part(int64_t count, int64_t most) {
+  return ceil_divide(count, ceil_divide(count, std::clamp<int64_t>(most, 1, count)));
 }
 
 // Sizes of blocks, their layout, and the tables that place the granules of rebuilt tiles.
 struct RebuildPlan {
   Side k, n;
-  bool transposed;                // k is the output side
-  std::int64_t unit;              // of k
-  std::int64_t left_rows;         // iL jL
-  std::int64_t right_columns;     // iR jR
-  std::int64_t a_units, b_units;  // as inner sizes
-  std::int64_t b_panels;          // b as columns
-  std::int64_t half_row;          // row stride of LC, in elements
-  std::int64_t n_block, n_left;   // most nC and nL per block
-  std::int64_t k_block;           // most kC per block
-  std::int64_t k_units;           // of one kC: kL times kR in units
-  std::int64_t granules;          // of one nL: nR in granules
-  std::int64_t x_row;             // row stride, in elements, of what a slab multiplies
-  UnitColumns right;              // columns [kR, nR] of right_e
-  std::vector<std::int32_t>
+  bool transposed;           // k is the output side
+  int64_t unit;              // of k
+  int64_t left_rows;         // iL jL
+  int64_t right_columns;     // iR jR
+  int64_t a_units, b_units;  // as inner sizes
+  int64_t b_panels;          // b as columns
+  int64_t half_row;          // row stride of LC, in elements
+  int64_t n_block, n_left;   // most nC and nL per block
+  int64_t k_block;           // most kC per block
+  int64_t k_units;           // of one kC: kL times kR in units
+  int64_t granules;          // of one nL: nR in granules
+  int64_t x_row;             // row stride, in elements, of what a slab multiplies
+  UnitColumns right;         // columns [kR, nR] of right_e
+  std::vector<int32_t>
       row_unit;  // [n_block, n_left, kL, granules]: where a row's granules start in the slab
 
   // For x W, in blocks of a few columns. For dz W^T (`transposed`), in at most kMostBlocks blocks
   // of whole nC.
-  RebuildPlan(const GemmKernels& gemm, const BlockDims& d, bool turned, std::int64_t element_bytes)
+  RebuildPlan(const GemmKernels& gemm, const BlockDims& d, bool turned, int64_t element_bytes)
       : k(turned ? out_side(d) : in_side(d)),
         n(turned ? in_side(d) : out_side(d)),
         transposed(turned),
@@ -64,10 +62,10 @@ struct RebuildPlan {
         b_panels(ceil_divide(d.b, kPanel)),
         half_row(row_stride(gemm, b_panels * kPanel)),
         right(unit, k.R, n.R, n.R) {
-    const std::int64_t k_right = ceil_divide(k.R, unit);
+    const int64_t k_right = ceil_divide(k.R, unit);
     k_units = k.L * k_right;
     granules = ceil_divide(n.R, kGranule);
-    const std::int64_t left_width = granules * kGranule, width = n.L * left_width;
+    const int64_t left_width = granules * kGranule, width = n.L * left_width;
     if (transposed) {
       n_left = n.L;
       n_block = ceil_divide(n.C, kMostBlocks);
@@ -80,42 +78,38 @@ struct RebuildPlan {
     x_row = row_stride(gemm, panel_units() * unit);
 
     row_unit.reserve(n_block * n_left * k.L * granules);
-    for (std::int64_t c = 0; c < n_block; ++c)
-      for (std::int64_t l = 0; l < n_left; ++l)
-        for (std::int64_t kl = 0; kl < k.L; ++kl)
-          for (std::int64_t g = 0; g < granules; ++g) {
-            const std::int64_t column = ((c * n_left + l) * granules + g) * kGranule;
-            row_unit.push_back(static_cast<std::int32_t>(column / kPanel * panel_units() * kPanel +
-                                                         column % kPanel + kl * k_right * kPanel));
+    for (int64_t c = 0; c < n_block; ++c)
+      for (int64_t l = 0; l < n_left; ++l)
+        for (int64_t kl = 0; kl < k.L; ++kl)
+          for (int64_t g = 0; g < granules; ++g) {
+            const int64_t column = ((c * n_left + l) * granules + g) * kGranule;
+            row_unit.push_back(static_cast<int32_t>(column / kPanel * panel_units() * kPanel +
+                                                    column % kPanel + kl * k_right * kPanel));
           }
   }
 
-  std::int64_t central_size() const {
-    return a_units * b_panels * kPanel * unit;
-  }  // of a packed [a, b]
-  std::int64_t panel_units() const { return k_block * k_units; }
-  std::int64_t panels(std::int64_t n_cs, std::int64_t n_ls) const {
+  int64_t central_size() const { return a_units * b_panels * kPanel * unit; }  // of a packed [a, b]
+  int64_t panel_units() const { return k_block * k_units; }
+  int64_t panels(int64_t n_cs, int64_t n_ls) const {
     return ceil_divide(n_cs * n_ls * granules * kGranule, kPanel);
   }
-  std::int64_t panels(const BlockColumns& columns) const {
-    return panels(columns.cs(), columns.ls());
+  int64_t panels(const BlockColumns& columns) const {
+    return panels(columns.c.size(), columns.l.size());
   }
-  std::int64_t most_panels() const { return panels(n_block, n_left); }
-  std::int64_t slab_size() const { return most_panels() * panel_units() * kPanel * unit; }
-  std::int64_t k_blocks() const { return ceil_divide(k.C, k_block); }
-  std::int64_t n_blocks() const { return ceil_divide(n.C, n_block) * ceil_divide(n.L, n_left); }
-  Span k_span(std::int64_t block) const {
+  int64_t most_panels() const { return panels(n_block, n_left); }
+  int64_t slab_size() const { return most_panels() * panel_units() * kPanel * unit; }
+  int64_t k_blocks() const { return ceil_divide(k.C, k_block); }
+  int64_t n_blocks() const { return ceil_divide(n.C, n_block) * ceil_divide(n.L, n_left); }
+  Span k_span(int64_t block) const {
     return {block * k_block, std::min(k.C, (block + 1) * k_block)};
   }
-  BlockColumns n_columns(std::int64_t block) const {
-    const std::int64_t c = block / ceil_divide(n.L, n_left) * n_block,
-                       l = block % ceil_divide(n.L, n_left) * n_left;
+  BlockColumns n_columns(int64_t block) const {
+    const int64_t c = block / ceil_divide(n.L, n_left) * n_block,
+                  l = block % ceil_divide(n.L, n_left) * n_left;
     return {{c, std::min(n.C, c + n_block)}, {l, std::min(n.L, l + n_left)}};
   }
   // (iC, jC) in the order of central.
-  std::int64_t pair(std::int64_t kc, std::int64_t nc) const {
-    return transposed ? nc * k.C + kc : kc * n.C + nc;
-  }
+  int64_t pair(int64_t kc, int64_t nc) const { return transposed ? nc * k.C + kc : kc * n.C + nc; }
 };
 
 // One expert's left and right blocks in the forms that the products need.
@@ -124,7 +118,7 @@ struct ExpertBlocks {
   Buffer<T> left;          // [nL, kL, left_row]
   Buffer<T> right;         // panels of the plan
   Buffer<T> right_turned;  // right with jR before iR, for a transposed plan
-  std::int64_t left_row;
+  int64_t left_row;
 
   ExpertBlocks(const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan)
       : left_row(row_stride(gemm, padded_k(gemm, d.a))) {
@@ -136,18 +130,18 @@ struct ExpertBlocks {
   void load(const GemmKernels& gemm,
             const LinearInputs& in,
             const RebuildPlan& plan,
-            std::int64_t expert) {
+            int64_t expert) {
     const BlockDims& d = in.dims;
-    const T* source = static_cast<const T*>(in.left) + expert * plan.left_rows * d.a;
-    for (std::int64_t i = 0; i < d.iL; ++i)
-      for (std::int64_t j = 0; j < d.jL; ++j, source += d.a) {
+    const T* source = left_of<T>(in, expert);
+    for (int64_t i = 0; i < d.iL; ++i)
+      for (int64_t j = 0; j < d.jL; ++j, source += d.a) {
         T* row = left.get() + (plan.transposed ? i * d.jL + j : j * d.iL + i) * left_row;
         std::memcpy(row, source, d.a * sizeof(T));
         std::fill(row + d.a, row + padded_k(gemm, d.a), T{});
       }
-    const T* from = static_cast<const T*>(in.right) + expert * d.b * plan.right_columns;
+    const T* from = right_of<T>(in, expert);
     if (plan.transposed) {
-      for (std::int64_t b = 0; b < d.b; ++b)
+      for (int64_t b = 0; b < d.b; ++b)
         gemm.transpose(from + b * plan.right_columns,
                        d.jR,
                        d.iR,
@@ -156,9 +150,7 @@ struct ExpertBlocks {
                        d.iR);
       from = right_turned.get();
     }
-    const std::int64_t panel = kPanel * padded_k(gemm, d.b);
-    for (std::int64_t p = 0; p < plan.right.panels; ++p)
-      gemm.pack_granules(right.get() + p * panel, from, plan.right_columns, d.b, plan.right.map[p]);
+    plan.right.pack(gemm, from, plan.right_columns, d.b, right.get());
   }
 };
 
@@ -167,17 +159,17 @@ template <class T>
 void pack_central(const GemmKernels& gemm,
                   const LinearInputs& in,
                   const RebuildPlan& plan,
-                  std::int64_t pair,
-                  std::int64_t count,
+                  int64_t pair,
+                  int64_t count,
                   T* panels) {
   const BlockDims& d = in.dims;
-  const std::int64_t stride = d.iC * d.jC * d.b;
+  const int64_t stride = d.iC * d.jC * d.b;
   const T* central = static_cast<const T*>(in.central) + pair * d.b;
   if (d.b % kPanel == 0) {
     gemm.pack(panels, plan.a_units, central, stride, d.a, count * d.b);
     return;
   }
-  for (std::int64_t q = 0; q < count; ++q)
+  for (int64_t q = 0; q < count; ++q)
     gemm.pack(panels + q * plan.central_size(), plan.a_units, central + q * d.b, stride, d.a, d.b);
 }
 
@@ -192,13 +184,13 @@ void build_half(const GemmKernels& gemm,
                 T* half) {
   const T* left = blocks.left.get() + n_left.first * plan.k.L * blocks.left_row;
   multiply_all(gemm,
-               (n_left.last - n_left.first) * plan.k.L,
+               n_left.size() * plan.k.L,
                plan.a_units * gemm.unit,
                left,
                blocks.left_row,
                central,
                plan.b_panels * kPanel,
-               [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
+               [&](int64_t first, int64_t count, int64_t c, const float* tile) {
                  gemm.store(tile, count, kPanel, half + first * plan.half_row + c, plan.half_row);
                });
 }
@@ -209,14 +201,13 @@ template <class T>
 void build_slab(const GemmKernels& gemm,
                 const RebuildPlan& plan,
                 const ExpertBlocks<T>& blocks,
-                std::int64_t n_lefts,
-                std::int64_t kc,
-                std::int64_t nc,
+                int64_t n_lefts,
+                int64_t kc,
+                int64_t nc,
                 const T* half,
                 T* slab) {
-  const std::int64_t per_panel = plan.right.per_panel;
   T* target = slab + kc * plan.k_units * kPanel * gemm.unit;
-  const std::int32_t* places = plan.row_unit.data() + nc * plan.n_left * plan.k.L * plan.granules;
+  const int32_t* places = plan.row_unit.data() + nc * plan.n_left * plan.k.L * plan.granules;
   multiply_all(gemm,
                n_lefts * plan.k.L,
                plan.b_units * gemm.unit,
@@ -224,15 +215,9 @@ void build_slab(const GemmKernels& gemm,
                plan.half_row,
                blocks.right.get(),
                plan.right.panels * kPanel,
-               [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
-                 const std::int64_t granule = c / kPanel * per_panel;
-                 gemm.store_units(tile,
-                                  count,
-                                  target,
-                                  places + first * plan.granules,
-                                  plan.granules,
-                                  plan.right.which.data() + granule,
-                                  plan.right.unit_offset.data() + granule);
+               [&](int64_t first, int64_t count, int64_t c, const float* tile) {
+                 plan.right.store(
+                     gemm, tile, count, c, target, places + first * plan.granules, plan.granules);
                });
 }
 
@@ -241,7 +226,7 @@ void build_slab(const GemmKernels& gemm,
 struct BlockSums {
   float* data;
   bool all;
-  float* tile(std::int64_t first, std::int64_t panels) const {
+  float* tile(int64_t first, int64_t panels) const {
     return data + (all ? first * panels * kPanel : 0);
   }
 };
@@ -251,28 +236,27 @@ struct BlockSums {
 template <class T, class F>
 void multiply_slab(const GemmKernels& gemm,
                    const RebuildPlan& plan,
-                   std::int64_t kcs,
-                   std::int64_t panels,
-                   std::int64_t count,
+                   int64_t kcs,
+                   int64_t panels,
+                   int64_t count,
                    const T* rows,
                    const T* slab,
                    const BlockSums& sums,
                    bool accumulate,
                    const F& done) {
-  for_each_tile(count, gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
+  for_each_tile(count, gemm.best_rows, [&](int64_t first, int64_t tile_rows) {
     float* tile = sums.tile(first, panels);
-    for_each_tile(
-        kcs * plan.k_units, gemm.longest_sum, [&](std::int64_t start, std::int64_t units) {
-          for (std::int64_t p = 0; p < panels; ++p)
-            gemm.multiply_rows(tile_rows,
-                               units,
-                               rows + first * plan.x_row + start * gemm.unit,
-                               plan.x_row / gemm.unit,
-                               slab + (p * plan.panel_units() + start) * kPanel * gemm.unit,
-                               tile + p * tile_rows * kPanel,
-                               kPanel,
-                               accumulate || start > 0);
-        });
+    for_each_tile(kcs * plan.k_units, gemm.longest_sum, [&](int64_t start, int64_t units) {
+      for (int64_t p = 0; p < panels; ++p)
+        gemm.multiply_rows(tile_rows,
+                           units,
+                           rows + first * plan.x_row + start * gemm.unit,
+                           plan.x_row / gemm.unit,
+                           slab + (p * plan.panel_units() + start) * kPanel * gemm.unit,
+                           tile + p * tile_rows * kPanel,
+                           kPanel,
+                           accumulate || start > 0);
+    });
     done(first, tile_rows, tile);
   });
 }

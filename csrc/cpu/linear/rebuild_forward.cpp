@@ -14,7 +14,7 @@ class ForwardWorker {
                 const LinearForward& in,
                 const RebuildPlan& plan,
                 const T* central,
-                std::int64_t most_rows)
+                int64_t most_rows)
       : gemm_(gemm),
         in_(in),
         plan_(plan),
@@ -27,17 +27,17 @@ class ForwardWorker {
         bias_(plan.most_panels() * kPanel, 0.0f),
         columns_(plan.most_panels()) {}
 
-  void run(std::int64_t expert, std::int64_t block) {
-    const std::int64_t first = in_.offsets[expert], count = in_.offsets[expert + 1] - first;
+  void run(int64_t expert, int64_t block) {
+    const int64_t first = in_.offsets[expert], count = in_.count(expert);
     if (expert != loaded_)
       load(expert, first, count);
     const BlockColumns n = plan_.n_columns(block);
-    const std::int64_t panels = plan_.panels(n), blocks = plan_.k_blocks();
+    const int64_t panels = plan_.panels(n), blocks = plan_.k_blocks();
     place(n, panels);
-    for (std::int64_t kb = 0; kb < blocks; ++kb) {
+    for (int64_t kb = 0; kb < blocks; ++kb) {
       const Span k = plan_.k_span(kb);
-      for (std::int64_t kc = k.first; kc < k.last; ++kc)
-        for (std::int64_t nc = n.c.first; nc < n.c.last; ++nc) {
+      for (int64_t kc = k.first; kc < k.last; ++kc)
+        for (int64_t nc = n.c.first; nc < n.c.last; ++nc) {
           build_half(gemm_,
                      plan_,
                      blocks_,
@@ -47,7 +47,7 @@ class ForwardWorker {
           build_slab(gemm_,
                      plan_,
                      blocks_,
-                     n.ls(),
+                     n.l.size(),
                      kc - k.first,
                      nc - n.c.first,
                      half_.get(),
@@ -55,14 +55,14 @@ class ForwardWorker {
         }
       multiply_slab(gemm_,
                     plan_,
-                    k.last - k.first,
+                    k.size(),
                     panels,
                     count,
                     rows_.get() + kb * count * plan_.x_row,
                     slab_.get(),
                     BlockSums{sums_.get(), blocks > 1},
                     kb > 0,
-                    [&](std::int64_t row, std::int64_t rows, const float* tile) {
+                    [&](int64_t row, int64_t rows, const float* tile) {
                       if (kb == blocks - 1)
                         finish(first + row, rows, panels, tile);
                     });
@@ -70,42 +70,40 @@ class ForwardWorker {
   }
 
  private:
-  void load(std::int64_t expert, std::int64_t first, std::int64_t count) {
+  void load(int64_t expert, int64_t first, int64_t count) {
     loaded_ = expert;
     blocks_.load(gemm_, in_, plan_, expert);
-    for (std::int64_t kb = 0; kb < plan_.k_blocks(); ++kb)
+    for (int64_t kb = 0; kb < plan_.k_blocks(); ++kb)
       arrange_rows<T>(
           plan_.k,
           gemm_.unit,
           plan_.k_span(kb),
           count,
-          [&](std::int64_t t) { return row_of<T>(in_, first + t); },
+          [&](int64_t t) { return row_of<T>(in_, first + t); },
           rows_.get() + kb * count * plan_.x_row,
           plan_.x_row);
   }
 
   // Sets where the columns of a block are, and their bias.
-  void place(const BlockColumns& n, std::int64_t panels) {
-    for (std::int64_t p = 0; p < panels; ++p) {
+  void place(const BlockColumns& n, int64_t panels) {
+    for (int64_t p = 0; p < panels; ++p) {
       columns_[p] = side_columns(plan_.n, n.c, n.l, p);
       if (in_.bias == nullptr)
         continue;
-      for (std::int64_t c = 0; c < kPanel; ++c) {
-        const std::int64_t g = c / kGranule, i = c % kGranule;
+      for (int64_t c = 0; c < kPanel; ++c) {
+        const int64_t g = c / kGranule, i = c % kGranule;
         bias_[p * kPanel + c] = i < columns_[p].valid[g] ? bias(columns_[p].offset[g] + i) : 0.0f;
       }
     }
   }
 
-  float bias(std::int64_t column) const {
-    return mpoe::load(static_cast<const T*>(in_.bias)[column]);
-  }
+  float bias(int64_t column) const { return mpoe::load(static_cast<const T*>(in_.bias)[column]); }
 
-  void finish(std::int64_t slot, std::int64_t rows, std::int64_t panels, const float* tile) {
-    const std::int64_t width = plan_.n.features;
+  void finish(int64_t slot, int64_t rows, int64_t panels, const float* tile) {
+    const int64_t width = plan_.n.features;
     T* saved = in_.saved == nullptr ? nullptr : static_cast<T*>(in_.saved) + slot * width;
-    Finish finish{.bias = nullptr, .activation = in_.activation, .saved = saved};
-    for (std::int64_t p = 0; p < panels; ++p) {
+    Finish finish{.activation = in_.activation, .saved = saved};
+    for (int64_t p = 0; p < panels; ++p) {
       if (in_.bias != nullptr)
         finish.bias = bias_.data() + p * kPanel;
       gemm_.finish(tile + p * rows * kPanel,
@@ -129,16 +127,16 @@ class ForwardWorker {
   Buffer<float> sums_;
   std::vector<float> bias_;
   std::vector<ColumnMap> columns_;
-  std::int64_t loaded_ = -1;
+  int64_t loaded_ = -1;
 };
 
 template <class T>
 Buffer<T> pack_whole_central(const GemmKernels& gemm,
                              const LinearInputs& in,
                              const RebuildPlan& plan) {
-  const std::int64_t pairs = in.dims.iC * in.dims.jC;
+  const int64_t pairs = in.dims.iC * in.dims.jC;
   Buffer<T> panels(pairs * plan.central_size());
-  parallel_for(0, pairs, 4, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(pairs, 4, [&](int64_t begin, int64_t end) {
     pack_central(gemm, in, plan, begin, end - begin, panels.get() + begin * plan.central_size());
   });
   return panels;
@@ -147,28 +145,26 @@ Buffer<T> pack_whole_central(const GemmKernels& gemm,
 // Experts with slots, whose blocks are the tasks, in order; and the cost of the experts before
 // each, in rows per block.
 struct Tasks {
-  std::vector<std::int64_t> experts, before{0};
-  std::int64_t blocks, most_rows = 0;
+  std::vector<int64_t> experts, before{0};
+  int64_t blocks;
 
   Tasks(const LinearInputs& in, const RebuildPlan& plan) : blocks(plan.n_blocks()) {
     // Rebuilding costs as many multiply-adds as this many rows.
-    const std::int64_t rebuild = in.dims.b + ceil_divide(in.dims.a * in.dims.b, plan.right_columns);
-    for (std::int64_t e = 0; e < in.experts; ++e) {
-      const std::int64_t count = in.offsets[e + 1] - in.offsets[e];
+    const int64_t rebuild = in.dims.b + ceil_divide(in.dims.a * in.dims.b, plan.right_columns);
+    for (int64_t e = 0; e < in.experts; ++e) {
+      const int64_t count = in.count(e);
       if (count == 0)
         continue;
       experts.push_back(e);
       before.push_back(before.back() + rebuild + count);
-      most_rows = std::max(most_rows, count);
     }
   }
 
   // The first task of a part when all are split into `parts` of equal cost.
-  std::int64_t first(std::int64_t part, std::int64_t parts) const {
-    const std::int64_t target = before.back() * part / parts;
-    const std::int64_t k =
-        std::upper_bound(before.begin(), before.end(), target) - before.begin() - 1;
-    if (k == static_cast<std::int64_t>(experts.size()))
+  int64_t first(int64_t part, int64_t parts) const {
+    const int64_t target = before.back() * part / parts;
+    const int64_t k = std::upper_bound(before.begin(), before.end(), target) - before.begin() - 1;
+    if (k == std::ssize(experts))
       return k * blocks;
     return k * blocks + (target - before[k]) * blocks / (before[k + 1] - before[k]);
   }
@@ -181,13 +177,13 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   const RebuildPlan plan(gemm, in.dims, false, sizeof(T));
   const Tasks tasks(in, plan);
   const Buffer<T> central = pack_whole_central<T>(gemm, in, plan);
-  const std::int64_t parts = num_threads();
-  parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t last = tasks.first(end, parts);
-    std::int64_t task = tasks.first(begin, parts);
+  const int64_t parts = num_threads();
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = tasks.first(end, parts);
+    int64_t task = tasks.first(begin, parts);
     if (task == last)
       return;
-    ForwardWorker<T> worker(gemm, in, plan, central.get(), tasks.most_rows);
+    ForwardWorker<T> worker(gemm, in, plan, central.get(), in.most_slots());
     for (; task < last; ++task)
       worker.run(tasks.experts[task / tasks.blocks], task % tasks.blocks);
   });

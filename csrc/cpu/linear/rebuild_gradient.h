@@ -16,7 +16,7 @@ struct GradientSums {
 template <class T>
 class GradientWorker {
  public:
-  GradientWorker(const ExpertRows<T>& rows, GradientSums& sums, std::int64_t most_rows)
+  GradientWorker(const ExpertRows<T>& rows, GradientSums& sums, int64_t most_rows)
       : rows_(rows),
         gemm_(rows.gemm),
         in_(rows.in),
@@ -27,7 +27,7 @@ class GradientWorker {
         central_(sizes_.pairs * plan_.central_size()),
         half_(plan_.left_rows * plan_.half_row) {
     const BlockDims& d = in_.dims;
-    const std::int64_t unit = gemm_.unit, panel = sizes_.pairs * sizes_.left_units * kPanel * unit;
+    const int64_t unit = gemm_.unit, panel = sizes_.pairs * sizes_.left_units * kPanel * unit;
     if (wanted_.x) {
       slab_ = zeros<T>(plan_.slab_size());  // columns that no granule fills
       dx_sums_ = Buffer<float>((plan_.k_blocks() > 1 ? most_rows : kMaxRows) * plan_.most_panels() *
@@ -46,33 +46,33 @@ class GradientWorker {
       central_turned_ = Buffer<T>(sizes_.a_panels * sizes_.pairs * sizes_.b * kPanel);
     if (wanted_.central)
       dhalf_panels_ = Buffer<T>(sizes_.dhalf_panels * sizes_.left_units * kPanel * unit);
-    for (std::int64_t i = 0; i < d.iL; ++i)
-      for (std::int64_t r = 0; r < d.iR; ++r)
+    for (int64_t i = 0; i < d.iL; ++i)
+      for (int64_t r = 0; r < d.iR; ++r)
         weight_row_.push_back(i * d.jL * sizes_.weight_row + r * d.jR);
-    for (std::int64_t p = 0; p < sizes_.dz_panels; ++p) {
+    for (int64_t p = 0; p < sizes_.dz_panels; ++p) {
       ColumnMap map = side_columns({d.jL, 1, d.jR, d.jL * d.jR}, {0, 1}, p);
-      for (std::int64_t g = 0; g < kPanel / kGranule; ++g)
+      for (int64_t g = 0; g < kGranules; ++g)
         map.offset[g] = map.offset[g] / d.jR * sizes_.weight_row + map.offset[g] % d.jR;
       weight_columns_.push_back(map);
     }
   }
 
   // `dx`: row of the expert's first slot.
-  void run(std::int64_t block, T* dx) {
+  void run(int64_t block, T* dx) {
     const BlockColumns n = plan_.n_columns(block);
-    for (std::int64_t kb = 0; kb < plan_.k_blocks(); ++kb) {
+    for (int64_t kb = 0; kb < plan_.k_blocks(); ++kb) {
       const Span k = plan_.k_span(kb);
-      pairs_ = (k.last - k.first) * n.cs();
+      pairs_ = k.size() * n.c.size();
       load_central(k, n.c);
-      std::int64_t q = 0;
-      for (std::int64_t i = n.c.first; i < n.c.last; ++i)
-        for (std::int64_t j = k.first; j < k.last; ++j, ++q) {
+      int64_t q = 0;
+      for (int64_t i = n.c.first; i < n.c.last; ++i)
+        for (int64_t j = k.first; j < k.last; ++j, ++q) {
           half(q);
           if (wanted_.x)
             build_slab(gemm_,
                        plan_,
                        rows_.blocks,
-                       n.ls(),
+                       n.l.size(),
                        j - k.first,
                        i - n.c.first,
                        half_.get(),
@@ -98,16 +98,16 @@ class GradientWorker {
  private:
   void load_central(Span j_range, Span i_range) {
     const BlockDims& d = in_.dims;
-    const std::int64_t count = j_range.last - j_range.first, stride = d.iC * d.jC * d.b;
+    const int64_t count = j_range.size(), stride = d.iC * d.jC * d.b;
     // Pairs whose b are contiguous in whole units
-    const std::int64_t run = d.b % gemm_.unit == 0 ? count : 1;
-    for (std::int64_t i = i_range.first, q = 0; i < i_range.last; ++i, q += count) {
-      const std::int64_t pair = plan_.pair(j_range.first, i);
+    const int64_t run = d.b % gemm_.unit == 0 ? count : 1;
+    for (int64_t i = i_range.first, q = 0; i < i_range.last; ++i, q += count) {
+      const int64_t pair = plan_.pair(j_range.first, i);
       if (wanted_.x || wanted_.right)
         pack_central(gemm_, in_, plan_, pair, count, central_.get() + q * plan_.central_size());
       if (!wanted_.left)
         continue;
-      for (std::int64_t k = 0; k < count; k += run)
+      for (int64_t k = 0; k < count; k += run)
         gemm_.pack_transposed(central_turned_.get() + (q + k) * sizes_.b * kPanel,
                               pairs_ * plan_.b_units,
                               static_cast<const T*>(in_.central) + (pair + k) * d.b,
@@ -117,7 +117,7 @@ class GradientWorker {
     }
   }
 
-  void half(std::int64_t q) {
+  void half(int64_t q) {
     if (!wanted_.x && !wanted_.right)
       return;
     build_half(gemm_,
@@ -128,21 +128,21 @@ class GradientWorker {
                half_.get());
   }
 
-  void row_gradient(Span k, const BlockColumns& n, std::int64_t kb, T* dx) {
-    const std::int64_t panels = plan_.panels(n), blocks = plan_.k_blocks();
+  void row_gradient(Span k, const BlockColumns& n, int64_t kb, T* dx) {
+    const int64_t panels = plan_.panels(n), blocks = plan_.k_blocks();
     multiply_slab(gemm_,
                   plan_,
-                  k.last - k.first,
+                  k.size(),
                   panels,
                   rows_.count,
                   rows_.dz_rows.get() + kb * rows_.count * plan_.x_row,
                   slab_.get(),
                   BlockSums{dx_sums_.get(), blocks > 1},
                   kb > 0,
-                  [&](std::int64_t first, std::int64_t count, const float* tile) {
+                  [&](int64_t first, int64_t count, const float* tile) {
                     if (kb < blocks - 1)
                       return;
-                    for (std::int64_t p = 0; p < panels; ++p)
+                    for (int64_t p = 0; p < panels; ++p)
                       gemm_.finish(tile + p * count * kPanel,
                                    count,
                                    dx,
@@ -154,16 +154,16 @@ class GradientWorker {
   }
 
   // weight [(iL jL), (iR jR)] = x^T dz of one pair
-  void weight_gradient(std::int64_t i, std::int64_t j) {
+  void weight_gradient(int64_t i, int64_t j) {
     alignas(64) float tile[kMaxRows * kPanel];
-    const std::int64_t units = rows_.units, panel = units * kPanel * gemm_.unit;
+    const int64_t units = rows_.units, panel = units * kPanel * gemm_.unit;
     const T* dz = rows_.dz_panels.get() + j * sizes_.dz_panels * panel;
     for_column_tiles(gemm_,
                      in_.dims.iL * in_.dims.iR,
                      units,
                      rows_.x_panels.get() + i * sizes_.x_panels * panel,
                      sizes_.dz_panels,
-                     [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
+                     [&](const T* columns, int64_t first, int64_t count, int64_t p) {
                        multiply_columns(
                            gemm_, count, units, columns, dz + p * panel, tile, kPanel, false);
                        gemm_.finish(tile,
@@ -177,9 +177,9 @@ class GradientWorker {
   }
 
   // Packs LC and dW of the q-th pair as operands whose inner index is (pair, iL jL).
-  void pack_right(std::int64_t q) {
-    const std::int64_t units = pairs_ * sizes_.left_units,
-                       offset = q * sizes_.left_units * kPanel * gemm_.unit;
+  void pack_right(int64_t q) {
+    const int64_t units = pairs_ * sizes_.left_units,
+                  offset = q * sizes_.left_units * kPanel * gemm_.unit;
     gemm_.pack(half_panels_.get() + offset,
                units,
                half_.get(),
@@ -195,28 +195,21 @@ class GradientWorker {
   }
 
   // dright = LC^T dW
-  void right_gradient(std::int64_t block, bool accumulate) {
-    const std::int64_t units = pairs_ * sizes_.left_units;
-    float* sums = sums_.right.get() + block * sizes_.right_sums;
-    for_column_tiles(gemm_,
-                     in_.dims.b,
-                     units,
-                     half_panels_.get(),
-                     sizes_.right_panels,
-                     [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
-                       multiply_columns(gemm_,
-                                        count,
-                                        units,
-                                        columns,
-                                        weight_panels_.get() + p * units * kPanel * gemm_.unit,
-                                        sums + (p * plan_.b_panels * kPanel + first) * kPanel,
-                                        kPanel,
-                                        accumulate);
-                     });
+  void right_gradient(int64_t block, bool accumulate) {
+    add_column_products(gemm_,
+                        in_.dims.b,
+                        pairs_ * sizes_.left_units,
+                        half_panels_.get(),
+                        weight_panels_.get(),
+                        sizes_.right_panels,
+                        sums_.right.get() + block * sizes_.right_sums,
+                        kPanel,
+                        plan_.b_panels * kPanel * kPanel,
+                        accumulate);
   }
 
   // dhalf [(iL jL), (pairs b)]: dLC = dW right^T of the q-th pair
-  void half_gradient(std::int64_t q) {
+  void half_gradient(int64_t q) {
     multiply_all(gemm_,
                  plan_.left_rows,
                  sizes_.right_units * gemm_.unit,
@@ -224,15 +217,15 @@ class GradientWorker {
                  sizes_.weight_row,
                  rows_.right_turned.get(),
                  plan_.b_panels * kPanel,
-                 [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
+                 [&](int64_t first, int64_t count, int64_t c, const float* tile) {
                    T* out = dhalf_.get() + first * sizes_.dhalf_row + q * sizes_.b + c;
                    gemm_.store(tile, count, std::min(kPanel, sizes_.b - c), out, sizes_.dhalf_row);
                  });
   }
 
   // dleft = dLC central^T
-  void left_gradient(std::int64_t block, bool accumulate) {
-    const std::int64_t units = pairs_ * plan_.b_units;
+  void left_gradient(int64_t block, bool accumulate) {
+    const int64_t units = pairs_ * plan_.b_units;
     rows_times_panels(gemm_,
                       plan_.left_rows,
                       units,
@@ -247,8 +240,8 @@ class GradientWorker {
   }
 
   // dcentral += left^T dLC
-  void central_gradient(std::int64_t block) {
-    const std::int64_t columns = pairs_ * sizes_.b;
+  void central_gradient(int64_t block) {
+    const int64_t columns = pairs_ * sizes_.b;
     gemm_.pack(dhalf_panels_.get(),
                sizes_.left_units,
                dhalf_.get(),
@@ -257,7 +250,7 @@ class GradientWorker {
                columns);
     float* sums = sums_.central.get() + block * sizes_.central_sums;
     // Panel by panel: the sums, too large for a cache, are then read and written sequentially.
-    for (std::int64_t p = 0; p * kPanel < columns; ++p)
+    for (int64_t p = 0; p * kPanel < columns; ++p)
       rows_times_panels(gemm_,
                         in_.dims.a,
                         sizes_.left_units,
@@ -278,13 +271,13 @@ class GradientWorker {
   const GradientSizes& sizes_;
   const Wanted& wanted_;
   GradientSums& sums_;
-  std::int64_t pairs_ = 0;  // of the block
+  int64_t pairs_ = 0;  // of the block
   Buffer<T> central_,
       central_turned_;       // panels of [a, b], pair by pair; of its transpose, inner (pairs b)
   Buffer<T> half_, weight_;  // of a pair
   Buffer<T> slab_, half_panels_, weight_panels_, dhalf_, dhalf_panels_;  // of a block
   Buffer<float> dx_sums_;
-  std::vector<std::int64_t> weight_row_;   // of (iL iR) in weight_
+  std::vector<int64_t> weight_row_;        // of (iL iR) in weight_
   std::vector<ColumnMap> weight_columns_;  // of the panels of one jC
 };
 

@@ -7,14 +7,14 @@
 namespace mpoe {
 
 struct GradientSizes {
-  std::int64_t a_panels, left_units;       // a as columns; iL jL as an inner size
-  std::int64_t right_panels, right_units;  // iR jR
-  std::int64_t b;                          // in whole units
-  std::int64_t x_panels, dz_panels;        // of the columns of one iC of x, of one jC of dz
-  std::int64_t pairs;                      // most (iC, jC) per block
-  std::int64_t dhalf_panels;               // of the columns (pairs b)
-  std::int64_t weight_row, dhalf_row, left_turned_row;  // row strides, in elements
-  std::int64_t left_sums, central_sums, right_sums;     // floats per block
+  int64_t a_panels, left_units;                    // a as columns; iL jL as an inner size
+  int64_t right_panels, right_units;               // iR jR
+  int64_t b;                                       // in whole units
+  int64_t x_panels, dz_panels;                     // of the columns of one iC of x, of one jC of dz
+  int64_t pairs;                                   // most (iC, jC) per block
+  int64_t dhalf_panels;                            // of the columns (pairs b)
+  int64_t weight_row, dhalf_row, left_turned_row;  // row strides, in elements
+  int64_t left_sums, central_sums, right_sums;     // floats per block
 
   GradientSizes(const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan)
       : a_panels(ceil_divide(d.a, kPanel)),
@@ -42,20 +42,20 @@ struct ExpertRows {
   const GradientSizes& sizes;
   const Wanted wanted;
   ExpertBlocks<T> blocks;
-  Buffer<T> right_turned;             // panels of right^T [(iR jR), b]
-  Buffer<T> left_turned;              // [a, left_turned_row]
-  Buffer<T> dz_rows;                  // [blocks of jC, count, x_row]
-  Buffer<T> dz_panels;                // [jC, dz_panels, slots in units, 32]
-  Buffer<T> x_panels;                 // [iC, x_panels, slots in units, 32]
-  Buffer<T> x_rows;                   // [iC, count, iL iR]
-  std::vector<std::int64_t> dx_rows;  // offsets of the slots' rows of dx from the first one
-  std::int64_t first = 0, count = 0, units = 0;  // slots, and as an inner size
+  Buffer<T> right_turned;                   // panels of right^T [(iR jR), b]
+  Buffer<T> left_turned;                    // [a, left_turned_row]
+  Buffer<T> dz_rows;                        // [blocks of jC, count, x_row]
+  Buffer<T> dz_panels;                      // [jC, dz_panels, slots in units, 32]
+  Buffer<T> x_panels;                       // [iC, x_panels, slots in units, 32]
+  Buffer<T> x_rows;                         // [iC, count, iL iR]
+  std::vector<int64_t> dx_rows;             // offsets of the slots' rows of dx from the first one
+  int64_t first = 0, count = 0, units = 0;  // slots, and as an inner size
 
   ExpertRows(const GemmKernels& gemm_,
              const LinearBackward& in_,
              const RebuildPlan& plan_,
              const GradientSizes& sizes_,
-             std::int64_t most)
+             int64_t most)
       : gemm(gemm_),
         in(in_),
         plan(plan_),
@@ -63,7 +63,7 @@ struct ExpertRows {
         wanted(in_),
         blocks(gemm_, in_.dims, plan_) {
     const BlockDims& d = in.dims;
-    const std::int64_t column = ceil_divide(most, gemm.unit) * kPanel * gemm.unit;
+    const int64_t column = ceil_divide(most, gemm.unit) * kPanel * gemm.unit;
     if (wanted.x)
       dz_rows = Buffer<T>(plan.k_blocks() * most * plan.x_row);
     if (!wanted.weight())
@@ -76,9 +76,9 @@ struct ExpertRows {
   }
 
   // `dz`: of all slots.
-  void load(std::int64_t expert, const T* dz, RowGradients<T>& gradients) {
+  void load(int64_t expert, const T* dz, RowGradients<T>& gradients) {
     first = in.offsets[expert];
-    count = in.offsets[expert + 1] - first;
+    count = in.count(expert);
     units = ceil_divide(count, gemm.unit);
     blocks.load(gemm, in, plan, expert);
     dz += first * in.dims.out_features;
@@ -86,32 +86,36 @@ struct ExpertRows {
       load_rows(dz, gradients);
     if (!wanted.weight())
       return;
-    const T* right = static_cast<const T*>(in.right) + expert * in.dims.b * plan.right_columns;
+
     gemm.pack_transposed(right_turned.get(),
                          sizes.right_units,
-                         right,
+                         right_of<T>(in, expert),
                          plan.right_columns,
                          plan.right_columns,
                          in.dims.b);
-    const T* left = static_cast<const T*>(in.left) + expert * plan.left_rows * in.dims.a;
-    gemm.transpose(
-        left, in.dims.a, plan.left_rows, in.dims.a, left_turned.get(), sizes.left_turned_row);
+
+    gemm.transpose(left_of<T>(in, expert),
+                   in.dims.a,
+                   plan.left_rows,
+                   in.dims.a,
+                   left_turned.get(),
+                   sizes.left_turned_row);
     load_panels(dz);
   }
 
  private:
   void load_rows(const T* dz, RowGradients<T>& gradients) {
     dx_rows.resize(count);
-    for (std::int64_t t = 0; t < count; ++t)
+    for (int64_t t = 0; t < count; ++t)
       dx_rows[t] = gradients.row(first + t) - gradients.row(first);
-    parallel_for(0, count, 16, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t kb = 0; kb < plan.k_blocks(); ++kb)
+    parallel_for(count, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t kb = 0; kb < plan.k_blocks(); ++kb)
         arrange_rows<T>(
             plan.k,
             gemm.unit,
             plan.k_span(kb),
             end - begin,
-            [&](std::int64_t t) { return dz + (begin + t) * in.dims.out_features; },
+            [&](int64_t t) { return dz + (begin + t) * in.dims.out_features; },
             dz_rows.get() + (kb * count + begin) * plan.x_row,
             plan.x_row);
     });
@@ -119,32 +123,28 @@ struct ExpertRows {
 
   void load_panels(const T* dz) {
     const BlockDims& d = in.dims;
-    const std::int64_t panel = units * kPanel * gemm.unit;
-    parallel_for(0, d.jC * sizes.dz_panels, 4, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t k = begin; k < end; ++k) {
-        const std::int64_t j = k / sizes.dz_panels;
-        const ColumnMap columns = side_columns(out_side(d), {j, j + 1}, k % sizes.dz_panels);
-        gemm.pack_granules(dz_panels.get() + k * panel, dz, d.out_features, count, columns);
-      }
+    const int64_t panel = units * kPanel * gemm.unit;
+    parallel_for_each(d.jC * sizes.dz_panels, 4, [&](int64_t k) {
+      const int64_t j = k / sizes.dz_panels;
+      const ColumnMap columns = side_columns(out_side(d), {j, j + 1}, k % sizes.dz_panels);
+      gemm.pack_granules(dz_panels.get() + k * panel, dz, d.out_features, count, columns);
     });
-    parallel_for(0, d.iC, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        T* rows = x_rows.get() + i * count * d.iL * d.iR;
-        arrange_rows<T>(
-            in_side(d),
-            1,
-            {i, i + 1},
-            count,
-            [&](std::int64_t t) { return row_of<T>(in, first + t); },
-            rows,
-            d.iL * d.iR);
-        gemm.pack(x_panels.get() + i * sizes.x_panels * panel,
-                  units,
-                  rows,
-                  d.iL * d.iR,
-                  count,
-                  d.iL * d.iR);
-      }
+    parallel_for_each(d.iC, 1, [&](int64_t i) {
+      T* rows = x_rows.get() + i * count * d.iL * d.iR;
+      arrange_rows<T>(
+          in_side(d),
+          1,
+          {i, i + 1},
+          count,
+          [&](int64_t t) { return row_of<T>(in, first + t); },
+          rows,
+          d.iL * d.iR);
+      gemm.pack(x_panels.get() + i * sizes.x_panels * panel,
+                units,
+                rows,
+                d.iL * d.iR,
+                count,
+                d.iL * d.iR);
     });
   }
 };

@@ -12,23 +12,23 @@ void pack_central(const GemmKernels& gemm,
                   const T* central,
                   T* out) {
   const bool together = sizes.b == d.b;  // then columns of several jC are contiguous
-  const std::int64_t group = together ? ceil_divide(4 * kPanel, d.b) : 1;
-  parallel_for(0, ceil_divide(d.jC, group), 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t j = begin * group; j < std::min(end * group, d.jC); j += group)
-      for (std::int64_t i = 0; i < d.iC; ++i)
-        gemm.pack(out + j * sizes.b * sizes.t_k + i * sizes.a * kPanel,
-                  sizes.t_k / gemm.unit,
-                  central + (i * d.jC + j) * d.b,
-                  d.iC * d.jC * d.b,
-                  d.a,
-                  std::min(group, d.jC - j) * d.b);
+  const int64_t group = together ? ceil_divide(4 * kPanel, d.b) : 1;
+  parallel_for_each(ceil_divide(d.jC, group), 1, [&](int64_t g) {
+    const int64_t j = g * group;
+    for (int64_t i = 0; i < d.iC; ++i)
+      gemm.pack(out + j * sizes.b * sizes.t_k + i * sizes.a * kPanel,
+                sizes.t_k / gemm.unit,
+                central + (i * d.jC + j) * d.b,
+                d.iC * d.jC * d.b,
+                d.a,
+                std::min(group, d.jC - j) * d.b);
   });
 }
 
 // The bias as float32 [jC, row], where row is jR in whole panels; empty without a bias.
 template <class T>
 struct BiasRows {
-  std::int64_t row;
+  int64_t row;
   Buffer<float> values;
 
   explicit BiasRows(const LinearForward& in) : row(round_up(in.dims.jR, kPanel)) {
@@ -36,7 +36,7 @@ struct BiasRows {
     if (in.bias == nullptr)
       return;
     values = zeros<float>(d.jC * row);
-    for (std::int64_t f = 0; f < d.out_features; ++f)
+    for (int64_t f = 0; f < d.out_features; ++f)
       values.get()[f / d.jR * row + f % d.jR] = load(static_cast<const T*>(in.bias)[f]);
   }
 };
@@ -51,13 +51,12 @@ struct OutputStep {
 
   // Central and right steps of a block for the jC in `columns`; t holds the block's rows.
   void run(Span block, Span columns, const T* t) const {
-    const std::int64_t count = block.last - block.first;
+    const int64_t count = block.size();
     // As many jC at a time as keep the central step's result in cache for the right step.
-    const std::int64_t row_bytes = count * sizes.b * static_cast<std::int64_t>(sizeof(T));
-    const std::int64_t group =
-        std::clamp<std::int64_t>(256 * 1024 / row_bytes, 1, columns.last - columns.first);
+    const int64_t row_bytes = count * sizes.b * int64_t{sizeof(T)};
+    const int64_t group = std::clamp<int64_t>(256 * 1024 / row_bytes, 1, columns.size());
     Buffer<T> h(count * group * sizes.b);
-    for (std::int64_t j = columns.first; j < columns.last; j += group) {
+    for (int64_t j = columns.first; j < columns.last; j += group) {
       const Span part{j, std::min(j + group, columns.last)};
       central_step(block, part, t, h.get());
       right_step(block, part, h.get(), sizes.b);
@@ -65,18 +64,13 @@ struct OutputStep {
   }
 
   // y of `block` for the jC in `part`, from h [block, part, h_row].
-  void right_step(Span block, Span part, const T* h, std::int64_t h_row) const {
+  void right_step(Span block, Span part, const T* h, int64_t h_row) const {
     const BlockDims& d = in.dims;
-    const std::int64_t right_k = padded_k(gemm, d.b);
+    const int64_t right_k = padded_k(gemm, d.b);
     Buffer<T> panels(round_up(d.jR, kPanel) * right_k);
-    for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
-      gemm.pack(panels.get(),
-                right_k / gemm.unit,
-                static_cast<const T*>(in.right) + expert * d.b * d.jR,
-                d.jR,
-                d.b,
-                d.jR);
-      const std::int64_t first_row = (slots.first - block.first) * (part.last - part.first);
+    for_each_expert(in, block, [&](int64_t expert, Span slots) {
+      gemm.pack(panels.get(), right_k / gemm.unit, right_of<T>(in, expert), d.jR, d.b, d.jR);
+      const int64_t first_row = (slots.first - block.first) * part.size();
       right_product(slots, part, h + first_row * h_row, h_row, panels.get(), right_k);
     });
   }
@@ -85,19 +79,19 @@ struct OutputStep {
   // h [block, part, b]
   void central_step(Span block, Span part, const T* t, T* h) const {
     const BlockDims& d = in.dims;
-    const std::int64_t width = (part.last - part.first) * sizes.b;
+    const int64_t width = part.size() * sizes.b;
     multiply_all(gemm,
-                 block.last - block.first,
+                 block.size(),
                  sizes.t_k,
                  t,
                  sizes.t_row,
                  central_panels + part.first * sizes.b * sizes.t_k,
                  width,
-                 [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+                 [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
                    gemm.store(tile, rows, kPanel, h + first * width + c, width);
                    if (in.h == nullptr)
                      return;
-                   const std::int64_t j = part.first + c / sizes.b, column = c % sizes.b;
+                   const int64_t j = part.first + c / sizes.b, column = c % sizes.b;
                    T* kept =
                        static_cast<T*>(in.h) + ((block.first + first) * d.jC + j) * d.b + column;
                    gemm.store(tile, rows, std::min(kPanel, d.b - column), kept, d.jC * d.b);
@@ -105,96 +99,92 @@ struct OutputStep {
   }
 
   // y of `slots`, all of one expert.
-  void right_product(Span slots,
-                     Span part,
-                     const T* h,
-                     std::int64_t h_row,
-                     const T* panels,
-                     std::int64_t right_k) const {
+  void right_product(
+      Span slots, Span part, const T* h, int64_t h_row, const T* panels, int64_t right_k) const {
     const BlockDims& d = in.dims;
-    const std::int64_t width = part.last - part.first, total = (slots.last - slots.first) * width;
+    const int64_t width = part.size(), total = slots.size() * width;
     // About one strip ahead.
-    const std::int64_t later_rows = ceil_divide(kStripRows, width) * d.out_features;
+    const int64_t later_rows = ceil_divide(kStripRows, width) * d.out_features;
     T* y = static_cast<T*>(in.y);
     Finish finish{};
     finish.activation = in.activation;
     finish.saved = in.saved;
     // If the last columns do not exist, rows of different jC end differently.
     const bool whole = d.padded_out() == d.out_features;
-    multiply_all(
-        gemm,
-        total,
-        right_k,
-        h,
-        h_row,
-        panels,
-        d.jR,
-        [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
-          std::int64_t row_offset[kMaxRows], bias_offset[kMaxRows];
-          const std::int64_t slot = slots.first + first / width;
-          std::int64_t start = slot * d.out_features, j = part.first + first % width;
-          for (std::int64_t r = 0; r < rows; ++r) {
-            row_offset[r] = start + j * d.jR;
-            bias_offset[r] = j * bias.row;
-            // A write waits for its cache line, and the writes after it wait too: prefetch those of
-            // the next strip.
-            if (first + r + kStripRows < total) {
-              const T* later = y + row_offset[r] + later_rows + c;
-              for (std::int64_t i = 0; i < kPanel * static_cast<std::int64_t>(sizeof(T)); i += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(later) + i, 1, 2);
-            }
-            if (++j == part.last) {
-              j = part.first;
-              start += d.out_features;
-            }
-          }
-          finish.bias = bias.values ? bias.values.get() + c : nullptr;
-          finish.bias_offset = bias_offset;
-          if (whole)
-            return gemm.finish(tile, rows, y, row_offset, 0, consecutive(c, d.jR), finish);
-          for (std::int64_t r = 0; r < rows; ++r) {
-            const std::int64_t end =
-                std::min(d.jR, d.out_features - (part.first + (first + r) % width) * d.jR);
-            finish.bias_offset = bias_offset + r;
-            gemm.finish(tile + r * kPanel, 1, y, row_offset + r, 0, consecutive(c, end), finish);
-          }
-        });
+    multiply_all(gemm,
+                 total,
+                 right_k,
+                 h,
+                 h_row,
+                 panels,
+                 d.jR,
+                 [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
+                   int64_t row_offset[kMaxRows], bias_offset[kMaxRows];
+                   const int64_t slot = slots.first + first / width;
+                   int64_t start = slot * d.out_features, j = part.first + first % width;
+                   for (int64_t r = 0; r < rows; ++r) {
+                     row_offset[r] = start + j * d.jR;
+                     bias_offset[r] = j * bias.row;
+                     // A write waits for its cache line, and the writes after it wait too: prefetch those of
+                     // the next strip.
+                     if (first + r + kStripRows < total) {
+                       const T* later = y + row_offset[r] + later_rows + c;
+                       for (int64_t i = 0; i < kPanel * int64_t{sizeof(T)}; i += 64)
+                         __builtin_prefetch(reinterpret_cast<const char*>(later) + i, 1, 2);
+                     }
+                     if (++j == part.last) {
+                       j = part.first;
+                       start += d.out_features;
+                     }
+                   }
+                   finish.bias = bias.values ? bias.values.get() + c : nullptr;
+                   finish.bias_offset = bias_offset;
+                   if (whole)
+                     return gemm.finish(tile, rows, y, row_offset, 0, consecutive(c, d.jR), finish);
+                   for (int64_t r = 0; r < rows; ++r) {
+                     const int64_t end =
+                         std::min(d.jR, d.out_features - (part.first + (first + r) % width) * d.jR);
+                     finish.bias_offset = bias_offset + r;
+                     gemm.finish(
+                         tile + r * kPanel, 1, y, row_offset + r, 0, consecutive(c, end), finish);
+                   }
+                 });
   }
 };
 
 // Central is packed piece by piece, and every piece is multiplied immediately.
 // Units of k whose pieces are summed separately from those before.
-constexpr std::int64_t kFewSums = 512;
+constexpr int64_t kFewSums = 512;
 
 // h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a,
 // iC).
 template <class T>
 void central_of_few(
-    const GemmKernels& gemm, const LinearForward& in, const T* t, std::int64_t row, T* h) {
+    const GemmKernels& gemm, const LinearForward& in, const T* t, int64_t row, T* h) {
   const BlockDims& d = in.dims;
-  const std::int64_t filled = in.filled(), k = d.a * d.iC, n = d.jC * d.b, unit = gemm.unit;
+  const int64_t filled = in.filled(), k = d.a * d.iC, n = d.jC * d.b, unit = gemm.unit;
   // Sums of a strip of columns stay in cache throughout the loop over k; the fewer the slots, the
   // wider the strip and the fewer rows of central at a time, so that these are read nearly in
   // memory order.
-  constexpr std::int64_t kGroup = 4 * kPanel;  // columns packed at a time
-  const std::int64_t most_units = std::clamp<std::int64_t>(round_up(filled, 8), 32, kFewSlots);
-  const std::int64_t most_columns = kFewSlots * kFewSlots * 2 / most_units / kGroup * kGroup;
-  parallel_for(0, ceil_divide(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t last = std::min(n, end * kPanel),
-                       stride = std::min(most_columns, round_up(last, kPanel));
+  constexpr int64_t kGroup = 4 * kPanel;  // columns packed at a time
+  const int64_t most_units = std::clamp<int64_t>(round_up(filled, 8), 32, kFewSlots);
+  const int64_t most_columns = kFewSlots * kFewSlots * 2 / most_units / kGroup * kGroup;
+  parallel_for(ceil_divide(n, kPanel), 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(n, end * kPanel),
+                  stride = std::min(most_columns, round_up(last, kPanel));
     Buffer<T> panels(kGroup * most_units * unit);
     Buffer<float> sums(filled * stride), part(filled * stride);
-    for (std::int64_t strip = begin * kPanel; strip < last; strip += most_columns) {
-      const std::int64_t columns = std::min(most_columns, last - strip);
-      for (std::int64_t first_k = 0; first_k < k; first_k += kFewSums * unit) {
+    for (int64_t strip = begin * kPanel; strip < last; strip += most_columns) {
+      const int64_t columns = std::min(most_columns, last - strip);
+      for (int64_t first_k = 0; first_k < k; first_k += kFewSums * unit) {
         float* sum = first_k == 0 ? sums.get() : part.get();
-        const std::int64_t last_k = std::min(k, first_k + kFewSums * unit);
-        for (std::int64_t i = first_k; i < last_k; i += most_units * unit) {
-          const std::int64_t count = std::min(most_units * unit, last_k - i),
-                             units = ceil_divide(count, unit);
+        const int64_t last_k = std::min(k, first_k + kFewSums * unit);
+        for (int64_t i = first_k; i < last_k; i += most_units * unit) {
+          const int64_t count = std::min(most_units * unit, last_k - i),
+                        units = ceil_divide(count, unit);
           const T* rows_of_central = static_cast<const T*>(in.central) + i * n + strip;
-          for (std::int64_t c = 0; c < columns; c += kPanel) {
-            const std::int64_t place = c % kGroup;
+          for (int64_t c = 0; c < columns; c += kPanel) {
+            const int64_t place = c % kGroup;
             if (place == 0)
               gemm.pack(panels.get(),
                         units,
@@ -202,7 +192,7 @@ void central_of_few(
                         n,
                         count,
                         std::min(kGroup, columns - c));
-            for_each_tile(filled, gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
+            for_each_tile(filled, gemm.best_rows, [&](int64_t first, int64_t rows) {
               gemm.multiply_rows(rows,
                                  units,
                                  t + first * row + i,
@@ -216,11 +206,11 @@ void central_of_few(
         }
         if (first_k == 0)
           continue;
-        for (std::int64_t s = 0; s < filled; ++s)
-          for (std::int64_t c = 0; c < columns; ++c)
+        for (int64_t s = 0; s < filled; ++s)
+          for (int64_t c = 0; c < columns; ++c)
             sums.get()[s * stride + c] += part.get()[s * stride + c];
       }
-      for (std::int64_t s = 0; s < filled; ++s)
+      for (int64_t s = 0; s < filled; ++s)
         gemm.round_row(sums.get() + s * stride, h + s * n + strip, columns);
     }
   });
@@ -229,16 +219,16 @@ void central_of_few(
 template <class T>
 void forward_of_few(const GemmKernels& gemm, const LinearForward& in, const SeparableSizes& sizes) {
   const BlockDims& d = in.dims;
-  const std::int64_t filled = in.filled(), h_row = d.jC * d.b, t_row = row_stride(gemm, d.a * d.iC);
+  const int64_t filled = in.filled(), h_row = d.jC * d.b, t_row = row_stride(gemm, d.a * d.iC);
   Buffer<T> t(filled * t_row), own_h(in.h == nullptr ? filled * h_row : 0);
   T* h = in.h == nullptr ? own_h.get() : static_cast<T*>(in.h);
-  parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(filled, 1, [&](int64_t begin, int64_t end) {
     left_step_of_few<T>(gemm, in, sizes, {begin, end}, nullptr, t.get() + begin * t_row, t_row);
   });
   central_of_few(gemm, in, t.get(), t_row, h);
   const BiasRows<T> bias(in);
   const OutputStep<T> step{gemm, in, sizes, nullptr, bias};
-  parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(filled, 1, [&](int64_t begin, int64_t end) {
     step.right_step({begin, end}, {0, d.jC}, h + begin * h_row, d.b);
   });
 }
@@ -247,7 +237,7 @@ template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
   const BlockDims& d = in.dims;
   const SeparableSizes sizes(gemm, d);
-  const std::int64_t filled = in.filled();
+  const int64_t filled = in.filled();
   if (!zero_the_rest<T>(in))
     return;
   if (are_few(gemm, in, kFewSlots))
@@ -257,11 +247,11 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   const BiasRows<T> bias(in);
   const OutputStep<T> step{gemm, in, sizes, central_panels.get(), bias};
   const std::vector<Span> blocks = slot_blocks(filled, sizes.t_row * sizeof(T));
-  const std::int64_t count = static_cast<std::int64_t>(blocks.size());
+  const int64_t count = std::ssize(blocks);
   if (num_threads() == 1 || count >= 4 * num_threads()) {
-    parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
-      Buffer<T> t((blocks[0].last - blocks[0].first + 1) * sizes.t_row);
-      for (std::int64_t k = begin; k < end; ++k) {
+    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+      Buffer<T> t((blocks[0].size() + 1) * sizes.t_row);
+      for (int64_t k = begin; k < end; ++k) {
         left_step<T>(gemm, in, sizes, blocks[k], nullptr, t.get());
         step.run(blocks[k], {0, d.jC}, t.get());
       }
@@ -271,19 +261,16 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   // Few slots per thread: split them more finely for the left step; for the other steps, split the
   // columns too.
   Buffer<T> t(filled * sizes.t_row);
-  parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(filled, 1, [&](int64_t begin, int64_t end) {
     left_step<T>(gemm, in, sizes, {begin, end}, nullptr, t.get() + begin * sizes.t_row);
   });
-  const std::int64_t parts =
-      std::clamp<std::int64_t>(ceil_divide(4 * num_threads(), count), 1, d.jC);
-  parallel_for(0, count * parts, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t k = begin; k < end; ++k) {
-      const std::int64_t part = k % parts;
-      const Span block = blocks[k / parts];
-      step.run(block,
-               {d.jC * part / parts, d.jC * (part + 1) / parts},
-               t.get() + block.first * sizes.t_row);
-    }
+  const int64_t parts = std::clamp<int64_t>(ceil_divide(4 * num_threads(), count), 1, d.jC);
+  parallel_for_each(count * parts, 1, [&](int64_t k) {
+    const int64_t part = k % parts;
+    const Span block = blocks[k / parts];
+    step.run(block,
+             {d.jC * part / parts, d.jC * (part + 1) / parts},
+             t.get() + block.first * sizes.t_row);
   });
 }
 

@@ -11,13 +11,13 @@ namespace mpoe {
 
 // Sizes and strides, in elements, of the intermediate results per slot.
 struct SeparableSizes {
-  std::int64_t left_k;  // iL in whole units
-  std::int64_t x_row;   // [iC, left_k]: a row of x, transposed
-  std::int64_t a;       // a in whole units
-  std::int64_t t_k;     // [iC, a]: after left
-  std::int64_t t_row;   // the same with the gap that row_stride adds
-  std::int64_t b;       // b in whole panels
-  std::int64_t h_k;     // [jC, b]: after central
+  int64_t left_k;  // iL in whole units
+  int64_t x_row;   // [iC, left_k]: a row of x, transposed
+  int64_t a;       // a in whole units
+  int64_t t_k;     // [iC, a]: after left
+  int64_t t_row;   // the same with the gap that row_stride adds
+  int64_t b;       // b in whole panels
+  int64_t h_k;     // [jC, b]: after central
   SeparableSizes(const GemmKernels& gemm, const BlockDims& d)
       : left_k(padded_k(gemm, d.iL)),
         x_row(d.iC * left_k),
@@ -28,14 +28,30 @@ struct SeparableSizes {
         h_k(d.jC * b) {}
 };
 
+// Stores a tile of rows of which every slot has `per_slot`, each `width` wide and adjacent, from
+// row `first` and column `c` on.
+template <class T>
+void store_short_rows(const GemmKernels& gemm,
+                      const float* tile,
+                      int64_t first,
+                      int64_t rows,
+                      int64_t c,
+                      int64_t per_slot,
+                      int64_t slot_step,
+                      int64_t width,
+                      T* out) {
+  int64_t row_offset[kMaxRows];
+  for (int64_t r = 0; r < rows; ++r)
+    row_offset[r] = (first + r) / per_slot * slot_step + (first + r) % per_slot * width;
+  gemm.finish(tile, rows, out, row_offset, 0, consecutive(c, width), Finish{});
+}
+
 // Runs of slots whose rows of `row_bytes` fill about half of the L2 cache, regardless of experts.
-inline std::vector<Span> slot_blocks(std::int64_t slots, std::int64_t row_bytes) {
-  const std::int64_t most =
-      std::max<std::int64_t>(56, 512 * 1024 / std::max<std::int64_t>(row_bytes, 1));
+inline std::vector<Span> slot_blocks(int64_t slots, int64_t row_bytes) {
+  const int64_t most = std::max<int64_t>(56, 512 * 1024 / std::max<int64_t>(row_bytes, 1));
   std::vector<Span> blocks;
-  for_each_tile(slots, most, [&](std::int64_t first, std::int64_t count) {
-    blocks.push_back({first, first + count});
-  });
+  for_each_tile(
+      slots, most, [&](int64_t first, int64_t count) { blocks.push_back({first, first + count}); });
   return blocks;
 }
 
@@ -50,15 +66,15 @@ void transpose_rows(const GemmKernels& gemm,
   std::vector<T> whole;  // a row with its padding, if there is any
   if (d.padded_in() != d.in_features)
     whole.resize(d.padded_in());
-  for (std::int64_t s = slots.first; s < slots.last; ++s) {
+  for (int64_t s = slots.first; s < slots.last; ++s) {
     const T* row = row_of<T>(in, s);
     T* out = xs + (s - slots.first) * sizes.x_row;
     if (!whole.empty()) {
-      std::memcpy(static_cast<void*>(whole.data()), row, d.in_features * sizeof(T));
+      std::memcpy(whole.data(), row, d.in_features * sizeof(T));
       row = whole.data();
     }
     if (sizes.left_k != d.iL)
-      std::memset(static_cast<void*>(out), 0, sizes.x_row * sizeof(T));
+      std::memset(out, 0, sizes.x_row * sizeof(T));
     gemm.transpose(row, d.iC, d.iL, d.iC, out, sizes.left_k);
   }
 }
@@ -74,44 +90,36 @@ void left_step(const GemmKernels& gemm,
                T* t) {
   const BlockDims& d = in.dims;
   Buffer<T> panels(round_up(d.a, kPanel) * sizes.left_k);
-  Buffer<T> scratch(xs == nullptr ? (block.last - block.first) * sizes.x_row : 0);
-  for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
-    const std::int64_t offset = slots.first - block.first, count = slots.last - slots.first;
+  Buffer<T> scratch(xs == nullptr ? block.size() * sizes.x_row : 0);
+  for_each_expert(in, block, [&](int64_t expert, Span slots) {
+    const int64_t offset = slots.first - block.first, count = slots.size();
     T* rows = (xs == nullptr ? scratch.get() : xs) + offset * sizes.x_row;
     transpose_rows(gemm, in, sizes, slots, rows);
-    gemm.pack(panels.get(),
-              sizes.left_k / gemm.unit,
-              static_cast<const T*>(in.left) + expert * d.iL * d.a,
-              d.a,
-              d.iL,
-              d.a);
+    gemm.pack(panels.get(), sizes.left_k / gemm.unit, left_of<T>(in, expert), d.a, d.iL, d.a);
     T* out = t + offset * sizes.t_row;
-    multiply_all(
-        gemm,
-        count * d.iC,
-        sizes.left_k,
-        rows,
-        sizes.left_k,
-        panels.get(),
-        sizes.a,
-        [&](std::int64_t first, std::int64_t tile_rows, std::int64_t c, const float* tile) {
-          std::int64_t row_offset[kMaxRows];
-          for (std::int64_t r = 0; r < tile_rows; ++r)
-            row_offset[r] = (first + r) / d.iC * sizes.t_row + (first + r) % d.iC * sizes.a;
-          // A padding column of zeros is written too.
-          gemm.finish(tile, tile_rows, out, row_offset, 0, consecutive(c, sizes.a), Finish{});
-        });
+    multiply_all(gemm,
+                 count * d.iC,
+                 sizes.left_k,
+                 rows,
+                 sizes.left_k,
+                 panels.get(),
+                 sizes.a,
+                 [&](int64_t first, int64_t tile_rows, int64_t c, const float* tile) {
+                   // A padding column of zeros is written too.
+                   store_short_rows(
+                       gemm, tile, first, tile_rows, c, d.iC, sizes.t_row, sizes.a, out);
+                 });
   });
 }
 
 // Few slots: central is read in memory order, and panels of it are never written to memory. With
 // one slot, that traffic would take all the time. Rows t of the slots, and their gradients, are
 // then in the order of central's rows, (a, iC).
-constexpr std::int64_t kFewSlots = 128;     // of the forward
-constexpr std::int64_t kFewGradients = 64;  // of the backward
+constexpr int64_t kFewSlots = 128;     // of the forward
+constexpr int64_t kFewGradients = 64;  // of the backward
 
 // Contiguous rows of h [jC, b] must be whole units.
-inline bool are_few(const GemmKernels& gemm, const LinearInputs& in, std::int64_t most) {
+inline bool are_few(const GemmKernels& gemm, const LinearInputs& in, int64_t most) {
   return in.filled() <= most && in.dims.b % gemm.unit == 0;
 }
 
@@ -123,11 +131,11 @@ void left_step_of_few(const GemmKernels& gemm,
                       Span block,
                       T* xs,
                       T* t,
-                      std::int64_t t_row) {
+                      int64_t t_row) {
   const BlockDims& d = in.dims;
-  Buffer<T> rows((block.last - block.first) * sizes.t_row);
+  Buffer<T> rows(block.size() * sizes.t_row);
   left_step<T>(gemm, in, sizes, block, xs, rows.get());
-  for (std::int64_t s = 0; s < block.last - block.first; ++s, t += t_row) {
+  for (int64_t s = 0; s < block.size(); ++s, t += t_row) {
     gemm.transpose(rows.get() + s * sizes.t_row, sizes.a, d.iC, d.a, t, d.iC);
     if (d.a * d.iC % gemm.unit != 0)
       t[d.a * d.iC] = T{};

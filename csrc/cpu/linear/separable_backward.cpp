@@ -54,13 +54,10 @@ class Backward {
   // Zeroes the gradients that no slot contributes to.
   void zero_gradients() {
     zero_rows(in_.dbias, 0, filled_ == 0 ? 1 : 0, d_.out_features * sizeof(T));
-    zero_rows(in_.dcentral, 0, filled_ == 0 ? 1 : 0, d_.a * d_.iC * d_.jC * d_.b * sizeof(T));
-    for (std::int64_t e = 0; e < in_.experts; ++e) {
-      if (in_.offsets[e] != in_.offsets[e + 1])
-        continue;
-      zero_rows(in_.dleft, e, e + 1, d_.iL * d_.a * sizeof(T));
-      zero_rows(in_.dright, e, e + 1, d_.b * d_.jR * sizeof(T));
-    }
+    zero_rows(in_.dcentral, 0, filled_ == 0 ? 1 : 0, d_.central_size() * sizeof(T));
+    for (int64_t e = 0; e < in_.experts; ++e)
+      if (in_.count(e) == 0)
+        zero_blocks<T>(in_, e);
   }
 
   // Makes dz_ rows [filled * jC, right_k]; copies only if columns are missing or not in whole
@@ -69,14 +66,14 @@ class Backward {
     if (d_.padded_out() == d_.out_features && right_k_ == d_.jR)
       return;
     padded_dz_ = Buffer<T>(filled_ * d_.jC * right_k_);
-    for (std::int64_t s = 0; s < filled_; ++s)
-      for (std::int64_t j = 0; j < d_.jC; ++j) {
-        T* row = padded_dz_.get() + (s * d_.jC + j) * right_k_;
-        const std::int64_t valid = std::clamp<std::int64_t>(d_.out_features - j * d_.jR, 0, d_.jR);
-        std::memset(static_cast<void*>(row), 0, right_k_ * sizeof(T));
-        std::memcpy(
-            static_cast<void*>(row), dz_ + s * d_.out_features + j * d_.jR, valid * sizeof(T));
-      }
+    for (int64_t s = 0; s < filled_; ++s)
+      for (int64_t j = 0; j < d_.jC; ++j)
+        copy_padded(dz_ + s * d_.out_features,
+                    d_.out_features,
+                    j * d_.jR,
+                    d_.jR,
+                    padded_dz_.get() + (s * d_.jC + j) * right_k_,
+                    right_k_);
     dz_ = padded_dz_.get();
   }
 
@@ -98,41 +95,40 @@ class Backward {
       pack_central();
     }
     const std::vector<Span> blocks = slot_blocks(filled_, dh_row_ * sizeof(T));
-    parallel_for(
-        0, static_cast<std::int64_t>(blocks.size()), 1, [&](std::int64_t begin, std::int64_t end) {
-          const std::int64_t most = blocks[0].last - blocks[0].first + 1;
-          Buffer<T> dh(need_central ? 0 : most * dh_row_), dt(need_left ? 0 : most * sizes_.t_k);
-          for (std::int64_t k = begin; k < end; ++k) {
-            const Span block = blocks[k];
-            if (need_central)
-              left_step<T>(gemm_,
-                           in_,
-                           sizes_,
-                           block,
-                           need_left ? xs_.get() + block.first * sizes_.x_row : nullptr,
-                           t_.get() + block.first * sizes_.t_row);
-            else if (need_left)
-              transpose_rows<T>(gemm_, in_, sizes_, block, xs_.get() + block.first * sizes_.x_row);
-            T* dh_rows = need_central ? dh_.get() + block.first * dh_row_ : dh.get();
-            right_step(block, dh_rows);
-            if (!need_left && !need_x)
-              continue;
-            T* dt_rows = need_left ? dt_.get() + block.first * sizes_.t_k : dt.get();
-            central_step(block, dh_rows, dt_rows);
-            if (need_x)
-              left_gradient_step(block, dt_rows);
-          }
-        });
+    parallel_for(std::ssize(blocks), 1, [&](int64_t begin, int64_t end) {
+      const int64_t most = blocks[0].size() + 1;
+      Buffer<T> dh(need_central ? 0 : most * dh_row_), dt(need_left ? 0 : most * sizes_.t_k);
+      for (int64_t k = begin; k < end; ++k) {
+        const Span block = blocks[k];
+        if (need_central)
+          left_step<T>(gemm_,
+                       in_,
+                       sizes_,
+                       block,
+                       need_left ? xs_.get() + block.first * sizes_.x_row : nullptr,
+                       t_.get() + block.first * sizes_.t_row);
+        else if (need_left)
+          transpose_rows<T>(gemm_, in_, sizes_, block, xs_.get() + block.first * sizes_.x_row);
+        T* dh_rows = need_central ? dh_.get() + block.first * dh_row_ : dh.get();
+        right_step(block, dh_rows);
+        if (!need_left && !need_x)
+          continue;
+        T* dt_rows = need_left ? dt_.get() + block.first * sizes_.t_k : dt.get();
+        central_step(block, dh_rows, dt_rows);
+        if (need_x)
+          left_gradient_step(block, dt_rows);
+      }
+    });
   }
 
   // The same for few slots, with the gradient of central.
   void few_slots_step(bool need_central, bool need_left, bool need_x) {
-    const std::int64_t m = d_.a * d_.iC, t_row = padded_k(gemm_, m);
+    const int64_t m = d_.a * d_.iC, t_row = padded_k(gemm_, m);
     dh_ = Buffer<T>(filled_ * dh_row_);
     if (need_left)
       xs_ = Buffer<T>(filled_ * sizes_.x_row);
     Buffer<T> t(need_central ? filled_ * t_row : 0), turned(need_left || need_x ? filled_ * m : 0);
-    parallel_for(0, filled_, 1, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(filled_, 1, [&](int64_t begin, int64_t end) {
       T* xs = need_left ? xs_.get() + begin * sizes_.x_row : nullptr;
       if (need_central)
         left_step_of_few<T>(gemm_, in_, sizes_, {begin, end}, xs, t.get() + begin * t_row, t_row);
@@ -154,8 +150,8 @@ class Backward {
       return;
     central_step_of_few(turned.get());
     dt_ = sizes_.a == d_.a ? Buffer<T>(filled_ * sizes_.t_k) : zeros<T>(filled_ * sizes_.t_k);
-    parallel_for(0, filled_, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t s = begin; s < end; ++s)
+    parallel_for(filled_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s)
         gemm_.transpose(
             turned.get() + s * m, d_.iC, d_.a, d_.iC, dt_.get() + s * sizes_.t_k, sizes_.a);
       if (need_x)
@@ -165,15 +161,15 @@ class Backward {
 
   // dt [filled, (a iC)]
   void central_step_of_few(T* dt) const {
-    constexpr std::int64_t kRows = 64;  // of central at a time
-    const std::int64_t m = d_.a * d_.iC, n = dh_k_;
-    parallel_for(0, ceil_divide(m, kRows), 1, [&](std::int64_t begin, std::int64_t end) {
+    constexpr int64_t kRows = 64;  // of central at a time
+    const int64_t m = d_.a * d_.iC, n = dh_k_;
+    parallel_for(ceil_divide(m, kRows), 1, [&](int64_t begin, int64_t end) {
       Buffer<float> sums(filled_ * kRows);
-      for (std::int64_t i = begin * kRows; i < std::min(m, end * kRows); i += kRows) {
-        const std::int64_t rows = std::min(kRows, m - i);
+      for (int64_t i = begin * kRows; i < std::min(m, end * kRows); i += kRows) {
+        const int64_t rows = std::min(kRows, m - i);
         const T* central = static_cast<const T*>(in_.central) + i * n;
         gemm_.multiply_dots(filled_, rows, n, dh_.get(), dh_row_, central, n, sums.get(), kRows);
-        for (std::int64_t s = 0; s < filled_; ++s)
+        for (int64_t s = 0; s < filled_; ++s)
           gemm_.round_row(sums.get() + s * kRows, dt + s * m + i, rows);
       }
     });
@@ -182,60 +178,52 @@ class Backward {
   // Panels of central^T: rows of B are (jC, b), columns (iC, a) with a in whole panels.
   void pack_central() {
     const T* central = static_cast<const T*>(in_.central);
-    const std::int64_t row = d_.jC * d_.b, a = round_up(d_.a, kPanel);
+    const int64_t row = d_.jC * d_.b, a = round_up(d_.a, kPanel);
     // Of the rows of B: one per jC if they are padded
-    const std::int64_t parts = b_ == d_.b ? 1 : d_.jC;
-    parallel_for(0, d_.iC, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i)
-        for (std::int64_t p = 0; p < parts; ++p)
-          gemm_.pack_transposed(central_panels_.get() + i * a * dh_k_ + p * b_ * kPanel,
-                                dh_k_ / gemm_.unit,
-                                central + i * row + p * d_.b,
-                                d_.iC * row,
-                                row / parts,
-                                d_.a);
+    const int64_t parts = b_ == d_.b ? 1 : d_.jC;
+    parallel_for_each(d_.iC, 1, [&](int64_t i) {
+      for (int64_t p = 0; p < parts; ++p)
+        gemm_.pack_transposed(central_panels_.get() + i * a * dh_k_ + p * b_ * kPanel,
+                              dh_k_ / gemm_.unit,
+                              central + i * row + p * d_.b,
+                              d_.iC * row,
+                              row / parts,
+                              d_.a);
     });
   }
 
   // dh [block, dh_row]
   void right_step(Span block, T* dh) const {
     Buffer<T> panels(round_up(d_.b, kPanel) * right_k_);
-    for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
-      gemm_.pack_transposed(panels.get(),
-                            right_k_ / gemm_.unit,
-                            static_cast<const T*>(in_.right) + expert * d_.b * d_.jR,
-                            d_.jR,
-                            d_.jR,
-                            d_.b);
+    for_each_expert(in_, block, [&](int64_t expert, Span slots) {
+      gemm_.pack_transposed(
+          panels.get(), right_k_ / gemm_.unit, right_of<T>(in_, expert), d_.jR, d_.jR, d_.b);
       T* out = dh + (slots.first - block.first) * dh_row_;
       multiply_all(gemm_,
-                   (slots.last - slots.first) * d_.jC,
+                   slots.size() * d_.jC,
                    right_k_,
                    dz_ + slots.first * d_.jC * right_k_,
                    right_k_,
                    panels.get(),
                    b_,
-                   [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
-                     std::int64_t row_offset[kMaxRows];
-                     for (std::int64_t r = 0; r < rows; ++r)
-                       row_offset[r] = (first + r) / d_.jC * dh_row_ + (first + r) % d_.jC * b_;
-                     gemm_.finish(tile, rows, out, row_offset, 0, consecutive(c, b_), Finish{});
+                   [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
+                     store_short_rows(gemm_, tile, first, rows, c, d_.jC, dh_row_, b_, out);
                    });
     });
   }
 
   // dt [block, t_k]
   void central_step(Span block, const T* dh, T* dt) const {
-    const std::int64_t a = round_up(d_.a, kPanel);
+    const int64_t a = round_up(d_.a, kPanel);
     multiply_all(gemm_,
-                 block.last - block.first,
+                 block.size(),
                  dh_k_,
                  dh,
                  dh_row_,
                  central_panels_.get(),
                  d_.iC * a,
-                 [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
-                   const std::int64_t i = c / a, column = c % a;
+                 [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
+                   const int64_t i = c / a, column = c % a;
                    if (column >= sizes_.a)
                      return;
                    gemm_.store(tile,
@@ -248,18 +236,13 @@ class Backward {
 
   // dx of the block's slots
   void left_gradient_step(Span block, const T* dt) {
-    Buffer<T> panels(round_up(d_.iL, kPanel) * sizes_.a),
-        turned((block.last - block.first) * d_.iC * d_.iL);
+    Buffer<T> panels(round_up(d_.iL, kPanel) * sizes_.a), turned(block.size() * d_.iC * d_.iL);
     const bool whole = d_.padded_in() == d_.in_features;
     std::vector<T> padded(whole ? 0 : d_.padded_in());
-    for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
-      gemm_.pack_transposed(panels.get(),
-                            sizes_.a / gemm_.unit,
-                            static_cast<const T*>(in_.left) + expert * d_.iL * d_.a,
-                            d_.a,
-                            d_.a,
-                            d_.iL);
-      const std::int64_t count = slots.last - slots.first;
+    for_each_expert(in_, block, [&](int64_t expert, Span slots) {
+      gemm_.pack_transposed(
+          panels.get(), sizes_.a / gemm_.unit, left_of<T>(in_, expert), d_.a, d_.a, d_.iL);
+      const int64_t count = slots.size();
       multiply_all(
           gemm_,
           count * d_.iC,
@@ -268,74 +251,71 @@ class Backward {
           sizes_.a,
           panels.get(),
           d_.iL,
-          [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+          [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
             gemm_.store(
                 tile, rows, std::min(kPanel, d_.iL - c), turned.get() + first * d_.iL + c, d_.iL);
           });
-      for (std::int64_t s = 0; s < count; ++s) {
+      for (int64_t s = 0; s < count; ++s) {
         T* row = x_gradients_.row(slots.first + s);
         T* out = whole ? row : padded.data();
         gemm_.transpose(turned.get() + s * d_.iC * d_.iL, d_.iL, d_.iC, d_.iL, out, d_.iC);
         if (!whole)
-          std::memcpy(static_cast<void*>(row), out, d_.in_features * sizeof(T));
+          std::memcpy(row, out, d_.in_features * sizeof(T));
       }
     });
   }
 
   // out[e] [m, n] = sum over expert e's slots and their `per_slot` rows of a [., m] and b [., n].
-  void block_gradient(std::int64_t m,
-                      std::int64_t n,
-                      std::int64_t per_slot,
+  void block_gradient(int64_t m,
+                      int64_t n,
+                      int64_t per_slot,
                       const T* a,
-                      std::int64_t a_stride,
+                      int64_t a_stride,
                       const T* b,
-                      std::int64_t b_stride,
+                      int64_t b_stride,
                       T* out) const {
     // A task computes some rows of the result of one expert: several tasks per expert if experts
     // are few.
-    const std::int64_t parts =
-        std::clamp<std::int64_t>(4 * num_threads() / in_.experts, 1, ceil_divide(m, kPanel));
-    const std::int64_t part_m = num_threads() == 1 ? m : round_up(ceil_divide(m, parts), kPanel);
-    const std::int64_t cuts = ceil_divide(m, part_m);
-    parallel_for(0, in_.experts * cuts, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t task = begin; task < end; ++task) {
-        const std::int64_t e = task / cuts, first_m = task % cuts * part_m;
-        const std::int64_t first = in_.offsets[e] * per_slot,
-                           rows = in_.offsets[e + 1] * per_slot - first;
-        if (rows == 0)
-          continue;
-        const std::int64_t own_m = std::min(part_m, m - first_m);
-        OuterSum<T> product(gemm_, own_m, n);
-        Buffer<float> sum(own_m * product.stride());
-        product(rows,
-                a + first * a_stride + first_m,
-                a_stride,
-                b + first * b_stride,
-                b_stride,
-                sum.get(),
-                false);
-        for (std::int64_t i = 0; i < own_m; ++i)
-          gemm_.round_row(sum.get() + i * product.stride(), out + (e * m + first_m + i) * n, n);
-      }
+    const int64_t parts =
+        std::clamp<int64_t>(4 * num_threads() / in_.experts, 1, ceil_divide(m, kPanel));
+    const int64_t part_m = num_threads() == 1 ? m : round_up(ceil_divide(m, parts), kPanel);
+    const int64_t cuts = ceil_divide(m, part_m);
+    parallel_for_each(in_.experts * cuts, 1, [&](int64_t task) {
+      const int64_t e = task / cuts, first_m = task % cuts * part_m;
+      const int64_t first = in_.offsets[e] * per_slot, rows = in_.offsets[e + 1] * per_slot - first;
+      if (rows == 0)
+        return;
+      const int64_t own_m = std::min(part_m, m - first_m);
+      OuterSum<T> product(gemm_, own_m, n);
+      Buffer<float> sum(own_m * product.stride());
+      product(rows,
+              a + first * a_stride + first_m,
+              a_stride,
+              b + first * b_stride,
+              b_stride,
+              sum.get(),
+              false);
+      for (int64_t i = 0; i < own_m; ++i)
+        gemm_.round_row(sum.get() + i * product.stride(), out + (e * m + first_m + i) * n, n);
     });
   }
 
   void central_gradient() {
-    constexpr std::int64_t kRows = 1024;  // slots whose rows are packed at a time
-    const std::int64_t m = sizes_.t_k, n = dh_k_, stride = round_up(n, kPanel), unit = gemm_.unit;
-    const std::int64_t most = round_up(std::min(kRows, filled_), unit),
-                       a_stride = row_stride(gemm_, most);
+    constexpr int64_t kRows = 1024;  // slots whose rows are packed at a time
+    const int64_t m = sizes_.t_k, n = dh_k_, stride = round_up(n, kPanel), unit = gemm_.unit;
+    const int64_t most = round_up(std::min(kRows, filled_), unit),
+                  a_stride = row_stride(gemm_, most);
     Buffer<T> a(m * a_stride), b(stride * most);
     Buffer<float> sum(m * stride);
-    constexpr std::int64_t kColumns = 4 * kPanel;  // that one task turns or packs together
-    const auto in_parts = [](std::int64_t columns, const auto& part) {
-      parallel_for(0, ceil_divide(columns, kColumns), 1, [&](std::int64_t begin, std::int64_t end) {
+    constexpr int64_t kColumns = 4 * kPanel;  // that one task turns or packs together
+    const auto in_parts = [](int64_t columns, const auto& part) {
+      parallel_for(ceil_divide(columns, kColumns), 1, [&](int64_t begin, int64_t end) {
         part(begin * kColumns, std::min(columns, end * kColumns) - begin * kColumns);
       });
     };
-    for (std::int64_t first = 0; first < filled_; first += kRows) {
-      const std::int64_t count = std::min(kRows, filled_ - first), k = padded_k(gemm_, count);
-      in_parts(m, [&](std::int64_t start, std::int64_t columns) {
+    for (int64_t first = 0; first < filled_; first += kRows) {
+      const int64_t count = std::min(kRows, filled_ - first), k = padded_k(gemm_, count);
+      in_parts(m, [&](int64_t start, int64_t columns) {
         turn_rows(gemm_,
                   t_.get() + first * sizes_.t_row + start,
                   sizes_.t_row,
@@ -344,7 +324,7 @@ class Backward {
                   a.get() + start * a_stride,
                   a_stride);
       });
-      in_parts(n, [&](std::int64_t start, std::int64_t columns) {
+      in_parts(n, [&](int64_t start, int64_t columns) {
         gemm_.pack(b.get() + start * k,
                    k / unit,
                    dh_.get() + first * dh_row_ + start,
@@ -352,24 +332,23 @@ class Backward {
                    count,
                    columns);
       });
-      parallel_for(0, stride / kPanel, 1, [&](std::int64_t begin, std::int64_t end) {
+      parallel_for(stride / kPanel, 1, [&](int64_t begin, int64_t end) {
         multiply_outer(
             gemm_, k, m, a.get(), a_stride, {begin, end}, b.get(), sum.get(), stride, first > 0);
       });
     }
     T* out = static_cast<T*>(in_.dcentral);
-    parallel_for(0, d_.a, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t r = begin; r < end; ++r)
-        for (std::int64_t i = 0; i < d_.iC; ++i) {
-          const float* from = sum.get() + (i * sizes_.a + r) * stride;
-          T* to = out + (r * d_.iC + i) * d_.jC * d_.b;
-          if (b_ == d_.b) {
-            gemm_.round_row(from, to, d_.jC * d_.b);
-            continue;
-          }
-          for (std::int64_t j = 0; j < d_.jC; ++j)
-            gemm_.round_row(from + j * b_, to + j * d_.b, d_.b);
+    parallel_for_each(d_.a, 1, [&](int64_t r) {
+      for (int64_t i = 0; i < d_.iC; ++i) {
+        const float* from = sum.get() + (i * sizes_.a + r) * stride;
+        T* to = out + (r * d_.iC + i) * d_.jC * d_.b;
+        if (b_ == d_.b) {
+          gemm_.round_row(from, to, d_.jC * d_.b);
+          continue;
         }
+        for (int64_t j = 0; j < d_.jC; ++j)
+          gemm_.round_row(from + j * b_, to + j * d_.b, d_.b);
+      }
     });
   }
 
@@ -377,11 +356,11 @@ class Backward {
   const LinearBackward& in_;
   const BlockDims& d_;
   const SeparableSizes sizes_;
-  const std::int64_t filled_;
+  const int64_t filled_;
   const bool are_few_;
-  const std::int64_t right_k_;        // jR in whole units
-  const std::int64_t b_;              // b in whole units
-  const std::int64_t dh_k_, dh_row_;  // [jC, b], and its row stride
+  const int64_t right_k_;        // jR in whole units
+  const int64_t b_;              // b in whole units
+  const int64_t dh_k_, dh_row_;  // [jC, b], and its row stride
   RowGradients<T> x_gradients_;
   const T* dz_ = nullptr;
   Buffer<T> padded_dz_;

@@ -15,19 +15,18 @@ namespace {
 
 // Up to this many experts or tokens, a product that packs the weight takes longer than a dot
 // product per logit: its tiles are wider than the experts are many, or hold few rows.
-constexpr std::int64_t kFewExperts = 16, kFewTokens = 8;
+constexpr int64_t kFewExperts = 16, kFewTokens = 8;
 
-const void* at(const void* base, std::int64_t elements, Dtype dtype) {
+const void* at(const void* base, int64_t elements, Dtype dtype) {
   return static_cast<const char*>(base) + elements * size_of(dtype);
 }
 
 // Numbers that are float, or a float copy of them.
 class Floats32 {
  public:
-  Floats32(Dtype dtype, std::int64_t most)
-      : dtype_(dtype), copy_(dtype == Dtype::kFloat32 ? 0 : most) {}
+  Floats32(Dtype dtype, int64_t most) : dtype_(dtype), copy_(dtype == Dtype::kFloat32 ? 0 : most) {}
 
-  const float* operator()(const void* numbers, std::int64_t count) {
+  const float* operator()(const void* numbers, int64_t count) {
     if (dtype_ == Dtype::kFloat32)
       return static_cast<const float*>(numbers);
     row_functions(dtype_).widen(numbers, copy_.get(), count);
@@ -42,10 +41,9 @@ class Floats32 {
 // f(first token, tokens) for strips of a tile's height, whose float copies stay in the L2 cache.
 template <class F>
 void for_strips(const Router& r, const F& f) {
-  parallel_for(0, ceil_divide(r.tokens, kStripRows), 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t first = begin * kStripRows; first < std::min(r.tokens, end * kStripRows);
-         first += kStripRows)
-      f(first, std::min(kStripRows, r.tokens - first));
+  parallel_for_each(ceil_divide(r.tokens, kStripRows), 1, [&](int64_t strip) {
+    const int64_t first = strip * kStripRows;
+    f(first, std::min(kStripRows, r.tokens - first));
   });
 }
 
@@ -53,7 +51,7 @@ void for_strips(const Router& r, const F& f) {
 template <class T, class Rows>
 void logits_by_dots(
     const Router& r, const GemmKernels& gemm, const T* weight, float* logits, const Rows& rows_of) {
-  for_strips(r, [&](std::int64_t first, std::int64_t count) {
+  for_strips(r, [&](int64_t first, int64_t count) {
     rows_of(first, count, [&](const T* rows) {
       gemm.multiply_dots(count,
                          r.experts,
@@ -72,11 +70,11 @@ void logits_by_dots(
 template <class T, class Rows>
 void logits_by_tiles(
     const Router& r, const GemmKernels& gemm, const T* weight, float* logits, const Rows& rows_of) {
-  const std::int64_t wide = round_up(r.experts, kPanel);
+  const int64_t wide = round_up(r.experts, kPanel);
   Buffer<T> panels(wide * r.features);
   gemm.pack_transposed(
       panels.get(), r.features / gemm.unit, weight, r.features, r.features, r.experts);
-  for_strips(r, [&](std::int64_t first, std::int64_t count) {
+  for_strips(r, [&](int64_t first, int64_t count) {
     rows_of(first, count, [&](const T* rows) {
       multiply_all(gemm,
                    count,
@@ -85,8 +83,8 @@ void logits_by_tiles(
                    r.features,
                    panels.get(),
                    r.experts,
-                   [&](std::int64_t row, std::int64_t some, std::int64_t c, const float* tile) {
-                     for (std::int64_t i = 0; i < some; ++i)
+                   [&](int64_t row, int64_t some, int64_t c, const float* tile) {
+                     for (int64_t i = 0; i < some; ++i)
                        std::copy_n(tile + i * kPanel,
                                    std::min(kPanel, r.experts - c),
                                    logits + (first + row + i) * r.experts + c);
@@ -97,19 +95,19 @@ void logits_by_tiles(
 
 // The best experts of one token, in the order of scores and, among equal ones, of numbers; if a
 // score is NaN, false and the first experts.
-bool find_best(const float* scores, std::int64_t experts, std::int64_t top_k, std::int64_t* index) {
+bool find_best(const float* scores, int64_t experts, int64_t top_k, int64_t* index) {
   bool known = true;
-  for (std::int64_t e = 0; e < experts; ++e)
+  for (int64_t e = 0; e < experts; ++e)
     known &= !std::isnan(scores[e]);
-  for (std::int64_t k = 0; !known && k < top_k; ++k)
+  for (int64_t k = 0; !known && k < top_k; ++k)
     index[k] = k;
-  std::int64_t found = 0;
+  int64_t found = 0;
   float least = 0;  // of those found
   // A later expert moves ahead of those whose scores are smaller.
-  for (std::int64_t e = 0; known && e < experts; ++e) {
+  for (int64_t e = 0; known && e < experts; ++e) {
     if (found == top_k && scores[e] <= least)
       continue;
-    std::int64_t place = found < top_k ? found++ : found - 1;
+    int64_t place = found < top_k ? found++ : found - 1;
     for (; place > 0 && scores[e] > scores[index[place - 1]]; --place)
       index[place] = index[place - 1];
     index[place] = e;
@@ -119,21 +117,21 @@ bool find_best(const float* scores, std::int64_t experts, std::int64_t top_k, st
 }
 
 // The best experts of one token, and their gates.
-void choose(const Gating& a, const float* logits, std::int64_t* index, float* gates) {
+void choose(const Gating& a, const float* logits, int64_t* index, float* gates) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-  const std::int64_t experts = a.router.experts;
+  const int64_t experts = a.router.experts;
   const bool known = find_best(logits, experts, a.top_k, index);
   const float most = logits[index[0]];
   float sum = 0;
   if (a.raw)
-    for (std::int64_t e = 0; e < experts; ++e)
+    for (int64_t e = 0; e < experts; ++e)
       sum += std::exp(logits[e] - most);
-  for (std::int64_t k = 0; k < a.top_k; ++k) {
+  for (int64_t k = 0; k < a.top_k; ++k) {
     gates[k] = known && std::isfinite(most) ? std::exp(logits[index[k]] - most) : kNaN;
     if (!a.raw)
       sum += gates[k];
   }
-  for (std::int64_t k = 0; k < a.top_k; ++k)
+  for (int64_t k = 0; k < a.top_k; ++k)
     gates[k] /= sum;
 }
 
@@ -151,42 +149,37 @@ void router_logits(const Router& r, float* logits) {
   };
   if (r.x_dtype == Dtype::kBFloat16 && r.weight_dtype == Dtype::kBFloat16) {
     const BFloat16* const x = static_cast<const BFloat16*>(r.x);
-    compute(
-        gemm_kernels(Dtype::kBFloat16),
-        static_cast<const BFloat16*>(r.weight),
-        [&](std::int64_t first, std::int64_t, const auto& use) { use(x + first * r.features); });
+    compute(gemm_kernels(Dtype::kBFloat16),
+            static_cast<const BFloat16*>(r.weight),
+            [&](int64_t first, int64_t, const auto& use) { use(x + first * r.features); });
     return;
   }
   Floats32 of_weight(r.weight_dtype, r.experts * r.features);
   compute(gemm_kernels(Dtype::kFloat32),
           of_weight(r.weight, r.experts * r.features),
-          [&](std::int64_t first, std::int64_t count, const auto& use) {
+          [&](int64_t first, int64_t count, const auto& use) {
             Floats32 rows(r.x_dtype, count * r.features);
             use(rows(at(r.x, first * r.features, r.x_dtype), count * r.features));
           });
 }
 
 void gating(const Gating& a) {
-  const std::int64_t experts = a.router.experts;
+  const int64_t experts = a.router.experts;
   router_logits(a.router, a.logits);
-  parallel_for(0, a.router.tokens, 256, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t)
-      choose(a, a.logits + t * experts, a.index + t * a.top_k, a.gates + t * a.top_k);
+  parallel_for_each(a.router.tokens, 256, [&](int64_t t) {
+    choose(a, a.logits + t * experts, a.index + t * a.top_k, a.gates + t * a.top_k);
   });
 }
 
-void best_experts(const float* scores,
-                  std::int64_t tokens,
-                  std::int64_t experts,
-                  std::int64_t top_k,
-                  std::int64_t* index) {
-  parallel_for(0, tokens, 256, [&](std::int64_t begin, std::int64_t end) {
+void best_experts(
+    const float* scores, int64_t tokens, int64_t experts, int64_t top_k, int64_t* index) {
+  parallel_for(tokens, 256, [&](int64_t begin, int64_t end) {
     std::vector<float> known(experts);
-    for (std::int64_t t = begin; t < end; ++t) {
+    for (int64_t t = begin; t < end; ++t) {
       const float* const row = scores + t * experts;
       if (find_best(row, experts, top_k, index + t * top_k))
         continue;
-      for (std::int64_t e = 0; e < experts; ++e)
+      for (int64_t e = 0; e < experts; ++e)
         known[e] = std::isnan(row[e]) ? std::numeric_limits<float>::infinity() : row[e];
       find_best(known.data(), experts, top_k, index + t * top_k);
     }

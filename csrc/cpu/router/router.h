@@ -12,7 +12,7 @@ namespace mpoe {
 
 struct Router {
   Dtype x_dtype, weight_dtype;  // any but kFloat64
-  std::int64_t tokens, features, experts;
+  int64_t tokens, features, experts;
   const void* x;       // [T, features]
   const void* weight;  // [E, features]
 };
@@ -22,20 +22,17 @@ void router_logits(const Router& router, float* logits);
 
 struct Gating {
   Router router;
-  std::int64_t top_k;
+  int64_t top_k;
   bool raw;       // gates are probabilities; otherwise these divided by their sum (1 if top_k is 1)
   float* logits;  // [T, E]
-  std::int64_t* index;  // [T, K], best first, the lower number among equals; the first experts if a
-                        // logit is NaN
-  float* gates;         // [T, K]; NaN if a logit is NaN or inf, or all are -inf
+  int64_t* index;  // [T, K], best first, the lower number among equals; the first experts if a
+                   // logit is NaN
+  float* gates;    // [T, K]; NaN if a logit is NaN or inf, or all are -inf
 };
 void gating(const Gating& arguments);
 
 // index [T, K] of the largest scores [T, E] in the order of `Gating`; NaN counts as the largest.
-void best_experts(const float* scores,
-                  std::int64_t tokens,
-                  std::int64_t experts,
-                  std::int64_t top_k,
-                  std::int64_t* index);
+void best_experts(
+    const float* scores, int64_t tokens, int64_t experts, int64_t top_k, int64_t* index);
 
 }  // namespace mpoe

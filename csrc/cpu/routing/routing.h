@@ -11,28 +11,25 @@
 namespace mpoe {
 
 // Position of the first value outside [low, high], or -1.
-std::int64_t first_outside(const std::int64_t* values,
-                           std::int64_t count,
-                           std::int64_t low,
-                           std::int64_t high);
+int64_t first_outside(const int64_t* values, int64_t count, int64_t low, int64_t high);
 
 // Sorts the pairs t * K + k of a range that have an expert, index >= 0, by expert: writes slots
 // [filled..) and the experts' offsets [E + 1] in them; returns the last offset.
-std::int64_t sort_pairs(const std::int64_t* index,
-                        Span pairs,
-                        std::int64_t experts,
-                        std::int64_t filled,
-                        std::int64_t* offsets,
-                        std::int64_t* slots);
+int64_t sort_pairs(const int64_t* index,
+                   Span pairs,
+                   int64_t experts,
+                   int64_t filled,
+                   int64_t* offsets,
+                   int64_t* slots);
 
 struct Route {
-  const std::int64_t* index;  // [T, K], each in 0..E-1
-  std::int64_t tokens, top_k, experts;
-  std::int64_t capacity;         // most slots of one expert; negative: no limit
-  const bool* token_mask;        // [T] or null; false: the token is neither routed nor counted
-  std::int32_t* expert_offsets;  // [E + 1]
-  std::int64_t* token_of_slot;   // [N]; masked and dropped pairs come last
-  std::int64_t* slot_of_token;   // [T, K]; -1: masked or dropped
+  const int64_t* index;  // [T, K], each in 0..E-1
+  int64_t tokens, top_k, experts;
+  int64_t capacity;         // most slots of one expert; negative: no limit
+  const bool* token_mask;   // [T] or null; false: the token is neither routed nor counted
+  int32_t* expert_offsets;  // [E + 1]
+  int64_t* token_of_slot;   // [N]; masked and dropped pairs come last
+  int64_t* slot_of_token;   // [T, K]; -1: masked or dropped
 };
 // The caller has checked `index`.
 void route(const Route& arguments);
@@ -41,9 +38,9 @@ void route(const Route& arguments);
 // in bytes.
 struct Dispatch {
   const void* x;
-  std::int64_t x_stride, width;
-  const std::int64_t* token_of_slot;  // [N], each in 0..T-1
-  std::int64_t slots, filled;
+  int64_t x_stride, width;
+  const int64_t* token_of_slot;  // [N], each in 0..T-1
+  int64_t slots, filled;
   void* out;  // [N, width bytes]
 };
 void dispatch(const Dispatch& arguments);
@@ -52,9 +49,9 @@ void dispatch(const Dispatch& arguments);
 // accumulator's type: double for kFloat64, else float.
 struct Combine {
   Dtype dtype;
-  std::int64_t tokens, top_k, slots, features;
-  const std::int64_t* slot_of_token;  // [T, K], each in -1..N-1, no slot twice
-  const void* gates;                  // [T, K]; null: all 1
+  int64_t tokens, top_k, slots, features;
+  const int64_t* slot_of_token;  // [T, K], each in -1..N-1, no slot twice
+  const void* gates;             // [T, K]; null: all 1
 };
 // out[t] = sum_k gates[t, k] * rows[slot_of_token[t, k]] over the pairs that were kept.
 void combine(const Combine& arguments, const void* rows, void* out);

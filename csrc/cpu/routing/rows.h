@@ -11,17 +11,17 @@ struct RowFunctions {
   // out = sum over k < count of gates[k] * (row slots[k] of rows), skipping negative slots; gates
   // null: all 1.
   void (*weighted_sum)(const void* rows,
-                       const std::int64_t* slots,
+                       const int64_t* slots,
                        const void* gates,
-                       std::int64_t count,
+                       int64_t count,
                        void* out,
-                       std::int64_t n);
+                       int64_t n);
   // out = gate * row
-  void (*scale)(const void* row, const void* gate, void* out, std::int64_t n);
+  void (*scale)(const void* row, const void* gate, void* out, int64_t n);
   // result = <a, b>
-  void (*dot)(const void* a, const void* b, void* result, std::int64_t n);
+  void (*dot)(const void* a, const void* b, void* result, int64_t n);
   // out = row
-  void (*widen)(const void* row, float* out, std::int64_t n);
+  void (*widen)(const void* row, float* out, int64_t n);
 };
 
 // Indexed by Dtype.

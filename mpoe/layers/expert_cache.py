@@ -65,9 +65,10 @@ def _full_weights(chain: MPOBlocks, dtype: torch.dtype) -> Tensor:
 
 
 def weight_versions(layer: Any) -> list[tuple[int, int]]:
-    """Of every core: where it is, and how often it was written in place."""
+    """Of every core: where it is, and how often it was written in place (not counted of a tensor
+    that was made in inference mode)."""
     cores = [core for weight in layer.projections().values() for core in weight.cores()]
-    return [(core.data_ptr(), core._version) for core in cores]
+    return [(core.data_ptr(), 0 if core.is_inference() else core._version) for core in cores]
 
 
 class KeptExperts:

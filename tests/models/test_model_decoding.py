@@ -130,6 +130,17 @@ def test_a_write_is_refused_while_weights_are_kept(write, converted):
         assert torch.equal(after, copy.deepcopy(model)(**tokens).logits)
 
 
+@pytest.mark.usefixtures("always")
+def test_weights_made_in_inference_mode(converted):
+    model = converted("gpt2", **LIGHT)
+    wanted = plain_tokens(model, **call("gpt2"))
+    with torch.inference_mode():
+        model = copy.deepcopy(model)
+        assert torch.equal(model.generate(**call("gpt2")), wanted)
+        with model.weights_kept():
+            assert torch.equal(model.generate(**call("gpt2")), wanted)
+
+
 def test_training_is_refused_while_weights_are_kept(converted):
     model = converted("gpt2", **LIGHT)
     other = converted("llama", **LIGHT)

@@ -47,8 +47,10 @@ SHARE = 0.1  # of an expert's bytes is what its statistics may have
 RANK = 512  # eigenvectors, at most, of statistics from texts at hand
 RIDGE = 1e-3  # relative to the mean square of a number of the router's input
 # Of composed experts' routers: chosen on validation texts, judged in bench/studies/quiet.md.
-# the scale of logits is LOGITS / sqrt(E): softer keeps more of many experts, and is less quiet
+# the scale of logits is LOGITS / sqrt(E), from six classes on LOGITS_OF_MANY / E: softer keeps more
+# of many experts; up to five it is less quiet, among eleven it is quieter too
 LOGITS = 2.8
+LOGITS_OF_MANY = 6.3
 # *none* is preferred by PREFERENCE / E logits: among many experts, each text has its own one
 PREFERENCE = 2.0
 LEARNING_RATE = 1e-3
@@ -291,14 +293,15 @@ def solve_routers(
         classes: statistics of the experts in order.
         layers: names.
         none: whether the last class is the background, which the expert *none* has.
-        sharpness: ``None`` = `LOGITS` / E^1.5.
+        sharpness: ``None`` = the smaller of `LOGITS` / E^1.5 and `LOGITS_OF_MANY` / E^2.
         preference: of *none*; ``None`` = `PREFERENCE` / E.
 
     Raises:
         ValueError: one of them is not finite.
     """
     if sharpness is None:
-        sharpness = LOGITS / len(classes) ** 1.5
+        experts = len(classes)
+        sharpness = min(LOGITS / experts**1.5, LOGITS_OF_MANY / experts**2)
     if preference is None or not none:
         preference = PREFERENCE / len(classes) if none else 0.0
     for name, value in (("sharpness", sharpness), ("preference", preference)):

@@ -139,8 +139,13 @@ def test_the_preferred_class_gets_as_much_more():
     }
     more = rows[2] @ (routers[2.0] - routers[0.0]).mT / 3  # one of three classes
     assert_close(more, torch.tensor([0.0, 0.0, 2.0]).double().expand(50, 3), atol=0.1, rtol=0)
-    without_none = solve_routers(classes, ["h"], none=False, preference=2.0)["h"]
-    assert_close(without_none, router_weight(classes, "h", LOGITS / 3**1.5))
+
+
+@pytest.mark.parametrize("number, scale", [(3, LOGITS / 3**0.5), (5, LOGITS / 5**0.5), (6, 1.05)])
+def test_many_classes_have_softer_routers(number, scale):
+    classes = [statistics_of(torch.randn(50, 6).double() + place) for place in range(number)]
+    router = solve_routers(classes, ["h"], none=False, preference=2.0)["h"]
+    assert_close(router, router_weight(classes, "h", scale / number))
 
 
 def test_pooled_statistics_weigh_texts_alike():

@@ -128,11 +128,14 @@ def forward(call: EmbeddingCall) -> Tensor:
 def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
     """Those that are needed of all gradients."""
     check_range("ids", call.ids, 0, call.num_embeddings - 1, IndexError)
-    gradients = zip((call.left, call.central, call.right), _gradients(call), call.need, strict=True)
-    return tuple(
-        gradient.reshape(like.shape) if needed and gradient is not None else like.new_empty(0)
-        for like, gradient, needed in gradients
-    )
+    results = []
+    blocks = (call.left, call.central, call.right)
+    for like, gradient, needed in zip(blocks, _gradients(call), call.need, strict=True):
+        if needed and gradient is not None:
+            results.append(gradient.reshape(like.shape).contiguous())  # as the fake says
+        else:
+            results.append(like.new_empty(0))
+    return tuple(results)
 
 
 def _gradients(call: EmbeddingBackwardCall) -> Matrices:

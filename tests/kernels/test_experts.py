@@ -306,6 +306,7 @@ def test_embedding_against_reference(way, name, rows, monkeypatch):
         with poisoned_memory():
             got = mpo_embedding(ids, blocks)
             grads = torch.autograd.grad(got, leaves(blocks), grad.to(dtype))
+        assert all(value.is_contiguous() for value in (got, *grads))  # compiled graphs count on it
         same = mpo_embedding_reference(ids, plain)
         own = torch.autograd.grad(same, leaves(plain), grad.to(dtype))
         for each, truth, of_torch in zip((got, *grads), (want, *wanted), (same, *own), strict=True):

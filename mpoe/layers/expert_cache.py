@@ -64,11 +64,10 @@ def _full_weights(chain: MPOBlocks, dtype: torch.dtype) -> Tensor:
     )
 
 
-def weight_versions(layer: Any) -> list[tuple[int, int]]:
-    """Of every core: where it is, and how often it was written in place (not counted of a tensor
+def weight_versions(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Of every weight: where it is, and how often it was written in place (not counted of a tensor
     that was made in inference mode)."""
-    cores = [core for weight in layer.projections().values() for core in weight.cores()]
-    return [(core.data_ptr(), 0 if core.is_inference() else core._version) for core in cores]
+    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
 
 class KeptExperts:
@@ -79,7 +78,9 @@ class KeptExperts:
 
     Attributes:
         blocks: the folded chains, by kind of projection.
-        versions: of the weights that all of it was made of.
+        weights: cores and biases that all of it was made of; while they are held, no other tensor
+            takes their place in memory.
+        versions: theirs.
         built: number of experts whose full weights are there.
     """
 
@@ -87,7 +88,8 @@ class KeptExperts:
         self._cache = cache
         self._layer = layer
         self.blocks = blocks
-        self.versions = weight_versions(layer)
+        self.weights = layer.weights()
+        self.versions = weight_versions(self.weights)
         self.built = 0
         self._is_decided = False
         self._dense: Any = None
@@ -137,19 +139,22 @@ class ExpertCache:
         self.full_weights = full_weights
         self.reserved = 0
         self.layers: dict[nn.Module, KeptExperts | None] = {}
+        self.outer: ExpertCache | None = None
         self._served = frozenset(layers)
 
     @contextmanager
     def in_use(self) -> Iterator[ExpertCache]:
-        """Serve the passes of this thread."""
+        """Serve the passes of this thread; those of other layers are still served by the cache that
+        was in use before."""
+        self.outer = _in_use.get()
         token = _in_use.set(self)
         try:
             yield self
         finally:
             _in_use.reset(token)
 
-    def serves(self, layers: Sequence[nn.Module]) -> bool:
-        return self._served.issuperset(layers)
+    def serves(self, layer: nn.Module) -> bool:
+        return layer in self._served
 
     def reserves(self, wanted: int) -> bool:
         """Whether there is room for so many bytes, which are then taken."""
@@ -158,35 +163,36 @@ class ExpertCache:
         return fits
 
     def of(self, layer: Any) -> KeptExperts | None:
-        """What is kept of an `MPOExperts`; None if it is not served, or without room for its
-        blocks.
+        """What is kept of an `MPOExperts` that it serves; None without room for its blocks.
 
         Raises:
             RuntimeError: with ``full_weights``, a weight has changed since.
         """
-        if layer not in self._served:
-            return None
         if layer not in self.layers:
             blocks = {kind: cores.blocks() for kind, cores in layer.projections().items()}
-            cores = [core for weight in layer.projections().values() for core in weight.cores()]
-            views = {core.untyped_storage().data_ptr() for core in cores}
+            views = {weight.untyped_storage().data_ptr() for weight in layer.weights()}
             sides = [side for chain in blocks.values() for side in (chain.left, chain.right)]
             fits = self.reserves(
                 sum(s.nbytes for s in sides if s.untyped_storage().data_ptr() not in views)
             )
             self.layers[layer] = KeptExperts(self, layer, blocks) if fits else None
         kept = self.layers[layer]
-        if self.full_weights and kept is not None and kept.versions != weight_versions(layer):
+        if kept is None or not self.full_weights:
+            return kept
+        if kept.versions != weight_versions(layer.weights()):
             raise RuntimeError(
-                "weights must not change inside weights_kept(); an expert's core has been written: "
-                "leave the block before"
+                "weights must not change inside weights_kept(); an expert's weight has been "
+                "written: leave the block before"
             )
         return kept
 
 
-def cache_in_use() -> ExpertCache | None:
-    """What serves the passes of this thread."""
-    return _in_use.get()
+def cache_of(layer: nn.Module) -> ExpertCache | None:
+    """What serves the passes of a layer in this thread: the innermost cache that does."""
+    cache = _in_use.get()
+    while cache is not None and not cache.serves(layer):
+        cache = cache.outer
+    return cache
 
 
 def kept_experts(layer: nn.Module) -> KeptExperts | None:
@@ -195,11 +201,11 @@ def kept_experts(layer: nn.Module) -> KeptExperts | None:
     Raises:
         RuntimeError: inside `weights_kept`, a pass with gradients, or after a weight changed.
     """
-    cache = None if torch.compiler.is_compiling() else _in_use.get()
+    cache = None if torch.compiler.is_compiling() else cache_of(layer)
     if cache is None:
         return None
     if torch.is_grad_enabled():
-        if cache.full_weights and cache.serves([layer]):
+        if cache.full_weights:
             raise RuntimeError(
                 "weights_kept() is for passes without gradients; got one with: use "
                 "torch.inference_mode(), or leave the block before you train"

@@ -119,6 +119,15 @@ class MPOExperts(_Network):
     def dtype(self) -> torch.dtype:
         return self.up.central.dtype
 
+    def weights(self) -> list[Tensor]:
+        """All cores and biases."""
+        weights: list[Tensor] = []
+        for cores in self.projections().values():
+            weights += cores.cores()
+            if cores.bias is not None:
+                weights.append(cores.bias)
+        return weights
+
     def full_weights_pay(self, slots: int, dtype: torch.dtype) -> bool:
         """Whether full weights need much less work for this many slots, of as many experts as there
         may be."""
@@ -178,9 +187,7 @@ class MPOExperts(_Network):
         Returns the result, which is the same, or None with gradients, autocast, a compiler, another
         backend, several dtypes, or where `forward` has full weights.
         """
-        tensors = [bias for bias in (self.up.bias, self.down.bias) if bias is not None]
-        for cores in self.projections().values():
-            tensors += cores.cores()
+        tensors = self.weights()
         if (
             self.backend != router.backend
             or any(tensor.dtype != x.dtype for tensor in tensors)

@@ -315,8 +315,9 @@ class MPOEModelMixin(_Model):
         All passes of this thread on a CPU use them, those of `generate` too, from the first on,
         which builds them; outputs stay the same up to rounding. A layer keeps full weights for all
         its experts or for none. Compiled graphs use the cores. A pass that could be trained on, and
-        one after a weight was written in place or loaded, is refused; what is written through
-        ``parameter.data`` is not seen.
+        one after an expert's weight was written in place or loaded, is refused; what is written
+        through ``parameter.data``, by fused optimizers, or to weights that were made in inference
+        mode, is not seen. Blocks of several models may be in each other.
 
         Args:
             max_bytes: bound for the whole model; ``None``: none, at most what the experts would

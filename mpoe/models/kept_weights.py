@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.expert_cache import ExpertCache, cache_in_use
+from mpoe.layers.expert_cache import ExpertCache, cache_of
 from mpoe.layers.experts import MPOExperts
 
 
@@ -50,10 +50,9 @@ def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[E
         max_bytes: bound; ``None``: `dense_bytes`, on a CPU; 0: no cache.
     """
     layers = _cacheable(model, on_gpus=max_bytes is not None)
-    outer = cache_in_use()
-    is_kept = outer is not None and outer.full_weights and outer.serves(layers)
     bound = dense_bytes(layers) if max_bytes is None else max_bytes
-    if is_kept or bound == 0 or not layers:
+    outer = [cache_of(layer) for layer in layers]
+    if bound == 0 or all(cache is not None and cache.full_weights for cache in outer):
         yield None
         return
     with ExpertCache(bound, layers).in_use() as cache:

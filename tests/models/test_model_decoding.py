@@ -107,6 +107,7 @@ def test_same_tokens(family, options, mode, converted, made):
 
 WRITES = {
     "in place": lambda model: experts(model)[0].up.central.mul_(2),
+    "of a bias": lambda model: experts(model)[0].up.bias.add_(1),
     "loaded": lambda model: model.load_state_dict(model.state_dict()),
     "replaced": lambda model: setattr(
         experts(model)[0].up,
@@ -131,6 +132,24 @@ def test_a_write_is_refused_while_weights_are_kept(write, converted):
 
 
 @pytest.mark.usefixtures("always")
+def test_no_core_takes_the_place_of_one_in_memory(converted):
+    """Where it is and how often it was written would be the same."""
+    model = converted("gpt2", shape="paper", num_experts=4)
+    tokens = {"input_ids": batch("gpt2")["input_ids"]}
+    for layer in experts(model):
+        cores = layer.up.auxiliary
+        for place in range(len(cores)):
+            with torch.no_grad(), model.weights_kept():
+                model(**tokens)
+                for _ in range(2):
+                    version = cores[place]._version
+                    cores[place] = torch.nn.Parameter(torch.randn(cores[place].shape))
+                    while cores[place]._version < version:
+                        cores[place].mul_(1)
+                refuses(RuntimeError, "weights must not change", model, **tokens)
+
+
+@pytest.mark.usefixtures("always")
 def test_weights_made_in_inference_mode(converted):
     model = converted("gpt2", **LIGHT)
     wanted = plain_tokens(model, **call("gpt2"))
@@ -139,6 +158,24 @@ def test_weights_made_in_inference_mode(converted):
         assert torch.equal(model.generate(**call("gpt2")), wanted)
         with model.weights_kept():
             assert torch.equal(model.generate(**call("gpt2")), wanted)
+
+
+@pytest.mark.usefixtures("always")
+def test_blocks_of_two_models(converted, made):
+    """In the inner one, the outer model's weights are kept too."""
+    model = converted("gpt2", **LIGHT)
+    other = converted("llama", **LIGHT)
+    wanted = plain_tokens(model, **call("gpt2"))
+    with model.weights_kept():
+        with other.weights_kept(), torch.no_grad():
+            other(**batch("llama"))
+            assert torch.equal(model.generate(**call("gpt2")), wanted)
+            assert [built(cache) for cache in made] == [2 * len(experts(model)), built(made[1])]
+            assert built(made[1]) == 2 * len(experts(other))
+            experts(model)[0].down.bias.add_(1)
+            message = "weights must not change inside weights_kept"
+            refuses(RuntimeError, message, model, **batch("gpt2"))
+        refuses(RuntimeError, "is for passes without gradients", model, **batch("gpt2"))
 
 
 def test_training_is_refused_while_weights_are_kept(converted):

@@ -185,13 +185,13 @@ class TaskSpec:
                     f"which is in column {self.label_column!r}; it has words for {known}"
                 )
             target = self.label_words[label]
+        if target is None:  # whatever else the row holds
+            return None
         asker = f"template of task {self.name}"
         source = _COLUMN.sub(
             lambda match: read_cell(cells, match[1], where, asker, is_text), self.template
         )
-        if target is None or not source.strip():
-            return None
-        return Example(source, target, number, ends=ends)
+        return Example(source, target, number, ends=ends) if source.strip() else None
 
     def _words(self) -> dict[str, str | None]:
         where = f"label_words of task {self.name}"

@@ -23,8 +23,9 @@ AnySite = FFNSite | LinearSite | EmbeddingSite
 def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
     patterns = [(ffn, name_pattern(ffn.holder)) for ffn in family.ffn]
     up_std, down_std = family.init_std(model.config)
-    modules = dict(model.named_modules())
-    for name, holder in modules.items():
+    # A projection that several networks share has a name in each.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, holder in model.named_modules():
         for ffn, pattern in patterns:
             match = pattern.match(name)
             prefixes = {kind: f"{name}.{part}" for kind, part in ffn.kinds().items()}

@@ -162,8 +162,10 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
 def read_with_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata; ValueError as
     `declared_shapes`."""
-    tensors = read_tensors([file])
+    declared_shapes([file])
+    # opened once: another process may replace the file
     with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return tensors, opened.metadata() or {}
 
 

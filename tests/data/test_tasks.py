@@ -200,7 +200,8 @@ def test_yaml_and_python_describe_the_same(tmp_path):
             spec.label_words.items()
         )  # their order tells the positive one
 
-    data = [*rows(4), {"sentence": "odd", "label": "?"}, {"sentence": "no", "label": "n"}]
+    left_out = {"sentence": None, "label": "?"}  # whatever else it holds
+    data = [*rows(4), left_out, {"sentence": "no", "label": "n"}]
     write(tmp_path / "my_folder", train=data, dev=rows(2), test=rows(2))
     task = load_task(python)
     assert [example.target for example in task.train()] == ["bad", "good", "bad", "good", "bad"]

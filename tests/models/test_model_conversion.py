@@ -246,6 +246,17 @@ def test_inplace_returns_the_same_object():
     assert all(module.training for module in converted.modules())
 
 
+@torch.no_grad()
+def test_a_projection_that_two_networks_share():
+    model = dense_model("llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj = first.up_proj
+    inputs = batch("llama")
+    converted = convert_to_mpoe(model, MPOEConfig(shape="separable", num_experts=2))
+    assert [type(layer.mlp) for layer in converted.model.layers] == [MPOEFeedForward] * 2
+    assert relative_difference(model(**inputs), converted(**inputs), inputs) <= 1e-5
+
+
 def test_ties_dtype_and_attention_are_kept():
     model = dense_model("t5").to(torch.bfloat16)
     model.set_attn_implementation("eager")

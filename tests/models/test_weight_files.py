@@ -1,10 +1,17 @@
 """Which files hold a model's weights, and what its configuration may claim of them."""
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from mpoe.models.checkpoint import read_mpoe_config
-from mpoe.models.weight_files import check_repeats, check_shapes, weight_files
+from mpoe.models.weight_files import (
+    check_repeats,
+    check_shapes,
+    read_with_metadata,
+    weight_files,
+    write_tensors,
+)
 from tests.assertions import refuses, write_json
 
 
@@ -20,6 +27,21 @@ def test_shards_are_those_of_the_index_in_its_folder(tmp_path):
     assert weight_files(tmp_path) == [tmp_path / name for name in names]
     (tmp_path / "model.safetensors").touch()
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """Its tensors and what it says of them are of one state."""
+    file = tmp_path / "some.safetensors"
+    states = iter(range(10))
+
+    def opened(path, **how):
+        state = next(states)
+        write_tensors(file, {"state": torch.tensor(state)}, {"state": str(state)})
+        return safe_open(path, **how)
+
+    monkeypatch.setattr("mpoe.models.weight_files.safe_open", opened)
+    tensors, metadata = read_with_metadata(file)
+    assert str(tensors["state"].item()) == metadata["state"]
 
 
 def test_a_model_may_be_larger_than_its_weights_but_not_far_larger(tmp_path):

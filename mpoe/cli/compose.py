@@ -30,7 +30,7 @@ from mpoe.data.mappings import read_mapping, read_utf8
 from mpoe.models import expert_mixture, lora_fit
 from mpoe.models.background import most_tokens, pooled_background
 from mpoe.models.composition import NONE, ROUTER_STEPS, compose, train_routers
-from mpoe.models.expert_files import load_expert, merge_expert
+from mpoe.models.expert_files import Expert, experts_of, load_expert, merge_expert
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, default_top_k
 from mpoe.models.lora_fit import FIT_STEPS, is_adapter
 from mpoe.models.table import CAUSAL
@@ -280,6 +280,33 @@ def _faults_of_experts(
     )
 
 
+def _adapter_name(name: str) -> str:
+    """Of the expert that is fitted to the adapter in a folder."""
+    return Path(name).resolve().name
+
+
+def _check_early(
+    base: Any,
+    tokenizer: Any,
+    known: Sequence[Expert],
+    names: Sequence[str],
+    options: ComposeOptions,
+) -> None:
+    """Refuse what cannot be composed or merged, before adapters are fitted and the base is sampled
+    for minutes; ``known`` are the experts that have files."""
+    adapters = list(filter(is_adapter, names))
+    for adapter in adapters:
+        lora_fit.check_adapter(base, adapter)
+    if options.merge:
+        experts_of(base, known)
+        return
+    if known:
+        there = {Path(name).stem for name in names} if options.texts else set()
+        with_texts = [expert.name for expert in known if expert.name in there]
+        expert_mixture.check_together(base, known, tokenizer, with_texts)
+    expert_mixture.check_names([*(expert.name for expert in known), *map(_adapter_name, adapters)])
+
+
 def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOptions) -> Any:
     """The expert for the adapter in a folder; says what was lost."""
     as_large = lora_fit.check_adapter(base, name)
@@ -297,7 +324,7 @@ def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOp
         base,
         adapted,
         texts,
-        Path(name).resolve().name,
+        _adapter_name(name),
         neurons=neurons,
         steps=options.steps or FIT_STEPS,
         tokenizer=tokenizer,
@@ -325,7 +352,7 @@ def compose_files(
     background: Any = None
     top_k = options.top_k
     none = True
-    preference = options.preference
+    routing = {"preference": options.preference}
     if options.add is not None:
         finish(Path(options.add))
         there, background = expert_mixture.experts_in(Path(options.add))
@@ -337,17 +364,18 @@ def compose_files(
                 f"remove must name experts of the mixture, {', '.join(known)}; got {unknown[0]}"
             )
         experts = [expert for expert in there if expert.name not in options.remove]
-        _, config, own_preference = expert_mixture.mixture_config(Path(options.add))
+        _, config, routing = expert_mixture.mixture_config(Path(options.add))
         if top_k is None and config.top_k != default_top_k(len(there) + none):
             top_k = config.top_k
-        preference = own_preference if preference is None else preference
+        if options.preference is not None:
+            routing["preference"] = options.preference
+    files = [None if is_adapter(name) else load_expert(name) for name in names]
+    _check_early(base, tokenizer, [*experts, *filter(None, files)], names, options)
     by_name: dict = {}
-    for place, name in enumerate(names):
+    for place, expert in enumerate(files):
         read = texts[place] if texts else None
-        if is_adapter(name):
-            expert = _fitted(base, name, read, tokenizer, options)
-        else:
-            expert = load_expert(name)
+        if expert is None:
+            expert = _fitted(base, names[place], read, tokenizer, options)
         experts.append(expert)
         if read is not None:
             by_name[expert.name] = read
@@ -377,7 +405,7 @@ def compose_files(
         top_k=top_k,
         none=none,
         background=background,
-        preference=preference,
+        **routing,
     )
     if options.router == "train":
         of_none = list(itertools.chain(*parts))

@@ -319,7 +319,7 @@ def load_expert(path: str | Path) -> Expert:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"path must be an expert's file; {str(path)!r} is no file")
-    _check_name(file.stem)
+    check_name(file.stem)
     tensors, metadata = read_with_metadata(file)
     if "expert" not in metadata:
         raise ValueError(
@@ -356,7 +356,8 @@ def _read_facts(text: str, file: Path) -> Any:
     return facts
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse what cannot be the name of an expert's file (ValueError)."""
     if not is_file_name(name):
         raise ValueError(
             f"an expert must have the name of a file, of letters, digits and the like; got {name!r}"
@@ -367,7 +368,7 @@ def _check(expert: Expert) -> None:
     """Refuse an expert whose facts, weights or statistics are not of the kinds that are written
     (ValueError)."""
     whose = f"expert {expert.facts['name']!r}"
-    _check_name(expert.name)
+    check_name(expert.name)
     for name, pattern in _FACTS.items():
         text = json.dumps(expert.facts.get(name), default=str)
         if re.fullmatch(pattern, text, re.DOTALL) is None:

@@ -91,45 +91,52 @@ def background_batches(base: Any, tokenizer: Any) -> list[list[dict[str, Tensor]
     return [token_batches(ids) for ids in background_parts(base, tokenizer).values()]
 
 
-def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping) -> list[Expert]:
-    """The experts, with statistics from ``texts`` where there are some."""
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names that experts of one mixture cannot have (ValueError)."""
+    known = {NONE}
+    for name in names:
+        if name in known:
+            raise ValueError(
+                f"experts must have names of their own, not {NONE!r}; got {name!r} (rename its "
+                "file)"
+            )
+        known.add(name)
+
+
+def check_together(
+    base: Any, experts: Any, tokenizer: Any, with_texts: Iterable[str]
+) -> list[Expert]:
+    """The experts, or those in files, if `compose_experts` can make one mixture of them; raises as
+    it does.
+
+    ``with_texts``: names of those whose statistics need not be in their files.
+    """
     if isinstance(experts, (str, bytes)) or not isinstance(experts, Sequence) or not experts:
         raise ValueError(f"experts must be a list of at least one expert; got {experts!r}")
     loaded = experts_of(base, experts)
     known: set[str] = set()
-    names = {NONE}
     vocabularies = {} if tokenizer is None else {vocabulary_identity(tokenizer): "the tokenizer"}
     for expert in loaded:
         digest = tensors_hash(expert.weights)
         if digest in known:
             raise ValueError(f"experts must differ; {expert.name!r} is there twice")
-        if expert.name in names:
-            raise ValueError(
-                f"experts must have names of their own, not {NONE!r}; got {expert.name!r} (rename "
-                "its file)"
-            )
-        if not expert.statistics and expert.name not in texts:
+        if not expert.statistics and expert.name not in with_texts:
             raise ValueError(
                 f"expert {expert.name!r} must hold statistics (see collect_statistics); it has none"
             )
         known.add(digest)
-        names.add(expert.name)
         if expert.facts["tokenizer"] is not None:
             vocabularies.setdefault(expert.facts["tokenizer"], f"expert {expert.name!r}")
+    names = [expert.name for expert in loaded]
+    check_names(names)
     if len(vocabularies) > 1:
         odd = " and ".join(vocabularies.values())
         raise ValueError(f"experts must be of one tokenizer; the vocabularies of {odd} differ")
-    unknown = sorted(set(texts) - names | set(texts) & {NONE})
+    unknown = sorted(set(with_texts).difference(names))
     if unknown:
         raise ValueError(
-            f"texts must be by names of experts, {', '.join(e.name for e in loaded)}; got "
-            f"{unknown[0]!r}"
+            f"texts must be by names of experts, {', '.join(names)}; got {unknown[0]!r}"
         )
-    for place, expert in enumerate(loaded):
-        if expert.name in texts:
-            started = start_expert(base, expert=expert)
-            statistics = collect_statistics(started, texts[expert.name], RANK)
-            loaded[place] = dataclasses.replace(expert, statistics=statistics)
     return loaded
 
 
@@ -181,7 +188,13 @@ def compose_experts(
             tokenizer; ``top_k`` larger than the number of experts; texts of an expert that is not
             there.
     """
-    loaded = _checked(base, experts, tokenizer, texts or {})
+    texts = texts or {}
+    loaded = check_together(base, experts, tokenizer, texts)
+    for place, expert in enumerate(loaded):
+        if expert.name in texts:
+            started = start_expert(base, expert=expert)
+            statistics = collect_statistics(started, texts[expert.name], RANK)
+            loaded[place] = dataclasses.replace(expert, statistics=statistics)
     number = len(loaded) + bool(none)
     routing = RouterConfig(
         top_k=default_top_k(number) if top_k is None else top_k,
@@ -234,9 +247,9 @@ def keep_experts(mixture: Any, folder: Path) -> None:
         save_background(mixture.background_statistics, mixture, folder / BACKGROUND_FILE)
 
 
-def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, float | None]:
-    """Names of a composed mixture's experts in their order, its configuration, and how much *none*
-    is preferred.
+def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, dict[str, Any]]:
+    """Names of a composed mixture's experts in their order, its configuration, and the
+    ``sharpness`` and ``preference`` of its routers.
 
     Raises:
         TypeError, ValueError: a folder without a composed mixture, or with links that lead out of
@@ -264,7 +277,7 @@ def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, float | None]:
     for name, value in routing.items():
         if value is not None:
             check_number(f"{shortened(name)} of mpoe_routing in {file}", value, -LARGEST, LARGEST)
-    return names, config, routing.get("preference")
+    return names, config, {name: routing.get(name) for name in ("sharpness", "preference")}
 
 
 def experts_in(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:

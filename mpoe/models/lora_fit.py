@@ -22,7 +22,13 @@ from mpoe.data.mappings import read_mapping
 from mpoe.data.predict import token_losses
 from mpoe.models.background import own_chats, own_texts
 from mpoe.models.composition import collect_statistics
-from mpoe.models.expert_files import Expert, made_expert, places_for_neurons, start_expert
+from mpoe.models.expert_files import (
+    Expert,
+    check_name,
+    made_expert,
+    places_for_neurons,
+    start_expert,
+)
 from mpoe.models.weight_files import declared_shapes
 
 LEAST_KEPT = 0.8  # of the adapter's gain over the base on texts that the fit did not see
@@ -136,9 +142,10 @@ def fit_adapter(
         the adapter's gain.
 
     Raises:
-        ValueError: fewer than two batches, an adapter that gains nothing on them, or neurons that
-            keep less than 80% of its gain.
+        ValueError: a name that no file can have, fewer than two batches, an adapter that gains
+            nothing on them, or neurons that keep less than 80% of its gain.
     """
+    check_name(name)
     if len(batches) < 2:
         raise ValueError(
             f"batches must be at least two, of which one is held out; got {len(batches)}"

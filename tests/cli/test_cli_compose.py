@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mpoe import (
     collect_statistics,
+    compose_experts,
     convert_to_mpoe,
     load_expert,
     load_mpoe,
@@ -26,7 +27,7 @@ from mpoe.cli.quiet import made_background
 from mpoe.data.stand_in_models import load_stand_in, stand_in_path
 from mpoe.models.background import save_background
 from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert
-from mpoe.models.expert_mixture import experts_in
+from mpoe.models.expert_mixture import experts_in, keep_experts
 from mpoe.models.walk import neuron_modules
 from mpoe.training import read_metrics
 from tests.assertions import read_json, refuses
@@ -240,6 +241,44 @@ def test_names_that_are_refused(folder, adapter):
         folder,
         "law.expert other/law.expert --output_dir x",
     )
+
+
+def test_refused_before_adapters_are_fitted_and_the_base_is_sampled(folder, adapter, monkeypatch):
+    monkeypatch.setattr(command.lora_fit, "fit_adapter", lambda *_, **__: pytest.fail("fitted"))
+    monkeypatch.setattr(
+        command.expert_mixture, "background_batches", lambda *_: pytest.fail("asked")
+    )
+    base, tokenizer = load_stand_in("gpt2")
+    base.transformer.h[0].mlp.c_fc.weight.data += 1
+    model = start_expert(base, 8)
+    statistics = collect_statistics(model, [{"input_ids": torch.arange(16)[None]}])
+    save_expert(model, folder / "foreign.expert", statistics=statistics, tokenizer=tokenizer)
+    for names in (
+        "foreign.expert",
+        f"{adapter} foreign.expert",
+        f"{adapter} foreign.expert --merge",
+    ):
+        message = "'foreign' must be of this base"
+        refuses(ValueError, message, compose, folder, f"{names} --output_dir x")
+    names = f"{adapter} cut law.expert"
+    refuses(ValueError, "bad JSON", compose, folder, f"{names} --output_dir x")
+    shutil.copytree(adapter, folder / "again/ft2")
+    message = "must have names of their own, not 'none'; got 'ft2'"
+    refuses(ValueError, message, compose, folder, f"{adapter} again/ft2 --output_dir x")
+
+
+def test_an_expert_fewer_with_the_sharpness_of_the_mixture(folder):
+    base, tokenizer = load_stand_in("gpt2")
+    files = [folder / f"{name}.expert" for name in ("law", "med")]
+    mixture = compose_experts(base, files, tokenizer=tokenizer, sharpness=3.0, preference=1.0)
+    mixture.save_pretrained(folder / "sharp")
+    keep_experts(mixture, folder / "sharp")
+    compose(folder, "--add sharp --remove med --output_dir sharp_law")
+    background = mixture.background_statistics
+    one = compose_experts(base, files[:1], background=background, sharpness=3.0, preference=1.0)
+    one.save_pretrained(folder / "sharp_one")
+    assert same(folder / "sharp_law", folder / "sharp_one")
+    assert load_mpoe(folder / "sharp_law").config.mpoe_routing == one.config.mpoe_routing
 
 
 def test_texts_a_trained_router_and_one_network(folder, capsys):

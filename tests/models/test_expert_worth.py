@@ -288,6 +288,8 @@ def test_held_out_texts_are_not_fitted(adapter, monkeypatch):
 
 def test_fits_that_are_refused(adapter):
     base, merged = adapter.base, adapter.merged
+    message = "must have the name of a file"
+    refuses(ValueError, message, fit_adapter, base, None, texts(), "a/b", neurons=1)
     for message, model, given in (
         (r"'law' must keep 80% of its gain as 1 neurons; it keeps -?\d+%: base", merged, texts()),
         ("'law' must be better than the base on its texts", copy.deepcopy(base), texts()),

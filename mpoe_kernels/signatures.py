@@ -265,11 +265,11 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
                 f"{describe(given['slot_of_token'])}; got {describe(given['gates'])}"
             )
     elif op == "grouped_mpo_linear" and given.get("slot_of_token") is not None:
-        tokens = None if given.get("row_index") is None else sizes["T"]
-        if sizes["P"] != tokens:
+        is_indexed = given.get("row_index") is not None
+        if not is_indexed or sizes["P"] != sizes["T"]:
+            wanted = f"[T, K] with T = {sizes['T']}" if is_indexed else "None without row_index"
             raise ValueError(
-                f"slot_of_token must be [T, K] with T = {tokens}, and None without row_index; got "
-                f"{describe(given['slot_of_token'])}"
+                f"slot_of_token must be {wanted}; got {describe(given['slot_of_token'])}"
             )
     if (given.get("u_gate") is None) != (given.get("right_gate") is None):
         raise ValueError("u_gate and right_gate must be given together; got one of them")

@@ -52,6 +52,8 @@ def mpo_ffn(
         TypeError, ValueError: a dropout outside 0..1; see `grouped_mpo_linear`, `combine`.
     """
     check_routing(routing)
+    check_blocks("up", up)
+    check_blocks("down", down)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float):
         raise TypeError(f"dropout must be a number; got {describe(dropout)}")
     if not 0 <= dropout <= 1:
@@ -66,7 +68,6 @@ def mpo_ffn(
             x, up, offsets, up_bias, **rows, activation=activation, backend=backend
         )
     else:
-        check_blocks("up", up)
         check_blocks("gate_proj", gate_proj)
         if up.out_features != gate_proj.out_features:
             raise ValueError(

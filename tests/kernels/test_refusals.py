@@ -150,8 +150,11 @@ CASES = {
         r"strategy must be one of .*got 'fast'": lambda: contracted("fast"),
         r"phase must be one of .*got 'sideways'": lambda: contracted("chain", "sideways"),
         # products
-        "slot_of_token must be .*, and None without row_index; got": lambda: linear(
+        "slot_of_token must be None without row_index; got": lambda: linear(
             slot_of_token=ONES(5, 1).long()
+        ),
+        r"slot_of_token must be \[T, K\] with T = 5; got int64 \[4, 1\]": lambda: linear(
+            row_index=torch.arange(5), slot_of_token=ONES(4, 1).long()
         ),
         "activation must be one of .*did you mean 'relu'": lambda: linear(activation="relo"),
         "strategy must be one of": lambda: linear(strategy="fast"),
@@ -247,6 +250,8 @@ CASES = {
         # networks
         "routing must be a Routing .*; got NoneType": lambda: mpo_ffn(X, None, GATES, ONE, ONE),
         "dropout must be a number; got str 'x'": lambda: mpo_ffn(*NETWORK, dropout="x"),
+        "up must be MPOBlocks .*; got int": lambda: mpo_ffn(*NETWORK[:3], 1, DOWN),
+        "down must be MPOBlocks .*; got int": lambda: mpo_ffn(*NETWORK[:4], 1),
         r"gate_proj must be MPOBlocks .*; got": lambda: mpo_ffn(*NETWORK, gate_proj=GATE.left),
         # autocast leaves float64 alone, so it must not be mixed with other dtypes
         r"bias must be of x's .*\(float32; autocast leaves float64\); got float64": lambda: (

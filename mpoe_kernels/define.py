@@ -29,7 +29,7 @@ from mpoe_kernels.op_rules import (
     refuse_unseen,
     refuse_vmap,
 )
-from mpoe_kernels.signatures import check_signature, check_tensors
+from mpoe_kernels.signatures import check_once, check_signature, check_tensors
 
 AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
 # torch.library keeps registrations only as long as the Library object lives.
@@ -183,7 +183,7 @@ def define_op(
     def call(*arguments: Any, kept: Any = None) -> Any:
         # While a graph is traced, `checked` refuses; a backward's arguments are its forward's.
         if not (name.endswith("_backward") or torch.compiler.is_dynamo_compiling()):
-            check_signature(name, names, arguments, required, with_memory=False)
+            check_once(name, names, arguments, required)
         if is_plain_call(arguments):
             if not needs_gradients(arguments):
                 return body(*arguments, kept=kept)

@@ -28,7 +28,7 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.contract import STRATEGIES
-from mpoe_kernels.op_rules import check_plain_memory
+from mpoe_kernels.op_rules import PLAIN, check_plain_memory
 
 # Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
 MOST_PAIRS = 2**31 - 1
@@ -169,6 +169,37 @@ def check_signature(
         elif argument.name == "row_index":
             sizes["N"] = sizes["T"]
     _check_others(op, given, sizes)
+
+
+_ACCEPTED: set[tuple[Any, ...]] = set()  # what `check_once` knows of calls
+MOST_ACCEPTED = 4096
+_VALUES = (int, float, bool, str, type(None))
+
+
+def check_once(
+    op: str, names: Sequence[str], values: Sequence[Any], required: Collection[str]
+) -> None:
+    """`check_signature` without memory, but of a call like an earlier one nothing is checked again:
+    to compare what the check looks at takes a fraction of its time, which a call of few tokens
+    would notice."""
+    facts = [op, *map(torch.is_autocast_enabled, AUTOCAST_DEVICES)]
+    for value in values:
+        kind = type(value)
+        facts.append(kind)
+        if kind in _VALUES:
+            facts.append(value)
+        elif kind in PLAIN and not value.is_nested:
+            facts += (value.dtype, value.device, value.layout, value.shape)
+        else:
+            check_signature(op, names, values, required, with_memory=False)
+            return
+    known = tuple(facts)
+    if known in _ACCEPTED:
+        return
+    check_signature(op, names, values, required, with_memory=False)
+    if len(_ACCEPTED) >= MOST_ACCEPTED:
+        _ACCEPTED.clear()
+    _ACCEPTED.add(known)
 
 
 def _check_tensor(

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels import BackendError
+from mpoe_kernels import BackendError, route, signatures
 from mpoe_kernels.define import define_op, is_plain_call
 from mpoe_kernels.signatures import ARGUMENTS, MOST_EXPERTS
 from tests.assertions import refuses
@@ -343,3 +343,29 @@ def test_a_plain_call_never_hides_from_transforms():
     assert torch.equal(functional(torch.ones(3)), torch.full((3,), 2.0))
     graph = make_fx(lambda x: op(x, 2.0))(torch.ones(3))
     assert "mpoe.scaled_in_transforms" in graph.code
+
+
+def test_a_call_like_an_earlier_one_is_checked_once(monkeypatch):
+    """A refused one each time; and what only looks alike."""
+    checked = []
+    check = signatures.check_signature
+
+    def counted(op, *values, **options):
+        checked.append(op)
+        check(op, *values, **options)
+
+    monkeypatch.setattr(signatures, "check_signature", counted)
+    monkeypatch.setattr(signatures, "_ACCEPTED", set())
+    monkeypatch.setattr(signatures, "MOST_ACCEPTED", 3)
+    pairs = torch.zeros(5, 1, dtype=torch.int64)
+    for _ in range(3):
+        route(pairs, 1)
+    assert checked == ["route"]
+    refuses(TypeError, "num_experts must be an integer; got bool True", route, pairs, True)
+    refuses(TypeError, "top_k_index must be int32 or int64", route, pairs.float(), 1)
+    refuses(TypeError, "top_k_index must be int32 or int64", route, pairs.float(), 1)
+    assert checked == ["route"] * 4
+    for tokens in range(6, 12):
+        route(torch.zeros(tokens, 1, dtype=torch.int64), 1)
+        assert len(signatures._ACCEPTED) <= 3
+    assert checked == ["route"] * 10

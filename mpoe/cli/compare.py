@@ -299,6 +299,20 @@ def mean_and_half_width(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4f} ± {half:.4f}"
 
 
+def _differences(
+    by_run: Sequence[tuple[dict, float]], first: Sequence[tuple[dict, float]]
+) -> list[float]:
+    """Scores less those of the first arm's runs with the same seeds; no run counts twice."""
+    left = list(first)
+    differences = []
+    for seeds, score in by_run:
+        partners = [partner for partner in left if partner[0] == seeds]
+        if partners:
+            left.remove(partners[0])
+            differences.append(score - partners[0][1])
+    return differences
+
+
 def _arm_rows(
     arms: dict[str, list[RunFolder]], metrics: Sequence[tuple[str, str]]
 ) -> list[list[str]]:
@@ -319,10 +333,7 @@ def _arm_rows(
             scores.append([(seeds, score) for seeds, score in by_run if score is not None])
         cells = [mean_and_half_width([score for _, score in by_run]) for by_run in scores]
         rows.append([f"{task}: {metric}", *cells])
-        less = [
-            [score - first for seeds, score in by_run for like, first in scores[0] if seeds == like]
-            for by_run in scores[1:]
-        ]
+        less = [_differences(by_run, scores[0]) for by_run in scores[1:]]
         if less:
             rows.append(
                 [f"{task}: {metric}, less the first arm's", "", *map(mean_and_half_width, less)]

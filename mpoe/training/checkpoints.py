@@ -261,7 +261,8 @@ class CheckpointMixin(_Base):
         loaded = {id(tensor) for name, tensor in tensors.items() if name not in set(missing)}
         absent = [name for name in missing if id(tensors.get(name)) not in loaded]
         if self.args.save_only_trained:
-            absent = [name for name in absent if name in self._trained()]
+            trained = self._trained()
+            absent = [name for name in absent if name in trained]
         for problem, names in (("lacks", absent), ("has too many", load_result.unexpected_keys)):
             if names:
                 raise ValueError(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from html import escape
 from pathlib import Path
 
@@ -128,6 +129,10 @@ def test_means_over_seeds(cli, tmp_path):
     assert ["task: accuracy", "0.6200 ± 0.2541", "0.7100 ± 0.1271"] in rows
     assert ["task: accuracy, less the first arm's", "", "0.0900 ± 0.1271"] in rows
     assert "Arms" not in cli("compare", runs[0], runs[2], "--output_dir", tmp_path / "two").out
+    again = make_run(tmp_path / "again", 0.1, 1e-3)  # the first once more: no run has two partners
+    shutil.copy(runs[0] / "run.json", again)
+    out = cli("compare", *runs, again, "--output_dir", tmp_path / "three").out
+    assert "0.0900 ± 0.1271" in out
 
 
 def test_names_and_refusals(cli, refused, tmp_path):

@@ -97,7 +97,8 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     Raises:
         TypeError: ``path`` is not a path.
         ValueError: no such folder, a foreign or damaged checkpoint, missing or unexpected
-            parameters, a base that is missing or not the one that the save was made from.
+            parameters, a base that is missing or not the one that the save was made from, an option
+            that this function sets itself.
     """
     check_type("path", path, (str, os.PathLike), "the folder of a saved model")
     folder = Path(path)
@@ -105,6 +106,10 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     is_only = (folder / ONLY_FILE).is_file()
     if base is not None and not is_only:
         raise ValueError(f"base is for MPOE-only saves; {folder} holds a whole model")
+    settled = ("config", "state_dict") if is_only else ("use_safetensors",)
+    for name in (*settled, "output_loading_info"):
+        if name in kwargs:
+            raise ValueError(f"{name} is what load_mpoe sets itself: leave it out")
     files = [folder / ONLY_FILE] if is_only else weight_files(folder)
     theirs, digest = _base_of(folder, cls, base) if is_only else ({}, "")
     shapes = declared_shapes(files)

@@ -103,6 +103,11 @@ def test_load_mpoe_refusals(converted, tmp_path):
         tmp_path / "model",
         base=dense_model("gpt2"),
     )
+    (tmp_path / "only").mkdir()
+    (tmp_path / "model/config.json").rename(tmp_path / "only/config.json")
+    (tmp_path / "only/mpoe_only.safetensors").touch()
+    message = "config is what load_mpoe sets itself: leave it out"
+    refuses(ValueError, message, load_mpoe, tmp_path / "only", config=model.config)
 
 
 def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def backends_to_measure(
         names: ``None`` (auto, which users get, and eager, which every installation has), ``"all"``
             (auto and every backend that runs here), or names separated by commas. ``auto`` is the
             package's own choice.
-        suite: the suite to run; by default, quick measures only auto, and gpu all.
+        suite: the suite to run; by default, quick measures only auto.
         device: what the backends of ``"all"`` must run on; named backends are checked only when
             they compute.
 
@@ -52,8 +52,6 @@ def backends_to_measure(
         ValueError: an unknown backend, or one that cannot run here.
     """
     here = tuple(name for name in available_backends() if _runs_on(name, device))
-    if names is None and suite == "gpu":
-        names = ALL
     if names is None or names == ALL:
         if here == (EAGER,):
             return here
@@ -109,10 +107,6 @@ def check_options(
     if not 1 <= threads <= cores:
         raise ValueError(
             f"threads must be between 1 and {cores}, the processors usable here; got {threads}"
-        )
-    if suite == "gpu" and device == "cpu" and scale != "tiny":
-        raise ValueError(
-            "scale must be tiny for suite gpu on a CPU, where it is a trial run; got 'real'"
         )
     backends_to_measure(backend, suite)
     return threads

@@ -40,7 +40,6 @@ from mpoe_bench.suites import SCALES, Plan, judged_of
 from mpoe_bench.targets import check_targets
 
 SCHEMA = 2
-GPU_MINUTES = 8.0  # of the suite gpu; what does not fit is left out and named
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Budget:
 BUDGETS = {
     "quick": Budget(1.2, most=15),
     "targets": Budget(2.0, 5, 15),
-    "gpu": Budget(0.12, 7, 15, 0.002),
 }
+ON_GPU = Budget(0.12, 7, 15, 0.002)
 TINY = Budget(0.01, 2, 2, 0)
 
 
@@ -88,7 +87,7 @@ class Run:
         threads: torch threads; default: all usable processors.
         scale: ``real``, or ``tiny`` sizes for tests.
         backend: see `mpoe_bench.machine.backends_to_measure`.
-        minutes: begin nothing new after this time; default: no limit, or eight for the gpu suite.
+        minutes: begin nothing new after this time; what does not fit is left out and named.
         only: contenders whose name contains one of these words, which commas separate, beside the
             dense layer.
         phases: which of `PHASE_NAMES` to time; default: all that a comparison has.
@@ -121,12 +120,13 @@ class Run:
         )
         self.sizes = SCALES[self.scale]
         self.backends = backends_to_measure(self.backend, suite, self.device)
-        self.budget = BUDGETS.get("gpu" if self.device == "cuda" else suite, Budget())
+        self.budget = BUDGETS.get(suite, Budget())
+        if self.device == "cuda":
+            self.budget = ON_GPU
         if not self.sizes.judged:
             self.budget = TINY
         self.timer: Callable[[], float] = time.perf_counter
-        minutes = self.minutes or (GPU_MINUTES if suite == "gpu" else math.inf)
-        self.deadline = time.monotonic() + 60 * minutes
+        self.deadline = time.monotonic() + 60 * (self.minutes or math.inf)
         self.sections: list[dict[str, Any]] = []
         self.skipped: list[str] = []
         self._comparison: Comparison | None = None

@@ -30,10 +30,10 @@ from mpoe_bench.layers import (
     peer_layers,
     stock,
 )
-from mpoe_bench.peers import GROUPED, LOOP, PEERS, STOCK_LAYERS
+from mpoe_bench.peers import LOOP, PEERS, STOCK_LAYERS
 from mpoe_kernels.backends import AUTO
 
-SUITES = ("quick", "planner", "targets", "layers", "models", "gpu")
+SUITES = ("quick", "planner", "targets", "layers", "models")
 # Quick to measure, with every shape and nearly every size; the planner suite takes all cases.
 QUICK_JUDGED = (3, 12, 22, 30, 35, 42, 46)
 HALVES = (torch.float32, torch.bfloat16)
@@ -181,7 +181,10 @@ class Plan(NamedTuple):
         yield self.beside(mixtures(scale.model), self.at(scale.many_tokens), others=STOCK_LAYERS)
 
     def targets(self) -> Iterator[Comparison]:
-        """Only what the targets need, in both dtypes."""
+        """Only what the targets need: in both dtypes; on a GPU more tokens, in bfloat16."""
+        if self.device == "cuda":
+            yield from self.gpu_targets()
+            return
         scale = self.scale
         masked = ("separable", "paper_64", "paper_full")
         for dtype in HALVES:
@@ -191,6 +194,15 @@ class Plan(NamedTuple):
             yield self.ffn(
                 SMALL, scale.many_experts, scale.few_tokens, dtype, train=False, peers=(LOOP,)
             )
+
+    def gpu_targets(self) -> Iterator[Comparison]:
+        scale = self.scale
+        shapes = ("separable", "paper_full", "paper_64", "paper_32", "light_64")
+        decoding = scale.many_experts, scale.few_tokens, torch.bfloat16
+        yield self.ffn(shapes, *decoding, train=False, peers=PEERS)
+        for experts in (scale.few_experts, scale.many_experts):
+            for tokens in (TOKENS, 8 * TOKENS):
+                yield self.ffn(shapes, experts, tokens, torch.bfloat16, peers=PEERS)
 
     def beside(
         self,
@@ -256,31 +268,6 @@ class Plan(NamedTuple):
                 yield self.model(
                     "generate", shapes, (batch, new), min(4, depth), torch.bfloat16, name
                 )
-
-    def gpu(self) -> Iterator[Comparison]:
-        """A few minutes on a GPU in bfloat16, cases with a target first; decoding is timed as CUDA
-        graphs too."""
-        scale = self.scale
-        dtype = torch.bfloat16
-        paper = "paper_64"
-        every = ("separable", "paper_full", paper, "paper_32", "paper_16", "light_64")
-        small = scale.few_tokens
-        middle = TOKENS
-        large = 32768
-        if not scale.judged:
-            middle = scale.many_tokens
-            large = 2 * scale.many_tokens
-        few = scale.few_experts
-        many = scale.many_experts
-        yield self.ffn(every, many, small, dtype, train=False, original=(paper,), peers=PEERS)
-        yield self.ffn(every, few, middle, dtype, original=(paper,), masked=(paper,), peers=PEERS)
-        yield self.ffn(every, many, middle, dtype, peers=PEERS)
-        yield self.ffn(("separable", "paper_full", paper), few, large, dtype, peers=PEERS)
-        yield self.ffn(("separable", paper), many, large, dtype, peers=PEERS)
-        for tokens in (1, 8):
-            yield self.ffn(every, many, tokens, dtype, train=False, peers=(GROUPED,))
-        yield self.ffn(every, few, small, dtype, train=False, peers=PEERS)
-        yield self.ffn(("separable", paper), few, middle, peers=(LOOP,))
 
     def model(
         self,

@@ -18,8 +18,8 @@ constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "am
 [[maybe_unused]] bool amx_granted() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned int a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned int kTile = 1u << 24, kBf16 = 1u << 22;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kBf16) == 0)
+  constexpr unsigned int kTileAndBf16 = 1u << 24 | 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTileAndBf16) != kTileAndBf16)
     return false;
   constexpr int kRequestPermission = 0x1023,
                 kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

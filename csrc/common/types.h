@@ -33,16 +33,16 @@ struct Accumulator<double> {
   using type = double;
 };
 
-[[maybe_unused]] inline float load(float value) {
+inline float load(float value) {
   return value;
 }
-[[maybe_unused]] inline double load(double value) {
+inline double load(double value) {
   return value;
 }
-[[maybe_unused]] inline float load(BFloat16 value) {
+inline float load(BFloat16 value) {
   return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
-[[maybe_unused]] inline float load(Float16 value) {
+inline float load(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu);
   // Read as a float whose exponent is 112 too small; the product also makes subnormal numbers
@@ -54,18 +54,18 @@ struct Accumulator<double> {
 }
 
 // Rounds to nearest, ties to even, as torch does.
-[[maybe_unused]] inline void store(float& out, float value) {
+inline void store(float& out, float value) {
   out = value;
 }
-[[maybe_unused]] inline void store(double& out, double value) {
+inline void store(double& out, double value) {
   out = value;
 }
-[[maybe_unused]] inline void store(BFloat16& out, float value) {
+inline void store(BFloat16& out, float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
-[[maybe_unused]] inline void store(Float16& out, float value) {
+inline void store(Float16& out, float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
   // Normal results: shift the exponent by 112 and round off the low 13 bits; overflow carries into

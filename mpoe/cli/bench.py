@@ -17,18 +17,14 @@ INCOMPLETE_FILE = "incomplete.json"
 class BenchOptions:
     """What to measure, and how."""
 
-    suite: str = option(
-        "quick", "quick (minutes), planner (its cases), targets, layers, models, gpu"
-    )
+    suite: str = option("quick", "quick (minutes), planner (its cases), targets, layers, models")
     device: str = option("cpu", "cpu or cuda")
     backend: str | None = option(None, "auto, all, or names with commas; default: auto and eager")
     out: Path = option(Path("bench_results"), "folder for report.md and results.json")
     threads: int | None = option(None, "torch threads; default: every usable processor")
     scale: str = option("real", "real, or tiny: everything once on sizes of a test, in seconds")
     overwrite: bool = option(False, "replace the results in the output folder")
-    minutes: float | None = option(
-        None, "begin nothing new after so long; default: none, of gpu eight"
-    )
+    minutes: float | None = option(None, "begin nothing new after so long")
     only: str = option("", "only contenders whose name contains one of these words, with commas")
     phases: str = option(
         "forward,train,graph", "what is timed of each; graph: as a CUDA graph, on a GPU"

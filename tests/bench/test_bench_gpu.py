@@ -1,5 +1,5 @@
-"""The script for a GPU, tried on the CPU: what its parts select, its limits, its report; and the
-suite ``gpu``."""
+"""The script for a GPU, tried on the CPU: what its parts select, its limits, its report; and what a
+run does out of time or after a broken capture."""
 
 import os
 import re
@@ -11,12 +11,11 @@ import pytest
 import torch
 from mpoe_bench import run
 from mpoe_bench.contender import CaptureError, Comparison, Contender, Truth
-from mpoe_bench.layers import cases
-from mpoe_bench.machine import check_options
+from mpoe_bench.layers import LIMIT, cases
 from mpoe_bench.run import run_suite
 from mpoe_bench.suites import SCALES, Plan
+from mpoe_bench.targets import GPU_TARGETS
 
-from tests.assertions import refuses
 from tests.cases import ROOT
 from tests.faults.processes import fork
 
@@ -217,10 +216,10 @@ def test_what_has_no_time_is_left_for_the_next_call(tmp_path):
 
 
 def test_what_has_no_time_is_named():
-    results = run_suite("gpu", threads=1, scale="tiny", backend="eager", minutes=1e-9)
+    results = run_suite("targets", threads=1, scale="tiny", backend="eager", minutes=1e-9)
     assert results["sections"] == []
-    assert results["skipped"][0] == "FFN E=8 48x192 T=8 bfloat16"
-    titles = [each.title for each in Plan(SCALES["tiny"], "cpu", ("eager",)).of("gpu")]
+    assert results["skipped"][0] == "FFN E=4 48x192 T=32 float32"
+    titles = [each.title for each in Plan(SCALES["tiny"], "cpu", ("eager",)).of("targets")]
     assert results["skipped"] == list(dict.fromkeys(titles))
 
 
@@ -241,7 +240,7 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch):
 
     monkeypatch.setattr(run, "graphed", graphed)
     monkeypatch.setattr(Plan, "of", lambda *_: [comparison("first"), comparison("second")])
-    results = run_suite("gpu", threads=1, scale="tiny", backend="eager")
+    results = run_suite("targets", threads=1, scale="tiny", backend="eager")
     assert [each["title"] for each in results["sections"]] == ["first"]
     assert (
         results["sections"][0]["rows"][0]["graph_reason"]
@@ -255,13 +254,13 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch):
     ]
 
 
-def test_the_gpu_suite_on_a_cpu_is_a_trial_only():
-    refuses(
-        ValueError,
-        "scale must be tiny for suite gpu on a CPU",
-        check_options,
-        "gpu",
-        "cpu",
-        None,
-        "real",
-    )
+def test_on_a_gpu_the_targets_are_measured():
+    compared = list(Plan(SCALES["real"], "cuda", ("triton",)).of("targets"))
+    for target in GPU_TARGETS:
+        names = [
+            [name for name, *_ in comparison.contenders]
+            for comparison in compared
+            if (comparison.facts["experts"], comparison.tokens) == (target.experts, target.tokens)
+        ]
+        assert len(names) == 1, target
+        assert {f"mpoe {target.shape} [triton]", target.peer or LIMIT} <= set(names[0]), target

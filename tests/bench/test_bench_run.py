@@ -155,7 +155,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
     [
         (
             ["--suite", "slow"],
-            "suite must be one of quick, planner, targets, layers, models, gpu; got 'slow'",
+            "suite must be one of quick, planner, targets, layers, models; got 'slow'",
         ),
         (["--device", "tpu"], "device must be one of cpu, cuda; got 'tpu'"),
         (["--threads", 0], f"threads must be between 1 and {CORES}"),

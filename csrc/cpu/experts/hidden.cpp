@@ -35,13 +35,13 @@ class HiddenParts {
   int64_t count() const { return count_; }
   const SortedSlots& sorted() const { return sorted_; }
   HiddenPart part(int64_t number, float* scratch, int64_t scratch_size) const {
-    HiddenPart part{};
-    part.first = in_.groups() * number / count_;
-    part.last = in_.groups() * (number + 1) / count_;
-    part.together = together();
-    part.scratch = scratch;
-    part.scratch_size = scratch_size;
-    return part;
+    return {
+        .first = in_.groups() * number / count_,
+        .last = in_.groups() * (number + 1) / count_,
+        .together = together(),
+        .scratch = scratch,
+        .scratch_size = scratch_size,
+    };
   }
   // f(part, more) for every part, by all threads; `more`: so many floats of a thread.
   template <class F>
@@ -148,12 +148,11 @@ class HiddenBackwardParts {
   // One core of every expert.
   void store_cores(const float* sums, char* result) {
     const int64_t bytes = square_ * size_of(in_.dtype);
-    for (int64_t e = 0; e < in_.experts; ++e) {
+    for (int64_t e = 0; e < in_.experts; ++e)
       if (parts_.sorted().has_slots(e))
         gemm_kernels(in_.dtype).round_row(sums + e * kinds_ * square_, result + e * bytes, square_);
       else
         std::memset(result + e * bytes, 0, bytes);
-    }
   }
 
   void add_gates() {

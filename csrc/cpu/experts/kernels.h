@@ -12,8 +12,8 @@ struct HiddenPart {
   float* scratch;
   int64_t scratch_size;
   // [E, 2 or 3 (right, left, right_gate), b, b], sums of this part; E = 1 if groups have their own.
-  float* cores;
-  float* slot_gates;  // [groups, T * K]: gradients of gates, by group; null: not wanted
+  float* cores = nullptr;
+  float* slot_gates = nullptr;  // [groups, T * K]: gradients of gates, by group; null: not wanted
 };
 
 constexpr int64_t kChunk = 64;  // maximum rows of hidden-side experts that are processed at once

@@ -7,10 +7,6 @@ bool contains(const Axes& axes, Axis axis) {
   return std::find(axes.begin(), axes.end(), axis) != axes.end();
 }
 
-Axes axes_of(Operand operand) {
-  return natural(operand).columns;
-}
-
 }  // namespace
 
 std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims,
@@ -23,7 +19,7 @@ std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims,
   for (int s = 0; s < kChainSteps; ++s) {
     ChainStep& step = steps[s];
     step.operand = order[s];
-    const Axes axes = axes_of(order[s]);
+    const Axes axes = natural(order[s]).columns;
     for (const Axis axis : state)
       (contains(axes, axis) ? step.met : step.rest).push_back(axis);
     for (const Axis axis : axes)
@@ -37,7 +33,7 @@ std::array<ChainStep, kChainSteps> chain_steps(const BlockDims& dims,
     const bool few = step.operand == Operand::kCentral && s == 0 && slots * step.m <= few_rows;
     if (s + 1 < kChainSteps && !few)
       std::stable_partition(
-          step.fresh.begin(), step.fresh.end(), [next = axes_of(order[s + 1])](Axis axis) {
+          step.fresh.begin(), step.fresh.end(), [next = natural(order[s + 1]).columns](Axis axis) {
             return !contains(next, axis);
           });
     // Either the state's rows or the operand can keep its order: central does, if it is the larger
@@ -95,8 +91,7 @@ void finish_rows(const GemmKernels& gemm,
 
 template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
-  const BlockDims& d = in.dims;
-  const int64_t filled = in.filled(), width = d.padded_out();
+  const int64_t filled = in.filled(), width = in.dims.padded_out();
   if (!zero_the_rest<T>(in))
     return;
   const Chain<T> chain(gemm, in, Direction::kForward, kFewRows);

@@ -5,25 +5,23 @@ namespace {
 
 template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
-  const BlockDims& d = in.dims;
   if (!zero_the_rest<T>(in))
     return;
   std::vector<int64_t> busy;
   for (int64_t e = 0; e < in.experts; ++e)
     if (in.count(e) > 0)
       busy.push_back(e);
-  const HalfPlan plan(gemm, d, in.order.half_first);
-  const Buffer<T> central = pack_central<T>(gemm, d, in.central, plan);
+  const HalfPlan plan(gemm, in.dims, in.order.half_first);
+  const Buffer<T> central = pack_central<T>(gemm, in.dims, in.central, plan);
   parallel_for(std::ssize(busy), 1, [&](int64_t begin, int64_t end) {
-    if (plan.half_first) {
-      HalfFirst<T> worker(gemm, in, plan, central.get());
+    const auto run_experts = [&](auto worker) {
       for (int64_t k = begin; k < end; ++k)
         worker.run(busy[k]);
-    } else {
-      RightFirst<T> worker(gemm, in, plan, central.get(), in.most_slots());
-      for (int64_t k = begin; k < end; ++k)
-        worker.run(busy[k]);
-    }
+    };
+    if (plan.half_first)
+      run_experts(HalfFirst<T>(gemm, in, plan, central.get()));
+    else
+      run_experts(RightFirst<T>(gemm, in, plan, central.get(), in.most_slots()));
   });
 }
 

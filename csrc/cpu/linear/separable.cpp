@@ -106,9 +106,7 @@ struct OutputStep {
     // About one strip ahead.
     const int64_t later_rows = ceil_divide(kStripRows, width) * d.out_features;
     T* y = static_cast<T*>(in.y);
-    Finish finish{};
-    finish.activation = in.activation;
-    finish.saved = in.saved;
+    Finish finish{.activation = in.activation, .saved = in.saved};
     // If the last columns do not exist, rows of different jC end differently.
     const bool whole = d.padded_out() == d.out_features;
     multiply_all(gemm,

@@ -53,8 +53,10 @@ class Backward {
  private:
   // Zeroes the gradients that no slot contributes to.
   void zero_gradients() {
-    zero_rows(in_.dbias, 0, filled_ == 0 ? 1 : 0, d_.out_features * sizeof(T));
-    zero_rows(in_.dcentral, 0, filled_ == 0 ? 1 : 0, d_.central_size() * sizeof(T));
+    if (filled_ == 0) {
+      zero_rows(in_.dbias, 0, 1, d_.out_features * sizeof(T));
+      zero_rows(in_.dcentral, 0, 1, d_.central_size() * sizeof(T));
+    }
     for (int64_t e = 0; e < in_.experts; ++e)
       if (in_.count(e) == 0)
         zero_blocks<T>(in_, e);

@@ -1,9 +1,7 @@
 #include "cpu/routing/routing.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "common/cpu_features.h"

@@ -7,11 +7,8 @@ may not warn. Triton's kernels are compiled in every configuration that tools/sh
 launches, csrc/cuda's files by nvcc (``CUDACXX``, PATH or /usr/local/cuda/bin).
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
-import importlib.util
 import math
 import os
 import re
@@ -64,8 +61,15 @@ _BETWEEN_PROGRAMS = re.compile(
 )
 # Parameters that are block sizes, not sizes of the problem.
 BLOCK_SIZES = ("BM", "BN", "BK", "BT", "KL", "NL", "KR", "NR", "BLOCK", "PART", "CHUNK")
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1"}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
 
 
 class Job(NamedTuple):
@@ -122,10 +126,14 @@ def job_of(launch: Launch, architecture: str) -> Job:
             constants.append((name, value))
         if multiple:
             aligned.append(name)
-    where = f"{function.fn.__module__}:{function.fn.__name__}"
-    options = sorted(given.items())
-    parts = map(tuple, (signature, constants, aligned, options))
-    return Job(where, architecture, *parts)
+    return Job(
+        f"{function.fn.__module__}:{function.fn.__name__}",
+        architecture,
+        tuple(signature),
+        tuple(constants),
+        tuple(aligned),
+        tuple(sorted(given.items())),
+    )
 
 
 def _type_of(parameter: Any, value: Any) -> tuple[str, bool]:
@@ -163,15 +171,14 @@ def _by_triton(job: Job) -> Binary:
     function = getattr(importlib.import_module(module), name)
     if not isinstance(function, triton.runtime.jit.JITFunction):
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1")
-    position = {parameter: index for index, parameter in enumerate(function.arg_names)}
-    source = ASTSource(
-        function,
-        dict(job.signature),
-        {(position[parameter],): value for parameter, value in job.constants},
-        {(position[parameter],): [["tt.divisibility", 16]] for parameter in job.aligned},
-    )
+    attributes = {}
+    for name in job.aligned:
+        place = function.arg_names.index(name)
+        attributes[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(function, dict(job.signature), dict(job.constants), attributes)
     built = triton.compile(source, target=TARGETS[job.architecture], options=dict(job.options))
-    if waits := _BETWEEN_PROGRAMS.findall(built.asm.get("ptx") or built.asm["amdgcn"]):
+    waits = _BETWEEN_PROGRAMS.findall(built.asm.get("ptx") or built.asm["amdgcn"])
+    if waits:
         raise RuntimeError(f"programs may wait for one another: {', '.join(sorted(set(waits)))}")
     wants = any("16>" in line or "tf32" in line for line in _DOT.findall(built.asm["ttir"]))
     if "cubin" in built.asm:
@@ -209,10 +216,11 @@ def sources(architectures: Iterable[str]) -> list[Job]:
 def _difficulty(job: Job) -> tuple[int, int, int]:
     """Tile size, number of extras, variety of sizes and strides: the most difficult job is the
     likeliest to spill."""
-    extras = sum((value is True) - (value is None) for _, value in job.constants)
-    tile = math.prod(value for name, value in job.constants if name in BLOCK_SIZES)
-    numbers = tree_leaves([value for _, value in job.constants])
-    return tile, extras, len(set(numbers))
+    constants = dict(job.constants)
+    values = list(constants.values())
+    extras = sum((value is True) - (value is None) for value in values)
+    tile = math.prod(value for name, value in constants.items() if name in BLOCK_SIZES)
+    return tile, extras, len(set(tree_leaves(values)))
 
 
 def shipped_jobs(
@@ -231,18 +239,20 @@ def shipped_jobs(
         dtypes = ("bfloat16",)
         sizes = (shipped.T5_BASE,)
     hardest: dict[tuple[Any, ...], Job] = {}
-    uses: dict[Job, str] = {}
+    uses = {}
     for size, dtype in product(sizes, dtypes):
         for problem in shipped.problems(shipped.DTYPES[dtype], quick, size):
             where = f"{problem.name}, {dtype}, d={size.model}"
             for architecture in architectures:
                 for launch in problem.launches(architecture):
                     job = job_of(launch, architecture)
-                    group: tuple[Any, ...] = (job.name, architecture)
-                    if not quick:
-                        group += (dtype, job.configuration if size.every_tile else size)
+                    kind = job.configuration if size.every_tile else size
+                    group = (job.name, architecture, dtype, kind)
+                    if quick:
+                        group = group[:2]
                     uses.setdefault(job, where)
-                    hardest[group] = max(hardest.get(group, job), job, key=_difficulty)
+                    before = hardest.get(group, job)
+                    hardest[group] = max(before, job, key=_difficulty)
     return {job: uses[job] for job in hardest.values()}
 
 
@@ -263,9 +273,7 @@ def problems_of(job: Job) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     """Returns 1 if a kernel must not be shipped."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     kinds = ("triton", "cuda")
     parser.add_argument("kinds", nargs="*", choices=kinds, help="default both")
     parser.add_argument(
@@ -275,10 +283,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only kernels or files whose name contains this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     chosen = parser.parse_args(words)
-    uses: dict[Job, str] = {}
-    if "triton" in (chosen.kinds or kinds):
+    uses = {}
+    kinds = chosen.kinds or kinds
+    if "triton" in kinds:
         uses |= shipped_jobs(chosen.arch, quick=chosen.quick)
-    if "cuda" in (chosen.kinds or kinds):
+    if "cuda" in kinds:
         uses |= dict.fromkeys(sources(chosen.arch), "csrc")
     jobs = [job for job in uses if chosen.only in job.name]
     wrong = 0
@@ -289,10 +298,8 @@ def main(words: list[str] | None = None) -> int:
                 where = f"{job.name} {job.configuration} on {job.architecture} ({uses[job]})"
                 print(f"{where}: {problem}", file=sys.stderr)
             wrong += len(problems)
-    print(
-        f"{len({job.name for job in jobs})} kernels and files, {len(jobs)} configurations, {wrong} "
-        "failures"
-    )
+    names = {job.name for job in jobs}
+    print(f"{len(names)} kernels and files, {len(jobs)} configurations, {wrong} failures")
     return 1 if wrong else 0
 
 

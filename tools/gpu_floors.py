@@ -18,8 +18,6 @@ exceeded, and where a call is not there; limits that are missed are named; ``--k
 every launch; ``--write`` keeps the new figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -45,7 +43,7 @@ from mpoe_kernels.routing import gating
 from mpoe_kernels.testing.launches import Launch
 from mpoe_kernels.triton.start import cdiv
 
-TABLE = Path(__file__).resolve().parents[1] / "bench" / "results" / "ahead-of-time" / "gpu.json"
+TABLE = Path(__file__).resolve().parents[1] / "bench/results/ahead-of-time/gpu.json"
 MORE = 1.02  # a kernel may have this many times the table's figures
 ARCHITECTURE = "sm_90"
 # An H100 with SXM: multiprocessors, cycles a second, FLOP/s that good 16-bit products reach, bytes
@@ -95,29 +93,33 @@ Arguments = SimpleNamespace  # of a launch, with the call's TOKENS and the grid
 
 def _rows(a: Arguments) -> float:
     """Slots of an expert, of all choices where pairs are sorted."""
-    pairs = a.TOKENS if getattr(a, "order", None) is None else a.order.shape[0] - a.EXPERTS - 2
+    pairs = a.TOKENS
+    if getattr(a, "order", None) is not None:
+        pairs = a.order.shape[0] - a.EXPERTS - 2
     return pairs / a.EXPERTS
 
 
 def _parts(a: Arguments) -> int:
     """In which a program each sums over an expert's rows."""
-    return math.ceil(_rows(a) * a.P / a.size) if getattr(a, "IN_PARTS", True) else 1
+    if not getattr(a, "IN_PARTS", True):
+        return 1
+    return math.ceil(_rows(a) * a.P / a.size)
 
 
 def _steps(a: Arguments, parts: int) -> float:
     """Tiles of a weight that a program sums over: digits of the central core, and of the side that
     is summed."""
+    k_left, k_central, k_right = a.K_SIZES
+    n_left, n_central, n_right = a.N_SIZES
+    tiles = cdiv(k_right, a.KR) * cdiv(n_right, a.NR)
     if a.OF_RIGHT:
-        tiles = cdiv(a.K_SIZES[0], a.KL) * cdiv(a.N_SIZES[0], a.NL)
-    else:
-        tiles = cdiv(a.K_SIZES[2], a.KR) * cdiv(a.N_SIZES[2], a.NR)
-    return a.K_SIZES[1] * a.N_SIZES[1] / parts * tiles
+        tiles = cdiv(k_left, a.KL) * cdiv(n_left, a.NL)
+    return k_central * n_central / parts * tiles
 
 
 # Kernel -> how often its loops run (see `executed`), of the launch's arguments.
 TRIPS: dict[str, Callable[[Arguments], Sequence[float]]] = {
     "histogram_kernel": lambda a: (a.size / a.BLOCK,),
-    "drop_kernel": lambda a: (cdiv(a.grid[0], a.CHUNK), a.size / a.BLOCK),
     "scatter_kernel": lambda a: (cdiv(a.grid[0], a.CHUNK), a.size / a.BLOCK),
     "sort_kernel": lambda a: 2 * (cdiv(a.slots, a.BLOCK),),
     "logits_kernel": lambda a: (cdiv(min(a.share, a.width), a.BK),),
@@ -137,10 +139,9 @@ TRIPS: dict[str, Callable[[Arguments], Sequence[float]]] = {
         cdiv(cdiv(a.last - a.first, a.BK), a.grid[1]),
     ),
     "neurons_hidden_kernel": lambda a: [
-        cdiv(n, a.BK) for n in (a.width, a.out_width)[: 1 + (a.grad is not None)]
+        cdiv(width, a.BK) for width in (a.width, a.out_width)[: 1 + (a.grad is not None)]
     ],
     "neurons_rows_kernel": lambda a: (1 + (a.more_rows is not None)) * (cdiv(a.neurons, a.BK),),
-    "neurons_few_kernel": lambda a: (a.TOP_K, cdiv(a.neurons, a.BK)),
     # A loop over slots for each of the gradients; a program runs one of the four, or none.
     "neurons_weights_kernel": lambda a: [
         math.ceil(_rows(a) / a.BK) / 4
@@ -152,8 +153,14 @@ TRIPS: dict[str, Callable[[Arguments], Sequence[float]]] = {
 }
 # Kernels with a program for every tile of BM rows of an expert; the grid has more, which return at
 # once.
-TILED = {"neurons_fused_kernel", "neurons_hidden_kernel", "neurons_rows_kernel"}
-TILED |= {"hidden_rows_kernel", "grouped_rows_kernel", "fused_kernel"}
+TILED = {
+    "neurons_fused_kernel",
+    "neurons_hidden_kernel",
+    "neurons_rows_kernel",
+    "hidden_rows_kernel",
+    "grouped_rows_kernel",
+    "fused_kernel",
+}
 
 
 def busy_programs(name: str, a: Arguments) -> float:
@@ -164,22 +171,21 @@ def busy_programs(name: str, a: Arguments) -> float:
         return a.grid[0] * a.EXPERTS * _parts(a)
     if name not in TILED:
         return programs
+    first = a.grid[0]
     columns = 1.0
     if name == "fused_kernel":
-        columns = a.grid[0] / (cdiv(a.TOKENS, a.BM) + a.EXPERTS + 1)
-    tiles = a.EXPERTS * math.ceil(_rows(a) * getattr(a, "P", 1) / a.BM)
-    return programs / a.grid[0] * columns * min(a.grid[0], tiles)
+        columns = first / (cdiv(a.TOKENS, a.BM) + a.EXPERTS + 1)
+    rows = _rows(a) * getattr(a, "P", 1)
+    tiles = a.EXPERTS * math.ceil(rows / a.BM)
+    return programs / first * columns * min(first, tiles)
 
 
 def at_once(binary: Binary, warps: int) -> int:
     """Programs that a multiprocessor runs together."""
-    registers = max(binary.registers, 1) * 32 * warps
-    limits = (
-        REGISTERS // registers,
-        SHARED // (binary.shared + SHARED_MORE),
-        WARPS // warps,
-    )
-    return max(1, min(limits))
+    by_registers = REGISTERS // (max(binary.registers, 1) * 32 * warps)
+    by_memory = SHARED // (binary.shared + SHARED_MORE)
+    by_warps = WARPS // warps
+    return max(1, min(by_registers, by_memory, by_warps))
 
 
 class Cost(NamedTuple):
@@ -187,11 +193,10 @@ class Cost(NamedTuple):
     PyTorch's operations."""
 
     kernel: str
-    programs: float
-    warps: int
-    warp: Executed
-    bytes: int
     times: tuple[float, float, float, float]  # to issue, to move, to multiply and to wait
+    programs: float = 0
+    warps: int = 0
+    warp: Executed | None = None
 
     @property
     def floor(self) -> float:
@@ -202,23 +207,25 @@ class Cost(NamedTuple):
 def cost_of(launch: Launch | Library, tokens: int) -> Cost:
     if isinstance(launch, Library):
         times = (0.0, launch.bytes / BANDWIDTH, launch.flops / FLOPS, 0.0)
-        return Cost(launch.name, 0, 0, Executed(0, 0, 0, 0), launch.bytes, times)
+        return Cost(launch.name, times)
+    name = launch.name
     a = Arguments(**launch.arguments, TOKENS=tokens, grid=launch.grid)
-    programs = busy_programs(launch.name, a)
+    programs = busy_programs(name, a)
     warps = getattr(a, "num_warps", 4)
-    trips = TRIPS[launch.name](a) if launch.name in TRIPS else ()
-    binary = compiled(job_of(launch, ARCHITECTURE))[launch.name]
-    warp = executed(launch.name, binary.code, trips)
-    moved = bytes_of(launch.arguments.values())
+    trips = TRIPS[name](a) if name in TRIPS else ()
+    binary = compiled(job_of(launch, ARCHITECTURE))[name]
+    warp = executed(name, binary.code, trips)
     waves = math.ceil(programs / (UNITS * at_once(binary, warps)))
-    chain = warp.instructions * max(1, warps / 4) + warp.barriers * BARRIER + warp.loads * LOAD
+    chain = warp.instructions * max(1, warps / 4)
+    chain += warp.barriers * BARRIER
+    chain += warp.loads * LOAD
     times = (
         programs * warps * warp.instructions / (4 * UNITS * CLOCK),
-        moved / BANDWIDTH,
+        bytes_of(launch.arguments.values()) / BANDWIDTH,
         programs * warps * warp.flops / FLOPS,
         waves * chain / CLOCK,
     )
-    return Cost(launch.name, programs, warps, warp, moved, times)
+    return Cost(name, times, programs, warps, warp)
 
 
 def dense_seconds(case: Case, training: bool) -> float:
@@ -234,7 +241,11 @@ def figures(case: Case, costs: Sequence[Cost], training: bool) -> Figures:
     """Of a call: x dense, its floor in us, launches."""
     floor = sum(cost.floor for cost in costs)
     x_dense = floor / dense_seconds(case, training)
-    return {"x_dense": round(x_dense, 3), "floor_us": round(1e6 * floor, 1), "launches": len(costs)}
+    return {
+        "x_dense": round(x_dense, 3),
+        "floor_us": round(1e6 * floor, 1),
+        "launches": len(costs),
+    }
 
 
 def worse(call: str, bounds: Figures, kept: Figures, limit: float | None) -> list[str]:
@@ -243,37 +254,39 @@ def worse(call: str, bounds: Figures, kept: Figures, limit: float | None) -> lis
     most["launches"] = kept["launches"]
     if limit is not None and kept["x_dense"] <= limit:
         most["x_dense"] = limit
-    more = [name for name in most if bounds[name] > most[name]]
-    return [f"{call}: {name} {bounds[name]}; at most {most[name]:g}" for name in more]
+    return [
+        f"{call}: {name} {bounds[name]}; at most {allowed:g}"
+        for name, allowed in most.items()
+        if bounds[name] > allowed
+    ]
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Returns 1 if something is worse than the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only calls whose name contains this")
     parser.add_argument("--kernels", action="store_true", help="print the floors of every launch")
     parser.add_argument(
         "--write", action="store_true", help="keep the figures instead of comparing them"
     )
     chosen = parser.parse_args(words)
-    table: dict[str, Figures] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    lines: list[str] = []
-    calls = {f"{name} {phase}": (CASES[name], phase) for name, phase in product(CASES, PHASES)}
-    for call, (case, phase) in calls.items():
+    table = json.loads(TABLE.read_text())
+    lines = []
+    for case, phase in product(CASES.values(), PHASES):
+        call = f"{case.name} {phase}"
         if chosen.only not in call:
             continue
         training = phase == "training"
+        limit = case.limits[training]
         launches = recorded(case.layer("meta"), case, training)
         costs = [cost_of(launch, case.tokens) for launch in launches]
         if chosen.kernels:
-            for cost in costs:
-                print(f"  {cost}")
+            print(*costs, sep="\n")
         bounds = figures(case, costs, training)
-        limit = case.limits[PHASES.index(phase)]
-        missed = limit and bounds["x_dense"] > limit
-        print(call, bounds, f"at most {limit}: missed" if missed else "", flush=True)
+        verdict = ""
+        if limit and bounds["x_dense"] > limit:
+            verdict = f"at most {limit}: missed"
+        print(call, bounds, verdict, flush=True)
         if chosen.write:
             table[call] = bounds
         elif call in table:

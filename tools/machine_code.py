@@ -1,7 +1,5 @@
 """What the machine code of a GPU kernel shows: resources, instructions and loops."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -66,9 +64,9 @@ class Binary(NamedTuple):
     def problems(self, architecture: str) -> list[str]:
         """Reasons why it must not be shipped; empty if it may be."""
         reasons = []
+        limit = SHARED_MEMORY[architecture]
         if self.spills or self.stack:
             reasons.append(f"spills: {self.spills} accesses, {self.stack} bytes of local memory")
-        limit = SHARED_MEMORY[architecture]
         if self.shared > limit:
             reasons.append(
                 f"needs {self.shared} bytes of shared memory; {architecture} has {limit}"
@@ -110,25 +108,28 @@ def disassembled(cubin: bytes) -> dict[str, Binary]:
 def of_amd(code: str) -> Binary:
     """The only kernel of a file, from its assembly."""
     # Scalar registers spill into vector registers, not into memory.
-    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    sizes = [int(re.findall(rf"\.{name}:\s+(\d+)", code)[0]) for name in names]
+    sizes = []
+    for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size"):
+        size = re.findall(rf"\.{name}:\s+(\d+)", code)[0]
+        sizes.append(int(size))
     return Binary(*sizes, matrix_instructions=len(_MATRIX_OF_AMD.findall(code)))
 
 
 def find(program: str) -> str | None:
     """The program's path: on PATH, in the toolkit's usual folder, or in the triton wheel."""
-    wheel = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return shutil.which(program) or shutil.which(
-        program, path=f"/usr/local/cuda/bin{os.pathsep}{wheel}"
-    )
+    wheel = Path(triton.__file__).parent / "backends/nvidia/bin"
+    on_path = shutil.which(program)
+    return on_path or shutil.which(program, path=f"/usr/local/cuda/bin{os.pathsep}{wheel}")
 
 
 def _flops(words: str) -> float:
     """Of an instruction, for one warp."""
-    if not (matrix := _PRODUCT_SIZES.search(words)):
+    matrix = _PRODUCT_SIZES.search(words)
+    if matrix is None:
         return 0.0
     m, n, k = (int(size) for size in matrix.groups() if size)
-    return 2 * m * n * k / (4 if "HGMMA" in words else 1)  # four warps share a warpgroup's
+    flops = 2 * m * n * k
+    return flops / 4 if "HGMMA" in words else flops  # four warps share a warpgroup's
 
 
 def code_of(text: str) -> Code:
@@ -142,19 +143,22 @@ def loops_of(code: Code) -> list[tuple[int, int]]:
     barrier in memory.
     """
     last_of_loop: dict[int, int] = {}
-    end = max((address for address, text in code if "EXIT" in text), default=math.inf)
+    exits = [address for address, text in code if "EXIT" in text]
+    end = exits[-1] if exits else math.inf
     for address, text in code:
         back = _BACK.search(text)
         if back is None or (address > end and text.startswith("BRA 0x")):
             continue
         first = int(back[1], 16)
         if first < address:
-            last_of_loop[first] = max(address, last_of_loop.get(first, 0))
+            last_of_loop[first] = address
     waits = {address for address, text in code if _WAIT.search(text)}
-    for first, last in list(last_of_loop.items()):
-        if last - first <= 128 and waits & set(range(first, last, 16)):
-            del last_of_loop[first]
-    return sorted(last_of_loop.items())
+    loops = []
+    for first, last in sorted(last_of_loop.items()):
+        is_short = last - first <= 128
+        if not is_short or waits.isdisjoint(range(first, last, 16)):
+            loops.append((first, last))
+    return loops
 
 
 class Executed(NamedTuple):
@@ -175,7 +179,10 @@ class Executed(NamedTuple):
 
 def _registers(operand: str, count: int = 1) -> set[int]:
     """Numbers of the registers that begin with the ones that an operand names."""
-    return {int(first) + more for first in _REGISTER.findall(operand) for more in range(count)}
+    registers = set()
+    for first in map(int, _REGISTER.findall(operand)):
+        registers |= set(range(first, first + count))
+    return registers
 
 
 def _loads(code: Code, times: Sequence[float], loops: Sequence[tuple[int, int]]) -> float:
@@ -183,21 +190,31 @@ def _loads(code: Code, times: Sequence[float], loops: Sequence[tuple[int, int]])
     total = 0.0
     pending: dict[int, float] = {}  # registers that are loaded -> how often
     for (address, words), often in zip(code, times, strict=True):
-        if wait := _COPIES_WAIT.search(words):
-            around = [loop for loop in loops if loop[0] <= address <= loop[1]]
-            first, last = around[-1] if around else (address, address)
-            groups = sum(first <= other <= last and "LDGDEPBAR" in text for other, text in code)
-            total += often / (1 + int(wait[1], 16) / max(1, groups))
+        wait = _COPIES_WAIT.search(words)
+        if wait:
+            first, last = address, address
+            for loop in loops:
+                if loop[0] <= address <= loop[1]:
+                    first, last = loop
+            groups = 0
+            for other, text in code:
+                if first <= other <= last and "LDGDEPBAR" in text:
+                    groups += 1
+            ahead = int(wait[1], 16) / max(1, groups)
+            total += often / (1 + ahead)
         load = _LOAD.search(words)
         destination, _, sources = words.partition(",")
-        read = _registers(" ".join(_PLACE.findall(words)))
+        places = " ".join(_PLACE.findall(words))
+        read = _registers(places)
         read |= _registers(sources if load or sources else words)
-        if used := [pending[register] for register in read if register in pending]:
-            total += max(used)
+        awaited = [pending[register] for register in read if register in pending]
+        if awaited:
+            total += max(awaited)
             pending.clear()
         if load:
-            wide = _registers(destination, int(load[1] or 32) // 32)
-            pending |= dict.fromkeys(wide, often)
+            bits = int(load[1] or 32)
+            loaded = _registers(destination, bits // 32)
+            pending |= dict.fromkeys(loaded, often)
     return total
 
 
@@ -210,7 +227,7 @@ def executed(name: str, text: str, trips: Sequence[float]) -> Executed:
     """
     code = code_of(text)
     loops = loops_of(code)
-    counts = list(trips)
+    counts = trips
     if len(counts) != len(loops):
         counts = [count for count in trips if count != 1][: len(loops)]
     if len(counts) < len(loops):
@@ -219,12 +236,14 @@ def executed(name: str, text: str, trips: Sequence[float]) -> Executed:
             f"{name} has loops of {sizes} instructions; tools/gpu_floors.py says how often {trips} "
             "run"
         )
-    runs = list(zip(loops, counts, strict=True))
     times = []
     barriers = 0.0
     flops = 0.0
     for address, words in code:
-        often = math.prod(n for (first, last), n in runs if first <= address <= last)
+        often = 1.0
+        for (first, last), count in zip(loops, counts, strict=True):
+            if first <= address <= last:
+                often *= count
         times.append(often)
         flops += often * _flops(words)
         if _BARRIER.search(words):

@@ -12,8 +12,6 @@ mutant then costs the import of our packages and its tests, the short ones first
 failure.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import importlib
@@ -106,17 +104,16 @@ def _place_in_order(change: MutationSpec) -> float:
 
 def mutant_at(area: Area, change: MutationSpec) -> Mutant | None:
     """The mutant; None if the change does nothing at run time, as in annotations."""
+    if change.operator_name.endswith(SAME):
+        return None
     before = change.module_path.read_text(encoding="utf-8")
     operator = get_operator(change.operator_name)(**change.operator_args)
     after = mutate_code(before, operator, change.occurrence)
-    if (
-        after is None
-        or change.operator_name.endswith(SAME)
-        or _meaning(after) in (None, _meaning(before))
-    ):
+    if after is None or _meaning(after) in (None, _meaning(before)):
         return None
     pairs = zip(before.splitlines(), after.splitlines(), strict=False)
-    old, new = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
+    differing = ((old.strip(), new.strip()) for old, new in pairs if old != new)
+    old, new = next(differing, ("", ""))
     if re.search(ORDER_OF_TEXTS, new) and not re.search(ORDER_OF_TEXTS, old):
         return None
     file = str(change.module_path.relative_to(ROOT))
@@ -146,9 +143,9 @@ def _statement(tree: ast.Module, line: int) -> range:
     """Lines of the innermost statement at a line; of one with a body, those of its head."""
     lines = range(line, line + 1)
     for node in ast.walk(tree):  # the outer ones first
-        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0):
+        if isinstance(node, ast.stmt) and node.lineno <= line <= node.end_lineno:
             body = getattr(node, "body", None)
-            lines = range(node.lineno, body[0].lineno if body else (node.end_lineno or line) + 1)
+            lines = range(node.lineno, body[0].lineno if body else node.end_lineno + 1)
     return lines
 
 
@@ -180,7 +177,7 @@ def run_tests(
     """Exit status of pytest in a fork of this process; None if it takes longer than ``seconds``.
     ``record`` keeps which tests reach a line; that of none is an import. ``folder / DURATIONS``
     tells how long each took, with it."""
-    durations: dict[str, float] = {}
+    durations = {}
 
     class Contexts:
         @pytest.hookimpl(wrapper=True)
@@ -215,7 +212,7 @@ def run_tests(
     process.join(seconds)
     status = process.exitcode
     with suppress(ProcessLookupError):  # whatever it started
-        os.killpg(process.pid or 0, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
     process.join()
     return status
 
@@ -234,7 +231,7 @@ class Reach:
             raise SystemExit(
                 f"the tests of area {area.name} must pass without a mutation; they do not"
             )
-        self.seconds: dict[str, float] = json.loads((folder / DURATIONS).read_text())
+        self.seconds = json.loads((folder / DURATIONS).read_text())
         record.load()
         self.lines = {path: record.get_data().contexts_by_lineno(path) for path in paths}
         print(f"{area.name}: {sum(self.seconds.values()):.0f} s")
@@ -260,7 +257,9 @@ def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
         tests, folder, SHORTEST_LIMIT + TIMES * sum(reach.seconds[test] for test in tests)
     )
     shutil.copy2(ROOT / mutant.file, path)
-    return "timeout" if status is None else "failed" if status else "passed"
+    if status is None:
+        return "timeout"
+    return "failed" if status else "passed"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -268,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    areas = read_areas(ROOT / "tools" / "mutants.toml")
+    areas = read_areas(ROOT / "tools/mutants.toml")
     names = [area.name for area in areas]
     parser.add_argument("--areas", nargs="*", choices=names, default=names, help="only these")
     parser.add_argument("--count", type=int, default=600)
@@ -278,13 +277,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--results",
         type=Path,
-        default=ROOT / "build" / "mutants.json",
+        default=ROOT / "build/mutants.json",
         help="JSON: what became of every mutant; default: build",
     )
     options = parser.parse_args(arguments)
     chosen = sample([area for area in areas if area.name in options.areas], options.count)
-    results: Path = options.results
-    outcomes: dict[str, str] = json.loads(results.read_text()) if results.is_file() else {}
+    results = options.results
+    outcomes: dict[str, str] = {}
+    if results.is_file():
+        outcomes = json.loads(results.read_text())
     results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name).resolve()

@@ -7,8 +7,6 @@ The scripts are the source: every cell of a notebook is a cell (`# %%`) of its s
 this is a hook.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -57,10 +55,14 @@ def page_of(notebook: dict[str, Any]) -> str:
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
-        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        if cell["cell_type"] == "code":
+            source = f"```python\n{source}\n```"
+        parts.append(source)
         for is_text, outputs in groupby(map(_shown, cell.get("outputs", [])), _is_text):
             shown = "".join(outputs)
-            parts.append(f"```text\n{shown.rstrip()}\n```" if is_text else shown)
+            if is_text:
+                shown = f"```text\n{shown.rstrip()}\n```"
+            parts.append(shown)
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,11 +5,9 @@ Calls are made on tensors without memory while launches are recorded, so neither
 needed. A kernel that is launched only at other sizes needs its own call in `problems`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -42,7 +40,11 @@ from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.routing import triton_gates as gates_of_router
 from mpoe_kernels.testing.launches import Launch, recorded
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 TOKENS = (4096, 64, 8)  # training, a small batch, decoding
 FEW_TOKENS = (4096, 8)
 TILES = 4  # length of the longest table of tiles
@@ -64,12 +66,13 @@ def bytes_of(values: Iterable[Any]) -> int:
 
 def _storages(values: Iterable[Any]) -> dict[int, int]:
     """The memory of all tensors among the values, and how many bytes of it are used."""
-    sizes: dict[int, int] = {}
+    sizes = {}
     for value in values:
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
-            used = min(value.numel() * value.element_size(), storage.nbytes())
-            sizes[storage._cdata] = max(sizes.get(storage._cdata, 0), used)
+            key = storage._cdata
+            used = min(value.nbytes, storage.nbytes())
+            sizes[key] = max(sizes.get(key, 0), used)
     return sizes
 
 
@@ -96,12 +99,12 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         inputs = tree_leaves((args, kwargs))
         outputs = tree_leaves(result)
-        is_new = bool(_storages(outputs).keys() - _storages(inputs).keys())
+        is_new = _storages(outputs).keys() - _storages(inputs).keys()
         if "empty" not in str(func) and (is_new or func._schema.is_mutable):
             count = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)
             flops = count(*args, **kwargs, out_val=result)
             name = func._schema.name.removeprefix("aten::")
-            self.log.append(Library(name, flops, bytes_of([*inputs, *outputs])))
+            self.log.append(Library(name, flops, bytes_of(inputs + outputs)))
         return result
 
 
@@ -140,7 +143,10 @@ class Sizes(NamedTuple):
 
 
 T5_BASE = Sizes(768, 3072, (8, 64), every_tile=True)
-LARGE_SIZES = (Sizes(4096, 14336, (8, 64)), Sizes(768, 3072, (1024,)))
+LARGE_SIZES = (
+    Sizes(4096, 14336, (8, 64)),
+    Sizes(768, 3072, (1024,)),
+)
 
 
 class Problem(NamedTuple):
@@ -153,9 +159,11 @@ class Problem(NamedTuple):
 
     def launches(self, architecture: str) -> list[Launch]:
         """With the suitable tiles, and with all others in turn if requested."""
-        launches: list[Launch] = []
-        tiles = range(TILES) if self.every_tile else ()
-        for tile in (None, *tiles):
+        launches = []
+        tiles = [None]
+        if self.every_tile:
+            tiles += range(TILES)
+        for tile in tiles:
             with as_on_gpu(architecture, tile=tile, only_ours=True) as log:
                 self.run()
             launches += log
@@ -179,15 +187,12 @@ def shapes(sizes: Sizes = T5_BASE) -> dict[str, tuple[MPOShape, MPOShape]]:
     up = (sizes.model, sizes.hidden)
     down = (sizes.hidden, sizes.model)
     separable = MPOShape.separable(*up)
-    pairs = {
-        "separable": (separable, separable.mirrored()),
-        "light 64": (MPOShape.light(*up, 64), MPOShape.light(*down, 64)),
-    }
+    pairs = {"separable": (separable, separable.mirrored())}
+    makers = {"light 64": partial(MPOShape.light, p=64)}
     for bond in (16, 32, 64, 128, None):
-        pairs[f"paper {bond or 'full'}"] = (
-            MPOShape.paper(*up, max_bond=bond),
-            MPOShape.paper(*down, max_bond=bond),
-        )
+        makers[f"paper {bond or 'full'}"] = partial(MPOShape.paper, max_bond=bond)
+    for name, make in makers.items():
+        pairs[name] = (make(*up), make(*down))
     return pairs
 
 
@@ -212,21 +217,21 @@ def run_linear(
         on_chip: weights that fit stay on chip.
     """
     d = BlockDims.of_shape(shape)
-    sizes = (experts, d.iL, d.jL, d.a), (d.a, d.iC, d.jC, d.b), (experts, d.b, d.iR, d.jR)
-    left, central, right = (_leaf(*size, dtype=dtype) for size in sizes)
-    blocks = MPOBlocks(
-        left, central.requires_grad_(not masked), right, shape.in_features, shape.out_features
-    )
-    bias = None if activation is None or not biased else _leaf(shape.out_features, dtype=dtype)
+    left = _leaf(experts, d.iL, d.jL, d.a, dtype=dtype)
+    central = _leaf(d.a, d.iC, d.jC, d.b, dtype=dtype)
+    right = _leaf(experts, d.b, d.iR, d.jR, dtype=dtype)
+    central.requires_grad_(not masked)
+    blocks = MPOBlocks(left, central, right, shape.in_features, shape.out_features)
+    bias = None
+    if activation is not None and biased:
+        bias = _leaf(shape.out_features, dtype=dtype)
     offsets = _leaf(experts + 1, dtype=torch.int32)
     where = Routing(offsets, _leaf(tokens), _leaf(tokens, 1))
     rows = _leaf(tokens, shape.in_features, dtype=dtype)
     gates = _leaf(tokens, 1, dtype=torch.float32)
     options = {"strategy": strategy, "activation": activation, "row_index": where.token_of_slot}
-    with ExitStack() as patches:
-        if not on_chip:
-            reasons = patch.object(linear_triton, "fused_reasons", lambda *_: ["not on chip"])
-            patches.enter_context(reasons)
+    off_chip = patch.object(linear_triton, "fused_reasons", lambda *_: ["not on chip"])
+    with nullcontext() if on_chip else off_chip:
         _called(grouped_mpo_linear, rows, blocks, offsets, bias, **options)
         with torch.no_grad():
             placed_mpo_linear(rows, blocks, offsets, None, where, gates, "triton", strategy)
@@ -242,8 +247,8 @@ def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
             continue
         first = not few and (experts, tokens) == (sizes.experts[0], TOKENS[0])
         every_tile = first and sizes.every_tile
-        up: list[dict[str, Any]] = [{"activation": "relu"}]
-        down: list[dict[str, Any]] = [{}]
+        up = [{"activation": "relu"}]
+        down = [{}]
         if name in ("paper 64", "separable"):
             down.append({"masked": True})
         if name == "separable":
@@ -267,18 +272,21 @@ def run_routing(
 ) -> None:
     """A router's gates, the sort, and the rows there and back; ``limited``: with a capacity and
     masked tokens."""
+    x = _leaf(tokens, width, dtype=dtype)
+    weight = _leaf(experts, width, dtype=torch.float32)
+    in_parts = dtype == torch.bfloat16
     for raw in (False, True):
-        weight = _leaf(experts, width, dtype=torch.float32)
-        x = _leaf(tokens, width, dtype=dtype)
         for of_router in (weight, weight.to(dtype)):
             logits = gates_of_router.router_logits(x, of_router)
             decided = gates_of_router.gate(logits, top_k, raw, 1.0)
+        weights = decided.top_k_weights
         for dlogits in (None, decided.logits):
-            weights = decided.top_k_weights
-            in_parts = dtype == torch.bfloat16
             gates_of_router.gate_backward(decided, dlogits, weights, raw, 1.0, in_parts=in_parts)
-    capacity = tokens * top_k // experts + 1 if limited else None
-    mask = _leaf(tokens, dtype=torch.bool) if limited else None
+    capacity = None
+    mask = None
+    if limited:
+        capacity = tokens * top_k // experts + 1
+        mask = _leaf(tokens, dtype=torch.bool)
     where = route(_leaf(tokens, top_k), experts, capacity, mask, backend="triton")
     _called(dispatch, _leaf(tokens, width, dtype=dtype), where)
     rows = _leaf(tokens * top_k, width, dtype=dtype)
@@ -288,7 +296,8 @@ def run_routing(
 def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """At every power of two of pairs that one program sorts, and beyond."""
     powers = [1 << bit for bit in range(4, routing.FEW.bit_length())]
-    pairs = [*product([4096, *powers], [1]), *product(TOKENS, [2, 8])]
+    pairs = [(tokens, 1) for tokens in (4096, *powers)]
+    pairs += product(TOKENS, (2, 8))
     loads = (*sizes.experts, MOST_EXPERTS)
     for experts, (tokens, top_k), limited in product(loads, pairs, (False, True)):
         work = partial(run_routing, experts, tokens, top_k, sizes.model, dtype, limited)
@@ -296,9 +305,19 @@ def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
 
 
 # Experts, those of a token, whether groups of hidden units own blocks, and a block's side.
-HIDDEN_SIZES = ((8, 2, True, 64), (64, 2, False, 64), (8, 4, True, 128), (64, 8, True, 64))
+HIDDEN_SIZES = (
+    (8, 2, True, 64),
+    (64, 2, False, 64),
+    (8, 4, True, 128),
+    (64, 8, True, 64),
+)
 # Experts, those of a token, and the neurons of each.
-NEURON_SIZES = ((8, 2, 64), (8, 2, 512), (64, 8, 128), (64, 16, 8))
+NEURON_SIZES = (
+    (8, 2, 64),
+    (8, 2, 512),
+    (64, 8, 128),
+    (64, 16, 8),
+)
 
 
 def run_hidden(
@@ -312,13 +331,14 @@ def run_hidden(
     block: int,
 ) -> None:
     """`hidden_experts` between the products of the layer, with biases."""
-    size = experts, units // block if per_group else 1, block, block
-    right, left, right_gate = (_leaf(*size, dtype=dtype) for _ in range(3))
-    u, u_gate = (_leaf(tokens, units, dtype=dtype) for _ in range(2))
+    groups = units // block if per_group else 1
+    right, left, right_gate = (_leaf(experts, groups, block, block, dtype=dtype) for _ in range(3))
+    u = _leaf(tokens, units, dtype=dtype)
     gates = _leaf(tokens, top_k, dtype=torch.float32)
     bias = _leaf(experts, units, dtype=dtype)
-    more: dict[str, Any] = {"activation": "gelu"}
+    more = {"activation": "gelu"}
     if gated:
+        u_gate = _leaf(tokens, units, dtype=dtype)
         more = {"activation": "silu", "u_gate": u_gate, "right_gate": right_gate}
     _called(hidden_experts, u, gates, _leaf(tokens, top_k), right, left, bias, **more)
 
@@ -330,8 +350,10 @@ def run_neurons(
     up, down, gate_up = (_leaf(experts, neurons, width, dtype=dtype) for _ in range(3))
     x = _leaf(tokens, width, dtype=dtype)
     gates = _leaf(tokens, top_k, dtype=torch.float32)
-    more = {"activation": "silu", "gate_up": gate_up} if gated else {"activation": "gelu"}
     bias = _leaf(experts, neurons, dtype=dtype)
+    more = {"activation": "gelu"}
+    if gated:
+        more = {"activation": "silu", "gate_up": gate_up}
     _called(neuron_experts, x, gates, _leaf(tokens, top_k), up, down, bias, **more)
 
 
@@ -344,15 +366,17 @@ def _experts(
 ) -> Iterator[Problem]:
     """Of these kinds, gated and not, on every tile."""
     width = sizes.hidden if run is run_hidden else sizes.model
+    counts = TOKENS
     if few:
         kinds = kinds[:2]
+        counts = FEW_TOKENS
     if not sizes.every_tile:
         kinds = [(experts, *kind[1:]) for experts in sizes.experts for kind in kinds]
-    counts = FEW_TOKENS if few else TOKENS
     for kind, gated, tokens in product(kinds, (False, True), counts):
         label = f"{run.__name__} {kind} gated={gated} T={tokens}"
         work = partial(run, width, tokens, dtype, gated, *kind)
-        yield Problem(label, work, sizes.every_tile and not few and tokens == TOKENS[0])
+        every_tile = sizes.every_tile and not few and tokens == TOKENS[0]
+        yield Problem(label, work, every_tile)
 
 
 FAMILIES = {

@@ -10,8 +10,6 @@ should get. A statement that such a run cannot reach says so itself: ``# reached
 first line, with the reason.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 import os

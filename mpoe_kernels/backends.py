@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -124,10 +124,13 @@ class Backend:
 
 def _instead(request: Request) -> str:
     """The backends to take where one has no kernel for an op."""
-    names = [
-        backend.name for backend in preferred_backends(request) if backend.computes(request.op)
-    ]
-    return f"; take backend={' or '.join(map(repr, (AUTO, *names)))}" if names else ""
+    names = [AUTO]
+    for backend in preferred_backends(request):
+        if backend.computes(request.op):
+            names.append(backend.name)
+    if len(names) == 1:
+        return ""
+    return f"; take backend={' or '.join(map(repr, names))}"
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -207,6 +210,13 @@ def preferred_backends(request: Request) -> tuple[Backend, ...]:
     return tuple(BACKENDS[name] for name in names if name in BACKENDS)
 
 
+def allowed_backends(request: Request, name: str) -> tuple[Backend, ...]:
+    """The backend of this name, or those among which a request chooses."""
+    if name == AUTO:
+        return preferred_backends(request)
+    return (BACKENDS[name],)
+
+
 def places_rows(backend: str) -> bool:
     """Whether a backend's products can scatter every row like `combine`, times its gate; False for
     ``"auto"``."""
@@ -233,7 +243,7 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
             request.
     """
     refused = {}
-    for backend in preferred_backends(request) if name == AUTO else (BACKENDS[name],):
+    for backend in allowed_backends(request, name):
         refused[backend.name] = backend.unsupported_reasons(request)
         if not refused[backend.name]:
             return backend.kernels[request.op]
@@ -262,12 +272,10 @@ def _dtype_reasons(request: Request) -> list[str]:
     return [f"it computes in {names}, not in {str(request.dtype).removeprefix('torch.')}"]
 
 
-def _elsewhere(device_type: str, request: Request) -> str:
-    return f"it runs on {device_type}, not on {request.device_type}"
-
-
-def _native_reasons(request: Request) -> list[str]:
-    return [] if request.device_type == "cpu" else [_elsewhere("cpu", request)]
+def _device_reasons(device_type: str, request: Request) -> list[str]:
+    if request.device_type == device_type:
+        return []
+    return [f"it runs on {device_type}, not on {request.device_type}"]
 
 
 def _triton_unavailable() -> list[str]:
@@ -281,9 +289,8 @@ def _triton_unavailable() -> list[str]:
 
 def _triton_reasons(request: Request) -> list[str]:
     reasons = []
-    if request.device_type != "cuda" and not (
-        request.device_type == "cpu" and architecture.in_interpreter()
-    ):
+    interpreted = request.device_type == "cpu" and architecture.in_interpreter()
+    if request.device_type != "cuda" and not interpreted:
         reasons.append(
             f"it runs on cuda, not on {request.device_type} (without TRITON_INTERPRET=1)"
         )
@@ -318,8 +325,7 @@ def cuda_backend(
     """
 
     def reasons(request: Request) -> list[str]:
-        wrong = [] if request.device_type == device_type else [_elsewhere(device_type, request)]
-        return wrong + _dtype_reasons(request)
+        return _device_reasons(device_type, request) + _dtype_reasons(request)
 
     return Backend(
         name, unavailable_reasons=unavailable_reasons, request_reasons=reasons, places_rows=True
@@ -330,7 +336,7 @@ EAGER = Backend("eager")
 NATIVE = Backend(
     "native",
     unavailable_reasons=lambda: list(NATIVE_LIBRARY.reasons),
-    request_reasons=_native_reasons,
+    request_reasons=partial(_device_reasons, "cpu"),
 )
 TRITON = Backend(
     "triton",

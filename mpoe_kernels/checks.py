@@ -69,7 +69,9 @@ def check_memory(name: str, value: Tensor) -> None:
     FSDP does."""
     check_dense(name, value)
     if not value.is_meta and not holds_values(value):
-        held = value.untyped_storage().nbytes() if value.data_ptr() else 0
+        held = 0
+        if value.data_ptr():
+            held = value.untyped_storage().nbytes()
         raise ValueError(
             f"{name} must hold its values, in "
             f"{_extent(value) + value.storage_offset() * value.itemsize} bytes; got "
@@ -124,7 +126,9 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Disable autocast, on devices that support it and on others; entering a disabled one costs as
     much as a small product."""
     active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if active else nullcontext()
+    if active:
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def check_index(name: str, value: object, dims: tuple[str, ...]) -> Tensor:
@@ -143,7 +147,9 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         return
     known = sorted(choices)
     close = get_close_matches(str(value), known, n=3, cutoff=0.4)
-    hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+    hint = ""
+    if close:
+        hint = f" (did you mean {' or '.join(map(repr, close))}?)"
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint}")
 
 

@@ -166,7 +166,7 @@ def define_op(
         f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=_schema(declared, results)
     )
     op.register_fake(on_one_device(faked, name))
-    gradients = refuse_autograd(name) if backward is None else backward
+    gradients = backward or refuse_autograd(name)
     saves_for_backward = setup_context or _saving(kinds, saves)
     op.register_autograd(gradients, setup_context=saves_for_backward)
     _LIBRARY.impl(name, negative_kernel(op, name), "Negative")
@@ -221,7 +221,9 @@ def _function(op: str, **methods: Callable[..., Any]) -> Any:
 def _schema(declared: Sequence[Any], results: int) -> str:
     arguments = []
     for field in declared:
-        default = "=None" if field.default is None else ""
+        default = ""
+        if field.default is None:
+            default = "=None"
         arguments.append(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}{default}")
     returned = ", ".join(["Tensor"] * results)
     return f"({', '.join(arguments)}) -> ({returned})"
@@ -229,8 +231,11 @@ def _schema(declared: Sequence[Any], results: int) -> str:
 
 def _saving(kinds: Mapping[str, str], saves: Sequence[str]) -> Callable[..., None]:
     names = list(kinds)
-    tensors = [names.index(field) for field in saves if kinds[field].startswith("Tensor")]
-    settings = [names.index(field) for field in saves if not kinds[field].startswith("Tensor")]
+    tensors: list[int] = []
+    settings: list[int] = []
+    for field in saves:
+        positions = tensors if kinds[field].startswith("Tensor") else settings
+        positions.append(names.index(field))
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.save_for_backward(*[inputs[position] for position in tensors])
@@ -262,21 +267,23 @@ class Differentiable:
     def wanted(self) -> list[bool]:
         """Of a backward: which gradients are needed and belong to an argument that was given."""
         need: list[bool] = self.need  # type: ignore[attr-defined]
-        return [
-            value is not None and wants
-            for value, wants in zip(self.differentiable, need, strict=True)
-        ]
+        pairs = zip(self.differentiable, need, strict=True)
+        return [value is not None and wants for value, wants in pairs]
 
 
 def new_gradients(call: Any, wanted: Sequence[bool]) -> list[Tensor]:
     """Memory for the gradients of an experts' backward call: empty where they are not wanted, zeros
     without a pair."""
-    like = torch.empty_like if call.top_k_index.numel() else torch.zeros_like
-    dense = torch.contiguous_format
-    return [
-        like(value, memory_format=dense) if wants else call.grad.new_empty(0)
-        for value, wants in zip(call.differentiable, wanted, strict=True)
-    ]
+    new = torch.zeros_like
+    if call.top_k_index.numel():
+        new = torch.empty_like
+    gradients = []
+    for value, wants in zip(call.differentiable, wanted, strict=True):
+        gradient = call.grad.new_empty(0)
+        if wants:
+            gradient = new(value, memory_format=torch.contiguous_format)
+        gradients.append(gradient)
+    return gradients
 
 
 def define_differentiable(
@@ -303,12 +310,13 @@ def define_differentiable(
     positions = [names.index(field) for field in signature.DIFFERENTIABLE]
 
     def backward_fake(call: Any) -> tuple[Tensor, ...]:
-        shapes = (
-            value.shape if wants else (0,)
-            for value, wants in zip(call.differentiable, call.wanted, strict=True)
-        )
-        likes = (call.grad if value is None else value for value in call.differentiable)
-        return tuple(like.new_empty(shape) for like, shape in zip(likes, shapes, strict=True))
+        gradients = []
+        for value, wants in zip(call.differentiable, call.wanted, strict=True):
+            gradient = call.grad.new_empty(0)
+            if value is not None:
+                gradient = value.new_empty(value.shape if wants else 0)
+            gradients.append(gradient)
+        return tuple(gradients)
 
     of_gradients = f"{name}_backward"
     backward_op = define_op(
@@ -323,8 +331,11 @@ def define_differentiable(
         need = [bool(ctx.needs_input_grad[position]) for position in positions]
         kept = getattr(ctx, "kept", None)
         grads = backward_op(*ctx.saved_tensors, *ctx.settings, grad.contiguous(), need, kept=kept)
-        by_position = {p: g for p, g, wanted in zip(positions, grads, need, strict=True) if wanted}
-        return tuple(by_position.get(position) for position in range(len(names)))
+        gradients: list[Tensor | None] = [None] * len(names)
+        for position, gradient, wanted in zip(positions, grads, need, strict=True):
+            if wanted:
+                gradients[position] = gradient
+        return tuple(gradients)
 
     return define_op(
         name,

@@ -51,7 +51,9 @@ def _devices() -> list[str]:
 
 
 def _told(library: CompiledLibrary) -> dict[str, str] | None:
-    return None if library.reasons else {**library.info, "path": str(library.path)}
+    if library.reasons:
+        return None
+    return {**library.info, "path": str(library.path)}
 
 
 def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
@@ -71,8 +73,11 @@ def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         `CompiledLibrary.info`; ``None`` if there are none. ``backends``: why each cannot run here,
         an empty list if it can.
     """
-    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-    toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else toolkit
+    toolkit = "CPU"
+    if torch.version.cuda:
+        toolkit = f"CUDA {torch.version.cuda}"
+    if torch.version.hip:
+        toolkit = f"ROCm {torch.version.hip}"
     return {
         "mpoe": __version__,
         "python": platform.python_version(),
@@ -95,11 +100,9 @@ def native_summary(native: dict[str, str] | None) -> str:
     """One line about the compiled kernels."""
     if native is None:
         return "no (see below)"
-    lowered = (
-        ""
-        if native["isa_used"] == native["isa_detected"]
-        else f", {native['isa_used']} in use (MPOE_CPU_ISA)"
-    )
+    lowered = ""
+    if native["isa_used"] != native["isa_detected"]:
+        lowered = f", {native['isa_used']} in use (MPOE_CPU_ISA)"
     return (
         f"built by {native['compiler']} for {native['torch']} torch; instructions: "
         f"{native['isa_detected']} found of {native['isa_compiled'].replace(' ', ', ')} "

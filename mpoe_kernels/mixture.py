@@ -92,7 +92,9 @@ def routed_ffn(
     tokens = x.shape[0]
     requested = requested_backend(backend)
     # A choice depends on the number of slots alone.
-    rows = x if rule.top_k == 1 else x.new_empty(tokens * rule.top_k, 0)
+    rows = x
+    if rule.top_k != 1:
+        rows = x.new_empty(tokens * rule.top_k, 0)
     projections: list[Any] = []
     kept = []  # until the library returns
     for blocks, bias, formula in (*chains.of_rows, (chains.down, chains.down_bias, "none")):
@@ -123,7 +125,9 @@ def routed_ffn(
         memory = (left.data_ptr(), central.data_ptr(), right.data_ptr(), address(bias))
         projections.append((linear_sizes(call), memory))
     *of_rows, down = projections
-    mask = None if token_mask is None else dense("token_mask", token_mask)
+    mask = None
+    if token_mask is not None:
+        mask = dense("token_mask", token_mask)
     slots = (tokens, rule.top_k, -1 if rule.capacity is None else rule.capacity)
     y = torch.empty_like(x)
     NATIVE_LIBRARY.functions.routed_ffn(

@@ -61,7 +61,9 @@ def name_of(dtype: torch.dtype) -> str:
 
 def address(tensor: Tensor | None) -> int | None:
     """Where a tensor of `dense` begins; it must live until the call returns."""
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    return tensor.data_ptr()
 
 
 def dense(name: str, tensor: Tensor) -> Tensor:
@@ -76,7 +78,9 @@ def dense(name: str, tensor: Tensor) -> Tensor:
     """
     if not tensor.is_cpu:
         raise ValueError(f"{name} must be on the CPU; got {describe(tensor)}")
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+    if tensor.is_contiguous():
+        return tensor
+    return tensor.contiguous()
 
 
 def dense_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -96,4 +100,6 @@ def dense_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.d
 def dense_index(name: str, tensor: Tensor) -> Tensor:
     """Dense int64 values of an integer tensor; the library checks them."""
     tensor = dense(name, tensor)
-    return tensor if tensor.dtype == torch.int64 else tensor.long()
+    if tensor.dtype == torch.int64:
+        return tensor
+    return tensor.long()

@@ -14,9 +14,6 @@ from mpoe_kernels.checks import LOWERED, check_memory, describe, refuse_jit_trac
 
 NAMESPACE = "mpoe"
 PLAIN = (Tensor, torch.nn.Parameter)  # without a subclass of its own
-_NO_SECOND_DERIVATIVES = (
-    NAMESPACE + "::{} cannot be differentiated: second derivatives of MPO ops are not supported"
-)
 
 
 def check_plain_memory(name: str, value: Tensor) -> None:
@@ -49,26 +46,31 @@ def refuse_unseen(name: str, arguments: tuple[Any, ...]) -> None:
     resolves negative bits by reading memory, whether it is there or not."""
     refuse_jit_trace(f"{NAMESPACE}::{name}")
     for value in arguments:
-        if (
-            type(value) in PLAIN
-            and value.is_neg()
-            and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-        ):
+        if not isinstance(value, Tensor):
+            continue
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+        if type(value) in PLAIN and value.is_neg() and not is_wrapped:
             check_memory(f"every tensor of {NAMESPACE}::{name}", value)
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            refuse_jvp(name)(None)
+        if forward_ad.unpack_dual(value).tangent is not None:
+            refuse_jvp(name)()
+
+
+def _refusing(message: str) -> Callable[..., Any]:
+    """A rule that refuses."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise NotImplementedError(message)
+
+    return refuse
 
 
 def refuse_jvp(name: str) -> Callable[..., Any]:
-    def refuse(ctx: Any, *tangents: Any) -> Any:
-        if name.endswith("_backward"):
-            raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
-        raise NotImplementedError(
-            f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, "
-            "jacfwd, forward_ad); use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
-        )
-
-    return refuse
+    if name.endswith("_backward"):
+        return refuse_autograd(name)
+    return _refusing(
+        f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, "
+        "jacfwd, forward_ad); use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
+    )
 
 
 def negative_kernel(op: Any, name: str) -> Callable[..., Any]:
@@ -88,10 +90,10 @@ def negative_kernel(op: Any, name: str) -> Callable[..., Any]:
 
 
 def refuse_autograd(name: str) -> Callable[..., Any]:
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
-
-    return refuse
+    return _refusing(
+        f"{NAMESPACE}::{name} cannot be differentiated: second derivatives of MPO ops are not "
+        "supported"
+    )
 
 
 def one_after_the_other(op: Any) -> Callable[..., Any]:
@@ -100,26 +102,25 @@ def one_after_the_other(op: Any) -> Callable[..., Any]:
     def run(info: Any, in_dims: Any, *arguments: Any) -> Any:
         results = []
         for k in range(info.batch_size):
-            entry = [
-                value.select(dim, k) if isinstance(dim, int) else value
-                for value, dim in zip(arguments, in_dims, strict=True)
-            ]
+            entry = []
+            for value, dim in zip(arguments, in_dims, strict=True):
+                if isinstance(dim, int):
+                    value = value.select(dim, k)
+                entry.append(value)
             results.append(op(*entry))
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+        stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+        return tuple(stacked), (0,) * len(stacked)
 
     return run
 
 
 def refuse_vmap(name: str) -> Callable[..., Any]:
-    def refuse(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        raise NotImplementedError(
-            f"{NAMESPACE}::{name} does not support torch.vmap; give it the batch as tokens (rows) "
-            "instead"
-        )
-
-    return refuse
+    return _refusing(
+        f"{NAMESPACE}::{name} does not support torch.vmap; give it the batch as tokens (rows) "
+        "instead"
+    )
 
 
 def autocast_kernel(op: Any, device_type: str, positions: tuple[int, ...]) -> Callable[..., Any]:
@@ -132,7 +133,8 @@ def autocast_kernel(op: Any, device_type: str, positions: tuple[int, ...]) -> Ca
 def lowered(arguments: Sequence[Any], positions: Sequence[int], run: Callable[..., Any]) -> Any:
     """Run as under PyTorch's autocast, if that is on, so that what a function saves for its
     backward is cast too."""
-    for device_type in {a.device.type for a in arguments if isinstance(a, Tensor)}:
+    device_types = {value.device.type for value in arguments if isinstance(value, Tensor)}
+    for device_type in device_types:
         if positions and torch.is_autocast_enabled(device_type):
             return _cast(arguments, positions, device_type, run)
     return run(*arguments)

@@ -28,6 +28,7 @@ from mpoe_kernels.checks import (
     describe,
 )
 from mpoe_kernels.contract import STRATEGIES
+from mpoe_kernels.contract.orders import X_AXES, Y_AXES
 from mpoe_kernels.op_rules import PLAIN, check_plain_memory
 
 # Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
@@ -83,6 +84,8 @@ _GRADIENTS = {
 _SIZES = {"in_features": "I", "out_features": "F", "num_embeddings": "V", "embedding_dim": "F"}
 
 
+# Axes of a weight, and the axes of its blocks that make them.
+_PARTS = {"I": X_AXES, "V": X_AXES, "F": Y_AXES}
 # Axes that may have no element: tokens, slots, choices, rows of routing.
 _MAY_BE_EMPTY = {"T", "N", "K", "P"}
 
@@ -149,7 +152,9 @@ def check_signature(
     """
     check_tensors(names, values, required)
     given = dict(zip(names, values, strict=False))
-    check = check_memory if with_memory else check_dense
+    check = check_dense
+    if with_memory:
+        check = check_memory
     first = next(name for name in names if name in required)
     device = given[first].device
     for name, value in given.items():
@@ -208,12 +213,18 @@ def _check_tensor(
     """Bind the axes that have no size yet."""
     shape = value.shape
     axes = argument.axes
-    fits = len(shape) >= len(axes) if argument.is_open else len(shape) == len(axes)
+    fits = len(shape) == len(axes)
+    if argument.is_open:
+        fits = len(shape) >= len(axes)
     if fits:
         for (axis, more), size in zip(axes, shape, strict=False):
             # Offsets are of at least one expert.
-            first = max(size - more, 1) if more else size
-            wanted = 1 if axis == "1" else sizes.setdefault(axis, first)
+            first = size
+            if more:
+                first = max(size - more, 1)
+            wanted = 1
+            if axis != "1":
+                wanted = sizes.setdefault(axis, first)
             fits = fits and size == wanted + more
     if fits and _has_dtype(argument, value, given):
         return
@@ -223,10 +234,14 @@ def _check_tensor(
         words = _DTYPES[argument.dtype][0]
     elif fits:
         name = str(given[argument.dtype].dtype).removeprefix("torch.")
-        casts = _is_cast(value)
-        hint = f" ({name}{'; autocast leaves float64' if casts else ', or run under autocast'})"
-    bound = dict.fromkeys(axis for axis, _ in axes)
-    known = "".join([f", {axis} = {sizes[axis]}" for axis in bound if axis in sizes])
+        advice = ", or run under autocast"
+        if _is_cast(value):
+            advice = "; autocast leaves float64"
+        hint = f" ({name}{advice})"
+    known = ""
+    for axis in dict.fromkeys(axis for axis, _ in axes):
+        if axis in sizes:
+            known += f", {axis} = {sizes[axis]}"
     error = TypeError if fits else ValueError
     raise error(
         f"{argument.name} must be {words} [{argument.text}]{known}{hint}; got {describe(value)}"
@@ -261,17 +276,14 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
             f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got "
             f"{describe(given['top_k_index'])}"
         )
-    for name, choices in (("activation", FORMULAS), ("strategy", (*STRATEGIES, "auto"))):
-        if name in given:
-            check_choice(name, given[name], choices)
-    for axis, parts in (
-        ("I", ("iL", "iC", "iR")),
-        ("V", ("iL", "iC", "iR")),
-        ("F", ("jL", "jC", "jR")),
-    ):
-        if axis in sizes and "iL" in sizes:
+    if "activation" in given:
+        check_choice("activation", given["activation"], FORMULAS)
+    if "strategy" in given:
+        check_choice("strategy", given["strategy"], (*STRATEGIES, "auto"))
+    if "iL" in sizes:
+        for axis, parts in _PARTS.items():
             whole = math.prod(sizes[part] for part in parts)
-            if sizes[axis] > whole:
+            if sizes.get(axis, 0) > whole:
                 raise ValueError(
                     f"{axis} must be at most {'*'.join(parts)} = {whole}; got {sizes[axis]}"
                 )
@@ -279,13 +291,14 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
         for axis, size in sizes.items():
             if size < 1 and axis not in _MAY_BE_EMPTY:
                 raise ValueError(f"{axis} must be at least 1; got {sizes}")
-    if "G" in sizes and (
-        sizes["F"] % sizes["b"] or sizes["G"] not in (1, sizes["F"] // sizes["b"])
-    ):
-        raise ValueError(
-            f"right must be [E, G, b, b] with b a divisor of F = {sizes['F']} and G = 1 or F / b; "
-            f"got {describe(given['right'])}"
-        )
+    if "G" in sizes:
+        # Not by divmod, which sizes that torch.jit.trace records do not have.
+        groups = sizes["F"] // sizes["b"]
+        if sizes["F"] % sizes["b"] or sizes["G"] not in (1, groups):
+            raise ValueError(
+                f"right must be [E, G, b, b] with b a divisor of F = {sizes['F']} and G = 1 or "
+                f"F / b; got {describe(given['right'])}"
+            )
     if given.get("out_index") is not None:
         for name in ("gates", "slot_of_token"):
             if given.get(name) is None:

@@ -41,7 +41,8 @@ SETTING = "MPOE_AUTOTUNE"
 # strategy's.
 ROWS = {"cpu": 256, "cuda": 16384}
 FLOPS = {"cpu": 2e9, "cuda": 2e12}
-SECONDS, MOST_ROUNDS = 0.2, 20  # of all interleaved repetitions together
+SECONDS = 0.2  # of all interleaved repetitions together
+MOST_ROUNDS = 20
 # A strategy of this many times the fewest FLOPs is not timed, a candidate this many times as slow
 # is not repeated.
 MOST_FLOPS = 8
@@ -169,14 +170,19 @@ def _timed_sizes(problem: Problem) -> tuple[int, int]:
     """
     kind = problem.device_type
     experts = problem.num_experts
-    threads = torch.get_num_threads() if kind == "cpu" else 1
+    threads = 1
+    if kind == "cpu":
+        threads = torch.get_num_threads()
+    most_rows = ROWS[kind] * threads
+    most_flops = FLOPS[kind] * threads
     share = min(
         1.0,
-        FLOPS[kind] * threads / max(1, problem.plans()[0].flops),
-        ROWS[kind] * threads / problem.slots,
+        most_flops / max(1, problem.plans()[0].flops),
+        most_rows / problem.slots,
     )
     fewer = min(experts, max(threads, int(experts * share)))
-    return fewer, min(math.ceil(problem.slots * fewer / experts), max(ROWS[kind] * threads, fewer))
+    slots = math.ceil(problem.slots * fewer / experts)
+    return fewer, min(slots, max(most_rows, fewer))
 
 
 def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
@@ -184,7 +190,8 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
     shortest = [math.inf] * len(runs)
     on_gpu = device.startswith("cuda")
     # One thread's own clock does not count what other processes do on its core.
-    clock = time.thread_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
+    alone = not on_gpu and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
 
     def sample(k: int) -> float:
         if on_gpu:
@@ -214,7 +221,7 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
         for k in able:
             took = sample(k)
             shortest[k] = min(shortest[k], took)
-            spent = spent + took
+            spent += took
         rounds += 1
     return shortest
 
@@ -235,10 +242,9 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
     sample = problem._replace(num_experts=experts, slots=slots)
     with torch.no_grad():
         call = EXAMPLES[problem.op](problem, experts, slots)
-        runs = [
-            partial(candidate.run, replace(call, strategy=candidate.strategy))
-            for candidate in listed
-        ]
+        runs = []
+        for candidate in listed:
+            runs.append(partial(candidate.run, replace(call, strategy=candidate.strategy)))
         seconds = _seconds(runs, problem.device)
     timed = {plan.strategy: max(1, plan.flops) for plan in sample.plans()}
     scaled = []
@@ -248,7 +254,10 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
 
 
 def _named(value: str | None, able: list[Candidate]) -> Candidate | None:
-    return next((candidate for candidate in able if candidate.text == value), None)
+    for candidate in able:
+        if candidate.text == value:
+            return candidate
+    return None
 
 
 def resolve_contraction(problem: Problem) -> Candidate:
@@ -290,15 +299,12 @@ def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candi
         keeps: the forward saves rows for its backward, so it is ``separable``.
     """
     x = call.x
-    left = call.left
-    central = call.central
-    right = call.right
     on_gpu = x.device.type == "cuda"
     key = (
         op,
-        left.shape,
-        central.shape,
-        right.shape,
+        call.left.shape,
+        call.central.shape,
+        call.right.shape,
         call.in_features,
         call.out_features,
         slots,
@@ -317,10 +323,8 @@ def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candi
     choice = _CHOSEN.get(key)
     if choice is None:
         sizes = (call.dims, call.num_experts, slots, x.dtype, str(x.device))
-        choice = (
-            resolve_contraction(Problem(op, *sizes, need, keeps, call.backend, call.strategy)),
-            call.dims,
-        )
+        problem = Problem(op, *sizes, need, keeps, call.backend, call.strategy)
+        choice = (resolve_contraction(problem), call.dims)
         if len(_CHOSEN) >= _MOST_CHOSEN:
             _CHOSEN.clear()
         if not is_traced():

@@ -41,16 +41,12 @@ def processor_name() -> str:
     short."""
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        return next(
-            (
-                line.split(":", 1)[1].strip()
-                for line in info.splitlines()
-                if line.startswith("model name")
-            ),
-            "",
-        )
     except OSError:  # not Linux
         return platform.processor()
+    for line in info.splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return ""
 
 
 def read_json(path: Path) -> Any:

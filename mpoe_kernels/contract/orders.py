@@ -185,9 +185,16 @@ def applications(dims: BlockDims, order: tuple[str, ...]) -> tuple[Application, 
     steps = []
     for operand in order:
         met = INDICES[operand]
-        m, n, k = (dims.elements(indices) for indices in (state - met, met - state, state & met))
         after = state ^ met
-        steps.append(Application(operand, dims.elements(state), dims.elements(after), m, n, k))
+        step = Application(
+            operand,
+            before=dims.elements(state),
+            after=dims.elements(after),
+            m=dims.elements(state - met),
+            n=dims.elements(met - state),
+            k=dims.elements(state & met),
+        )
+        steps.append(step)
         state = after
     return tuple(steps)
 
@@ -205,9 +212,8 @@ def _cheapest_order(
     between two operands; on ties the first one listed."""
 
     def cost(order: tuple[str, ...]) -> int:
-        return order_flops(dims, order) + move_flops * sum(
-            s.after for s in applications(dims, order)[:-1]
-        )
+        moved = sum(step.after for step in applications(dims, order)[:-1])
+        return order_flops(dims, order) + move_flops * moved
 
     return min(permutations(operands), key=cost)
 

@@ -95,12 +95,14 @@ class Contraction:
     def _product_flops(self, product: Product) -> int:
         """Of one product; a whole weight has its true size."""
         dims = self.dims
-        elements = dims.in_features * dims.out_features
-        names = (product.first, product.second)
-        if product.kind == MERGE or "W" not in map(value_of, (product.second, product.result)):
-            axes = self.program.axes
-            elements = dims.elements(frozenset().union(*(axes[name] for name in names)))
-        return 2 * elements * (self.busy_experts if product.kind == MERGE else self.slots)
+        axes = self.program.axes
+        indices = {*axes[product.first], *axes[product.second]}
+        elements = dims.elements(frozenset(indices))
+        if product.kind == MERGE:
+            return 2 * elements * self.busy_experts
+        if "W" in (value_of(product.second), value_of(product.result)):
+            elements = dims.in_features * dims.out_features
+        return 2 * elements * self.slots
 
     @property
     def temporary_bytes(self) -> int:
@@ -115,13 +117,16 @@ class Contraction:
             elements = dims.elements(INDICES["LC" if self.strategy == "half_left" else "CR"])
             if self.phase == "backward" and any(self.need[1:]):
                 elements *= 2
-        return elements * self.dtype.itemsize if self.slots else 0
+        if self.slots:
+            return elements * self.dtype.itemsize
+        return 0
 
     @property
     def activation_bytes(self) -> int:
         """Peak memory of intermediate rows, neither x nor y: the largest pair of consecutive ones,
         where one is computed from the other."""
-        between = [0, *[step.after for step in applications(self.dims, self.order)[:-1]], 0]
+        steps = applications(self.dims, self.order)
+        between = [0, *[step.after for step in steps[:-1]], 0]
         widest = max(map(add, between, between[1:]))
         return widest * self.slots * self.dtype.itemsize
 
@@ -163,12 +168,13 @@ def contractions(
         device: for the backends.
         keeps: the forward of ``separable`` saves its central step's rows for the backward.
     """
-    every = (
-        Contraction(strategy, dims, num_experts, slots, dtype, phase, need, device, keeps)
-        for strategy in candidate_strategies(dims)
-    )
     limit = 2 * dims.weight_elements * dtype.itemsize
-    return tuple(sorted((c for c in every if c.temporary_bytes <= limit), key=lambda c: c.flops))
+    able = []
+    for strategy in candidate_strategies(dims):
+        plan = Contraction(strategy, dims, num_experts, slots, dtype, phase, need, device, keeps)
+        if plan.temporary_bytes <= limit:
+            able.append(plan)
+    return tuple(sorted(able, key=lambda plan: plan.flops))
 
 
 def format_flops(count: float) -> str:
@@ -218,7 +224,9 @@ class ContractionPlan:
     @property
     def backward(self) -> Contraction | None:
         """The same of the backward, ranked independently; ``None`` unless training."""
-        return self.ranked[1][0] if self.training else None
+        if self.training:
+            return self.ranked[1][0]
+        return None
 
     @property
     def strategy(self) -> str:
@@ -228,7 +236,9 @@ class ContractionPlan:
     @property
     def backward_strategy(self) -> str | None:
         """The backward strategy; ``None`` unless training."""
-        return None if self.backward is None else self.backward.strategy
+        if self.backward is None:
+            return None
+        return self.backward.strategy
 
     @property
     def parameters(self) -> int:
@@ -251,18 +261,26 @@ class ContractionPlan:
         """FLOPs of a dense layer on the same rows, forward, or forward and backward when
         training."""
         weight = self.shape.in_features * self.shape.out_features
-        products = 3 if self.training else 1
+        products = 1
+        if self.training:
+            products = 3
         return 2 * weight * self.num_tokens * self.top_k * products
 
     @property
     def x_dense(self) -> float:
         """FLOPs over a dense layer's on the same rows (0 without rows)."""
-        return self.flops / self.dense_flops if self.dense_flops else 0.0
+        if self.dense_flops:
+            return self.flops / self.dense_flops
+        return 0.0
 
     def explain(self) -> str:
         """Every strategy's FLOPs and memory, the best first: what `mpoe_kernels` chooses from."""
-        what = "forward and backward" if self.training else "forward"
-        masked = ", central gradient masked" if self.training and self.mask_central else ""
+        what = "forward"
+        if self.training:
+            what = "forward and backward"
+        masked = ""
+        if self.training and self.mask_central:
+            masked = ", central gradient masked"
         size = (
             f"{self.shape.in_features} x {self.shape.out_features}, "
             f"{str(self.dtype).removeprefix('torch.')}"
@@ -276,9 +294,11 @@ class ContractionPlan:
         ]
         for ranked in self.ranked:
             rows = [(ranked[0].phase, "rows meet", "work", "temporary")]
-            for c in ranked:
-                work = format_flops(c.flops)
-                rows.append((c.strategy, ", ".join(c.order), work, format_bytes(c.temporary_bytes)))
+            for plan in ranked:
+                order = ", ".join(plan.order)
+                work = format_flops(plan.flops)
+                memory = format_bytes(plan.temporary_bytes)
+                rows.append((plan.strategy, order, work, memory))
             columns = zip(*rows, strict=True)
             widths = [max(map(len, column)) for column in columns]
             for strategy, order, work, memory in rows:  # words to the left, numbers to the right
@@ -332,9 +352,8 @@ def plan_contraction(
         raise TypeError(f"dtype must be a floating torch.dtype; got {dtype!r}")
     dims = BlockDims.of_shape(shape)
     need = (True, True, not mask_central, True)
-    ranked = [
-        contractions(dims, num_experts, num_tokens * top_k, dtype, phase, need) for phase in PHASES
-    ]
+    slots = num_tokens * top_k
+    ranked = [contractions(dims, num_experts, slots, dtype, phase, need) for phase in PHASES]
     if training and dims.is_separable:
         # Its forward saves its central step's result for the backward.
         ranked[0] = tuple(c for c in ranked[0] if c.strategy == "separable")

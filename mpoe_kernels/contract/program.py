@@ -12,7 +12,7 @@ a name is its gradient.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ class Program:
     phase: str
     order: tuple[str, ...]
     products: tuple[Product, ...]
-    axes: Mapping[str, tuple[str, ...]]
+    axes: Mapping[str, tuple[str, ...]] = field(hash=False)
 
     @cached_property
     def built(self) -> tuple[str, ...]:
@@ -92,16 +92,13 @@ class Program:
     def __str__(self) -> str:
         return "; ".join(f"{p.result} = {p.first} {p.second}" for p in self.products) or "nothing"
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.strategy, self.phase, self.products))
-
-    def __hash__(self) -> int:
-        return self._hash
-
 
 def _rows_name(position: int, count: int) -> str:
-    return "x" if position == 0 else "y" if position == count else f"rows{position}"
+    if position == 0:
+        return "x"
+    if position == count:
+        return "y"
+    return f"rows{position}"
 
 
 def _axes_of(order: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -115,7 +112,8 @@ def _axes_of(order: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         new = [a for a in met if a not in state]
         state = (*kept, *new)
         axes[f"rows{position}"] = state
-    return {**axes, **{f"d {name}": of_value for name, of_value in axes.items()}}
+    of_gradients = {f"d {name}": of_value for name, of_value in axes.items()}
+    return axes | of_gradients
 
 
 def _with_last_reads(products: list[Product]) -> tuple[Product, ...]:
@@ -123,15 +121,16 @@ def _with_last_reads(products: list[Product]) -> tuple[Product, ...]:
     marked = []
     for product in reversed(products):
         names = dict.fromkeys((product.first, product.second))
-        marked.append(
-            product._replace(last_reads=tuple(name for name in names if name not in read))
-        )
-        read |= set(names)
+        last_reads = tuple(name for name in names if name not in read)
+        marked.append(product._replace(last_reads=last_reads))
+        read.update(names)
     return tuple(reversed(marked))
 
 
 def _parts(operand: str) -> str:
-    return "LCR" if operand == "W" else operand
+    if operand == "W":
+        return "LCR"
+    return operand
 
 
 def _merge_gradients(merges: tuple[tuple[str, str, str], ...], wanted: set[str]) -> list[Product]:
@@ -142,14 +141,15 @@ def _merge_gradients(merges: tuple[tuple[str, str, str], ...], wanted: set[str])
     """
     products = []
     for result, first, second in reversed(merges):
-        if result in wanted:
-            pair = [
-                (first, Product(MERGE, f"d {first}", f"d {result}", second)),
-                (second, Product(MERGE, f"d {second}", first, f"d {result}")),
-            ]
-            products += [
-                product for name, product in sorted(pair, key=lambda p: len(p[0])) if name in wanted
-            ]
+        if result not in wanted:
+            continue
+        gradients = {
+            first: Product(MERGE, f"d {first}", f"d {result}", second),
+            second: Product(MERGE, f"d {second}", first, f"d {result}"),
+        }
+        for name in sorted(gradients, key=len):
+            if name in wanted:
+                products.append(gradients[name])
     return products
 
 
@@ -159,12 +159,10 @@ def _read_values(
     """Operands whose values a backward reads: ``used`` by rows, or the other factor in a merge's
     gradient."""
     for result, first, second in reversed(merges):
-        if result in wanted:
-            used = (
-                used
-                | ({second} if first in wanted else set())
-                | ({first} if second in wanted else set())
-            )
+        if result in wanted and first in wanted:
+            used = used | {second}
+        if result in wanted and second in wanted:
+            used = used | {first}
     for result, first, second in reversed(merges):
         if result in used:
             used = used | {first, second}
@@ -225,11 +223,11 @@ def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> 
     needed = {block for block, n in zip("LCR", need[1:], strict=True) if n}
     # Operands whose gradient leads to a needed one.
     wanted = {operand for operand in AXES if needed & set(_parts(operand))}
-    before_needed = [need[0] or any(o in wanted for o in order[:k]) for k in range(count)]
-    given = {2} if kept else set()
-    recomputed = max(
-        (k for k in range(1, count) if order[k] in wanted and k not in given), default=0
-    )
+    before_needed = [need[0] or not wanted.isdisjoint(order[:k]) for k in range(count)]
+    recomputed = 0  # products of rows with operands, from the first one on
+    for k in range(1, count):
+        if order[k] in wanted and not (kept and k == 2):
+            recomputed = k
     used = {operand for k, operand in enumerate(order) if before_needed[k] or k < recomputed}
     values = _read_values(merges, used, wanted)
     products = [Product(MERGE, *merge) for merge in merges if merge[0] in values]
@@ -238,8 +236,11 @@ def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> 
         for k in range(recomputed)
     ]
     # The rows that only C's gradient reads come last, beside what else reads x and L.
-    late = again if kept else []
-    products += [] if kept else again
+    late: list[Product] = []
+    if kept:
+        late = again
+    else:
+        products += again
     for k in reversed(range(count)):
         after = f"d {_rows_name(k + 1, count)}"
         before = _rows_name(k, count)
@@ -248,9 +249,11 @@ def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> 
         if before_needed[k]:
             products.append(Product(ROWS, f"d {before}", after, order[k]))
         if order[k] in wanted:
-            (late if late and k == 1 else products).append(
-                Product(GRADIENT, f"d {order[k]}", before, after)
-            )
+            gradient = Product(GRADIENT, f"d {order[k]}", before, after)
+            if late and k == 1:
+                late.append(gradient)
+            else:
+                products.append(gradient)
     products += late
     products += _merge_gradients(merges, wanted)
     return Program(strategy, "backward", order, _with_last_reads(products), _axes_of(order))

@@ -10,11 +10,10 @@ import torch
 
 from mpoe_kernels.backends import (
     AUTO,
-    BACKENDS,
     CONTRACTIONS,
     Candidate,
     Request,
-    preferred_backends,
+    allowed_backends,
     refusal,
 )
 from mpoe_kernels.contract.orders import BlockDims
@@ -71,7 +70,9 @@ class Problem(NamedTuple):
         """Every contraction that solves the problem, fewest FLOPs first."""
         sizes = (self.dims, self.num_experts, self.slots, self.dtype, CONTRACTIONS[self.op])
         more = (self.need, self.device, self.keeps)
-        strategy = "separable" if self.keeps else self.strategy
+        strategy = self.strategy
+        if self.keeps:
+            strategy = "separable"
         if strategy == AUTO:
             return contractions(*sizes, *more)
         return (Contraction(strategy, *sizes, *more),)
@@ -93,11 +94,9 @@ def rank(problem: Problem) -> list[Candidate]:
             candidate.
     """
     request = Request(problem.op, problem.device, problem.dtype)
-    named = problem.backend != AUTO
-    backends = (BACKENDS[problem.backend],) if named else preferred_backends(request)
     refused: dict[str, list[str]] = {}
     runnable = []
-    for backend in backends:
+    for backend in allowed_backends(request, problem.backend):
         refused[backend.name] = backend.unsupported_reasons(request)
         if not refused[backend.name]:
             runnable.append(backend)
@@ -117,7 +116,7 @@ def rank(problem: Problem) -> list[Candidate]:
     # Those that wait for the device come last, and only if their backend is named or there are no
     # others.
     going = [candidate for candidate in able if not candidate.waits]
-    if going and not named:
+    if going and problem.backend == AUTO:
         return going
     return going + [candidate for candidate in able if candidate.waits]
 
@@ -129,13 +128,17 @@ def shortlist(able: Iterable[Candidate]) -> list[Candidate]:
     strategies: dict[str, None] = {}
     backends: dict[str, None] = {}
     for candidate in able:
-        strategies[candidate.strategy] = backends[candidate.backend] = None
+        strategies[candidate.strategy] = None
+        backends[candidate.backend] = None
         groups.setdefault((candidate.strategy, candidate.backend), []).append(candidate)
-    pairs = [
-        groups[strategy, backend]
-        for strategy in list(strategies)[:STRATEGIES_TIMED]
-        for backend in list(backends)[:BACKENDS_TIMED]
-        if (strategy, backend) in groups
-    ]
-    most = max(map(len, pairs))
-    return [group[k] for k in range(most) for group in pairs if k < len(group)][:MOST_TIMED]
+    pairs = []
+    for strategy in list(strategies)[:STRATEGIES_TIMED]:
+        for backend in list(backends)[:BACKENDS_TIMED]:
+            if (strategy, backend) in groups:
+                pairs.append(groups[strategy, backend])
+    listed = []
+    for variant in range(max(map(len, pairs))):
+        for group in pairs:
+            if variant < len(group):
+                listed.append(group[variant])
+    return listed[:MOST_TIMED]

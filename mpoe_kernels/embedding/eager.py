@@ -35,12 +35,15 @@ def _way(dims: BlockDims, rows: int, device_type: str = "cpu") -> str:
     d = dims
     if device_type != "cpu":
         return "rebuild"
+    of_slices = d.iC * d.b * d.iR
+    of_rows = rows * d.jL
     flops = {
         "rebuild": d.rebuild_flops,
-        "pairs": 2 * d.a * d.jC * d.jR * (d.iC * d.b * d.iR + rows * d.jL),
+        "pairs": 2 * d.a * d.jC * d.jR * (of_slices + of_rows),
     }
-    if rows * d.b * d.jR <= 2 * d.weight_elements:  # a slice of right for every row
-        flops["gather"] = 2 * rows * d.jL * d.jC * d.b * (d.a + d.jR)
+    copied = rows * d.b * d.jR  # a slice of right for every row
+    if copied <= 2 * d.weight_elements:
+        flops["gather"] = 2 * of_rows * d.jC * d.b * (d.a + d.jR)
     return min(flops, key=lambda name: flops[name])
 
 
@@ -65,24 +68,31 @@ def _parts(ids: Tensor, dims: BlockDims, pairs: bool) -> Iterator[_Part]:
     """The tokens grouped by their digit iC, or by (iC, iR); in parts of whole groups, so that their
     rows stay small."""
     d = dims
-    group = ids % (d.iC * d.iR) if pairs else ids // d.iR % d.iC
+    right_rows = d.iC * d.iR
+    if pairs:
+        group = ids % right_rows
+        columns = d.jC * d.jR
+    else:
+        group = ids // d.iR % d.iC
+        columns = d.jC * d.b
     order = torch.argsort(group, stable=True)
-    numbers, counts = (
-        values.tolist() for values in torch.unique_consecutive(group[order], return_counts=True)
-    )
-    most = max(1, _ELEMENTS // (d.jL * max(d.a, d.jC * (d.jR if pairs else d.b))))
+    groups, sizes = torch.unique_consecutive(group[order], return_counts=True)
+    numbers = groups.tolist()
+    counts = sizes.tolist()
+    widest = d.jL * max(d.a, columns)
+    most = max(1, _ELEMENTS // widest)
     first = 0
     start = 0
     while first < len(numbers):
         end = start + counts[first]
         last = first + 1
         while last < len(numbers) and end + counts[last] - start <= most:
-            end = end + counts[last]
-            last = last + 1
+            end += counts[last]
+            last += 1
         tokens = order[start:end]
-        here = ids[tokens]
+        rows = ids[tokens]
         yield _Part(
-            tokens, numbers[first:last], counts[first:last], here // (d.iC * d.iR), here % d.iR
+            tokens, numbers[first:last], counts[first:last], rows // right_rows, rows % d.iR
         )
         first = last
         start = end
@@ -94,8 +104,10 @@ def _slices(central: Tensor, right: Tensor, dims: BlockDims, pairs: bool) -> Ten
     d = dims
     if not pairs:
         return central.transpose(0, 1).reshape(d.iC, d.a, d.jC * d.b)
-    both = (central.reshape(-1, d.b) @ right.reshape(d.b, -1)).view(d.a, d.iC, d.jC, d.iR, d.jR)
-    return both.permute(1, 3, 0, 2, 4).reshape(d.iC * d.iR, d.a, d.jC * d.jR)
+    both = central.reshape(-1, d.b) @ right.reshape(d.b, -1)
+    both = both.view(d.a, d.iC, d.jC, d.iR, d.jR)
+    both = both.permute(1, 3, 0, 2, 4)
+    return both.reshape(d.iC * d.iR, d.a, d.jC * d.jR)
 
 
 def forward(call: EmbeddingCall) -> Tensor:
@@ -104,23 +116,23 @@ def forward(call: EmbeddingCall) -> Tensor:
     left = call.left[0]
     central = call.central
     right = call.right[0]
-    dims = BlockDims.of_blocks(
-        call.left, central, call.right, call.num_embeddings, call.embedding_dim
-    )
+    dims = call.dims
     check_range("ids", ids, 0, call.num_embeddings - 1, IndexError)
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
-        return Weights(left, dims).weight(left, central, right).index_select(0, ids)
-    slices = _slices(central, right, dims, way == "pairs")
+        table = Weights(left, dims).weight(left, central, right)
+        return table.index_select(0, ids)
+    pairs = way == "pairs"
+    slices = _slices(central, right, dims, pairs)
+    right_by_digit = right.transpose(0, 1)  # [iR, b, jR]
     y = left.new_empty(ids.numel(), dims.jL * dims.jC * dims.jR)
-    for part in _parts(ids, dims, way == "pairs"):
-        rows = grouped_mm(
-            left[part.left_digit].flatten(0, 1), [slices[n] for n in part.groups], part.counts
-        )
-        if way == "gather":
-            rows = torch.bmm(
-                rows.view(-1, dims.jL * dims.jC, dims.b), right.transpose(0, 1)[part.right_digit]
-            )
+    for part in _parts(ids, dims, pairs):
+        rows = left[part.left_digit].flatten(0, 1)
+        weights = [slices[n] for n in part.groups]
+        rows = grouped_mm(rows, weights, part.counts)
+        if not pairs:
+            half = rows.view(-1, dims.jL * dims.jC, dims.b)
+            rows = torch.bmm(half, right_by_digit[part.right_digit])
         y.index_copy_(0, part.tokens, rows.view(part.tokens.numel(), -1))
     return y[:, : call.embedding_dim].contiguous()
 
@@ -145,38 +157,42 @@ def _gradients(call: EmbeddingBackwardCall) -> Matrices:
     left = call.left[0]
     central = call.central
     right = call.right[0]
-    dims = BlockDims.of_blocks(
-        call.left, central, call.right, call.num_embeddings, call.embedding_dim
-    )
+    dims = call.dims
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
         table = Weights(left, dims)
         table.gradient().zero_().index_add_(0, ids, grad)
         return table.of_blocks(left, central, right, call.need)
-    padded = torch.nn.functional.pad(grad, (0, dims.jL * dims.jC * dims.jR - call.embedding_dim))
-    slices = _slices(central, right, dims, way == "pairs")
+    padding = dims.jL * dims.jC * dims.jR - call.embedding_dim
+    padded = torch.nn.functional.pad(grad, (0, padding))
+    pairs = way == "pairs"
+    slices = _slices(central, right, dims, pairs)
     dleft = torch.zeros_like(left)
     dslices = torch.zeros_like(slices)
     right_by_digit = right.transpose(0, 1)  # [iR, b, jR]
     dright_by_digit = torch.zeros_like(right_by_digit, memory_format=torch.contiguous_format)
-    for part in _parts(ids, dims, way == "pairs"):
+    for part in _parts(ids, dims, pairs):
         rows = left[part.left_digit].flatten(0, 1)
         weights = [slices[n] for n in part.groups]
         drows = padded[part.tokens]
-        if way == "gather":
-            half = grouped_mm(rows, weights, part.counts).view(-1, dims.jL * dims.jC, dims.b)
+        if not pairs:
+            half = grouped_mm(rows, weights, part.counts)
+            half = half.view(-1, dims.jL * dims.jC, dims.b)
             drows = drows.view(-1, dims.jL * dims.jC, dims.jR)
-            dright_by_digit.index_add_(0, part.right_digit, torch.bmm(half.transpose(1, 2), drows))
-            drows = torch.bmm(drows, right_by_digit[part.right_digit].transpose(1, 2))
+            of_right = torch.bmm(half.transpose(1, 2), drows)
+            dright_by_digit.index_add_(0, part.right_digit, of_right)
+            chosen = right_by_digit[part.right_digit]
+            drows = torch.bmm(drows, chosen.transpose(1, 2))
         drows = drows.view(rows.shape[0], -1)
         grouped_outer(rows, drows, part.counts, [dslices[n] for n in part.groups])
         drows_left = grouped_mm(drows, [weight.T for weight in weights], part.counts)
         dleft.index_add_(0, part.left_digit, drows_left.view(-1, *left.shape[1:]))
-    if way == "gather":
+    if not pairs:
         dcentral = dslices.view(dims.iC, dims.a, dims.jC, dims.b).transpose(0, 1)
         return dleft, dcentral, dright_by_digit.transpose(0, 1)
     # [(a iC jC), (iR jR)], like the product of the two blocks.
-    dboth = dslices.view(dims.iC, dims.iR, dims.a, dims.jC, dims.jR).permute(2, 0, 3, 1, 4)
+    dboth = dslices.view(dims.iC, dims.iR, dims.a, dims.jC, dims.jR)
+    dboth = dboth.permute(2, 0, 3, 1, 4)
     dboth = dboth.reshape(-1, dims.iR * dims.jR)
     dcentral = dboth @ right.reshape(dims.b, -1).T
     dright = central.reshape(-1, dims.b).T @ dboth

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import describe
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.define import Differentiable, define_differentiable, requested_backend
 from mpoe_kernels.embedding import eager
-from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.mpo.fold import MPOBlocks, check_blocks
 from mpoe_kernels.signatures import as_index
 
 
@@ -36,6 +37,13 @@ class EmbeddingCall(Differentiable):
     backend: str
 
     DIFFERENTIABLE = ("left", "central", "right")
+
+    @property
+    def dims(self) -> BlockDims:
+        """Sizes of the blocks."""
+        return BlockDims.of_blocks(
+            self.left, self.central, self.right, self.num_embeddings, self.embedding_dim
+        )
 
 
 @dataclass
@@ -82,12 +90,9 @@ def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None)
     """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be an int32 or int64 tensor; got {describe(ids)}")
-    if not isinstance(blocks, MPOBlocks):
-        raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
-    if blocks.left.shape[0] != 1:
-        raise ValueError(
-            f"blocks must hold one expert for mpo_embedding; got {blocks.left.shape[0]}"
-        )
+    check_blocks("blocks", blocks)
+    if blocks.num_experts != 1:
+        raise ValueError(f"blocks must hold one expert for mpo_embedding; got {blocks.num_experts}")
     rows = _forward(
         as_index("ids", ids.reshape(-1)),
         blocks.left,

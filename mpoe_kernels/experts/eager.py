@@ -19,12 +19,7 @@ from mpoe_kernels.checks import check_range
 from mpoe_kernels.linear.activation import ACTIVATION, ACTIVATION_GRADIENT
 
 if TYPE_CHECKING:
-    from mpoe_kernels.experts.op import (
-        HiddenBackwardCall,
-        HiddenCall,
-        NeuronBackwardCall,
-        NeuronCall,
-    )
+    from mpoe_kernels.experts.op import BackwardCall, ForwardCall
 
 LARGEST_BLOCK = 128  # rows
 PIECE = 1 << 22  # elements of rows and weights that are gathered at once
@@ -41,7 +36,9 @@ def _activate(name: str, z: Tensor) -> Tensor:
 
 def _activation_gradient(name: str, grad: Tensor, z: Tensor) -> Tensor:
     """``d loss / d z`` from the pre-activation."""
-    return ACTIVATION_GRADIENT["gelu_tanh" if name == "gelu_new" else name](grad, z)
+    if name == "gelu_new":
+        name = "gelu_tanh"
+    return ACTIVATION_GRADIENT[name](grad, z)
 
 
 class Piece(NamedTuple):
@@ -71,7 +68,9 @@ class Piece(NamedTuple):
 
     def clear(self, values: Tensor) -> Tensor:
         """Zeros in the rows of padding, which may have met an expert's NaN."""
-        return values if self.padding is None else values.masked_fill_(self.padding, 0)
+        if self.padding is None:
+            return values
+        return values.masked_fill_(self.padding, 0)
 
     def of(self, weights: Tensor) -> Tensor:
         """The experts' weights ``[n, ...]``."""
@@ -86,19 +85,21 @@ def _pieces(index: Tensor, experts: int, per_row: int, per_expert: int) -> Itera
     _, order = torch.sort(flat, stable=True)
     counts = torch.bincount(flat + 1, minlength=experts + 1)
     starts = counts.cumsum(0) - counts
-    used = int((counts[1:] > 0).sum())
-    if not used:
-        return
-    with_expert = flat.numel() - int(counts[0])
-    mean = with_expert // used
-    size = min(LARGEST_BLOCK, 1 << max(0, mean.bit_length() - 1))
+    without_expert = int(counts[0])
     counts = counts[1:]
     starts = starts[1:]
+    used = int((counts > 0).sum())
+    if not used:
+        return
+    mean = (flat.numel() - without_expert) // used
+    power = max(0, mean.bit_length() - 1)
+    size = min(LARGEST_BLOCK, 1 << power)
     blocks = (counts + size - 1) // size
     numbers = torch.arange(experts, device=index.device)
     of_block = torch.repeat_interleave(numbers, blocks)
+    first_block = blocks.cumsum(0) - blocks
     number = torch.arange(len(of_block), device=index.device)
-    number -= (blocks.cumsum(0) - blocks)[of_block]
+    number -= first_block[of_block]
     row = torch.arange(size, device=index.device)
     most = max(1, PIECE // (size * per_row + per_expert))
     for first in range(0, len(of_block), most):
@@ -109,11 +110,13 @@ def _pieces(index: Tensor, experts: int, per_row: int, per_expert: int) -> Itera
         place = starts[chosen, None] + within
         slots = order[place.masked_fill(padding, 0)]
         slots = slots.masked_fill(padding, flat.numel())
-        marks = padding[:, :, None] if bool(padding.any()) else None
+        marks = None
+        if bool(padding.any()):
+            marks = padding[:, :, None]
         yield Piece(chosen, slots, slots // top_k, marks)
 
 
-def _operands(call: HiddenCall | NeuronCall) -> list[Any]:
+def _operands(call: ForwardCall) -> list[Any]:
     return [None if name is None else getattr(call, name) for name in call.OPERANDS]
 
 
@@ -121,13 +124,17 @@ def _right(piece: Piece, weights: Tensor) -> Tensor:
     """``[n, G', p, q]``, which multiply rows, from the blocks ``[E, G', p, q]`` of hidden-side
     experts, or from neurons ``[E, q, p]``."""
     chosen = piece.of(weights)
-    return chosen if chosen.dim() == 4 else chosen[:, None].transpose(2, 3)
+    if chosen.dim() == 4:
+        return chosen
+    return chosen[:, None].transpose(2, 3)
 
 
 def _left(piece: Piece, weights: Tensor) -> Tensor:
     """The same of ``[E, G', p, q]`` or ``[E, p, q]``."""
     chosen = piece.of(weights)
-    return chosen if chosen.dim() == 4 else chosen[:, None]
+    if chosen.dim() == 4:
+        return chosen
+    return chosen[:, None]
 
 
 def _by_blocks(x: Tensor, blocks: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -139,18 +146,21 @@ def _by_blocks(x: Tensor, blocks: Tensor, onto: Tensor | None = None) -> Tensor:
         onto: like the result ``[n, rows, G q]``; may be overwritten.
     """
     n, groups, size, out = blocks.shape
+    count = x.shape[1]
     if groups > 1:
         by_group = x.view(n, -1, groups, size).transpose(1, 2)
         product = torch.matmul(by_group, blocks).transpose(1, 2)
-        product = product.reshape(n, x.shape[1], groups * out)
-        return product if onto is None else onto + product
+        product = product.reshape(n, count, groups * out)
+        if onto is None:
+            return product
+        return onto + product
     rows = x.reshape(n, -1, size)
     blocks = blocks[:, 0]
     if onto is None:
         product = torch.bmm(rows, blocks)
     else:
         product = onto.view(n, -1, out).baddbmm_(rows, blocks)
-    return product.view(n, x.shape[1], -1)
+    return product.view(n, count, -1)
 
 
 def _back_by_blocks(grad: Tensor, blocks: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -163,20 +173,26 @@ def _block_gradient(x: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     n = x.shape[0]
     size, out = like.shape[-2:]
     if like.dim() == 3 or like.shape[1] == 1:
-        return torch.bmm(x.reshape(n, -1, size).transpose(1, 2), grad.reshape(n, -1, out))
+        x = x.reshape(n, -1, size)
+        grad = grad.reshape(n, -1, out)
+        return torch.bmm(x.transpose(1, 2), grad)
     groups = like.shape[1]
     x = x.view(n, -1, groups, size).permute(0, 2, 3, 1)
-    return torch.matmul(x, grad.view(n, -1, groups, out).transpose(1, 2))
+    grad = grad.view(n, -1, groups, out).transpose(1, 2)
+    return torch.matmul(x, grad)
 
 
 def _right_gradient(x: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     """The same of weights that `_right` takes."""
-    return _block_gradient(x, grad, like) if like.dim() == 4 else _block_gradient(grad, x, like)
+    if like.dim() == 4:
+        return _block_gradient(x, grad, like)
+    return _block_gradient(grad, x, like)
 
 
 def _total(rows: int, *shape: int, like: Tensor) -> Tensor:
     """Zeros in a dtype with enough precision for sums over experts."""
-    return like.new_zeros(rows, *shape, dtype=torch.promote_types(like.dtype, torch.float32))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return like.new_zeros(rows, *shape, dtype=dtype)
 
 
 def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
@@ -184,14 +200,16 @@ def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
     total.index_add_(0, index.view(-1), values.to(total.dtype))
 
 
-def _sizes(call: HiddenCall | NeuronCall) -> tuple[int, int]:
+def _sizes(call: ForwardCall) -> tuple[int, int]:
     """Elements that one slot, and one block's expert, gather and compute."""
     x, _, _, right, left, _, _, right_gate = _operands(call)
     weights = right[0].numel() + left[0].numel()
     if right_gate is not None:
         weights += right_gate[0].numel()
-    hidden = right.shape[1] if right.dim() == 3 else x.shape[1]
-    return x.shape[1] + call.out_features + 4 * hidden, weights
+    hidden = width = x.shape[1]
+    if right.dim() == 3:
+        hidden = right.shape[1]
+    return width + call.out_features + 4 * hidden, weights
 
 
 class Hidden(NamedTuple):
@@ -205,39 +223,44 @@ class Hidden(NamedTuple):
     x_gate: Tensor
 
 
-def _hidden(call: HiddenCall | NeuronCall, piece: Piece) -> Hidden:
+def _hidden(call: ForwardCall, piece: Piece) -> Hidden:
     x, _, _, right, _, bias, x_gate, right_gate = _operands(call)
     rows = piece.rows(x)
-    rows_gate = rows if x_gate is None else piece.rows(x_gate)
+    rows_gate = rows
+    if x_gate is not None:
+        rows_gate = piece.rows(x_gate)
     value = _by_blocks(rows, _right(piece, right))
-    z = value if right_gate is None else _by_blocks(rows_gate, _right(piece, right_gate))
+    z = value
+    if right_gate is not None:
+        z = _by_blocks(rows_gate, _right(piece, right_gate))
     if bias is not None:
         z = z + piece.of(bias)[:, None]
-    act = _activate(call.activation, z.clone() if call.activation == "relu" else z)
+    overwritten = z.clone() if call.activation == "relu" else z
+    act = _activate(call.activation, overwritten)
     if right_gate is None:
         return Hidden(act, z, act, None, rows, rows_gate)
     return Hidden(act * value, z, act, value, rows, rows_gate)
 
 
-def forward(call: HiddenCall | NeuronCall) -> Tensor:
+def forward(call: ForwardCall) -> Tensor:
     """See `hidden_experts` and `neuron_experts`."""
     x, gates, index, _, left, _, _, _ = _operands(call)
     check_range("top_k_index", index, -1, call.num_experts - 1)
     out = _total(len(x) + 1, call.out_features, like=x)  # the last row takes the padding's
     for piece in _pieces(index, call.num_experts, *_sizes(call)):
-        rows = _by_blocks(_hidden(call, piece).h, _left(piece, left))
+        hidden = _hidden(call, piece)
+        rows = _by_blocks(hidden.h, _left(piece, left))
         _add(out, piece.tokens, rows * piece.gates(gates))
     return out[: len(x)].to(x.dtype)
 
 
-def _new_totals(call: HiddenBackwardCall | NeuronBackwardCall) -> dict[str, Tensor]:
+def _new_totals(call: BackwardCall) -> dict[str, Tensor]:
     """Zeros for the gradients that are wanted, by their names; of rows and gates, the last one
     takes the padding's."""
     x_name, gates_name, _, _, _, _, x_gate_name, _ = call.OPERANDS
     totals = {}
-    for name, value, wanted in zip(
-        call.DIFFERENTIABLE, call.differentiable, call.wanted, strict=True
-    ):
+    values = zip(call.DIFFERENTIABLE, call.differentiable, call.wanted, strict=True)
+    for name, value, wanted in values:
         if not wanted or value is None:
             continue
         if name == gates_name:
@@ -249,7 +272,7 @@ def _new_totals(call: HiddenBackwardCall | NeuronBackwardCall) -> dict[str, Tens
     return totals
 
 
-def backward(call: HiddenBackwardCall | NeuronBackwardCall) -> tuple[Tensor, ...]:
+def backward(call: BackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall` and `NeuronBackwardCall`."""
     x, _, index, *_ = _operands(call)
     totals = _new_totals(call)
@@ -258,17 +281,15 @@ def backward(call: HiddenBackwardCall | NeuronBackwardCall) -> tuple[Tensor, ...
         _add_gradients(call, piece, by_operand)
     results = []
     for name, value in zip(call.DIFFERENTIABLE, call.differentiable, strict=True):
-        if name not in totals or value is None:
-            results.append(x.new_empty(0))
-            continue
-        total = totals[name].view(-1)[: value.numel()]
-        results.append(total.to(value.dtype).view(value.shape))
+        result = x.new_empty(0)
+        if name in totals and value is not None:
+            total = totals[name].view(-1)[: value.numel()]
+            result = total.to(value.dtype).view(value.shape)
+        results.append(result)
     return tuple(results)
 
 
-def _add_gradients(
-    call: HiddenBackwardCall | NeuronBackwardCall, piece: Piece, totals: list[Tensor | None]
-) -> None:
+def _add_gradients(call: BackwardCall, piece: Piece, totals: list[Tensor | None]) -> None:
     """Add those of a piece to ``totals``, in the order of the operands; None: not wanted."""
     x, gates, _, right, left, _, x_gate, right_gate = _operands(call)
     dx, dgates, _, dright, dleft, dbias, dx_gate, dright_gate = totals
@@ -277,13 +298,16 @@ def _add_gradients(
     hidden = _hidden(call, piece)
     dh = _back_by_blocks(grad, _left(piece, left))
     if dgates is not None:
-        products = hidden.h.to(dgates.dtype) * dh.to(dgates.dtype)
+        precise = dgates.dtype
+        products = hidden.h.to(precise) * dh.to(precise)
         _add(dgates, piece.slots, products.sum(-1))
     if dleft is not None:
         h = piece.clear((hidden.h * gate).to(x.dtype))
         _add(dleft, piece.experts, _block_gradient(h, grad, left))
     dh = piece.clear((dh * gate).to(x.dtype))
-    of_act = dh if hidden.value is None else dh * hidden.value
+    of_act = dh
+    if hidden.value is not None:
+        of_act = dh * hidden.value
     dvalue = dz = _activation_gradient(call.activation, of_act, hidden.z)
     if hidden.value is not None:
         dvalue = piece.clear(dh * hidden.act)

@@ -19,10 +19,9 @@ from mpoe_kernels.checks import check_range
 from mpoe_kernels.define import new_gradients
 from mpoe_kernels.experts.hidden_triton_kernels import hidden_blocks_kernel, hidden_rows_kernel
 from mpoe_kernels.experts.op import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
+from mpoe_kernels.routing.triton import PairsAlone, Slots, SortedSlots, sort_slots, sum_choices
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.start import (
-    Options,
     Tile,
     cdiv,
     dense,
@@ -62,14 +61,15 @@ SM_100_TILE = Tile(
 
 
 def _tiles(kernel: str, u: Tensor, block: int) -> tuple[Tile, ...]:
-    tiles = (TILES if block <= LARGEST_BLOCK else LARGE_TILES)[kernel][u.element_size()]
+    is_large = block > LARGEST_BLOCK
     if kernel == "blocks" and u.element_size() == 2:
         name = architecture.target_of(u.device).architecture
         if name in IN_REGISTERS:
             return (SMALL_TILE,)
-        if name == "sm_100" and block <= LARGEST_BLOCK:
+        if name == "sm_100" and not is_large:
             return (SM_100_TILE,)
-    return tiles
+    table = LARGE_TILES if is_large else TILES
+    return table[kernel][u.element_size()]
 
 
 def _common(call: HiddenCall) -> dict[str, Any]:
@@ -106,43 +106,38 @@ def _enough(device: torch.device) -> int:
 
 def _rows(
     call: HiddenCall,
-    slots: SortedSlots | None,
+    slots: Slots,
     kernel: str,
     outs: Mapping[str, Tensor],
     grad: Tensor | None = None,
     need_gates: bool = False,
 ) -> Tensor | None:
     """Writes `hidden_rows_kernel`'s results ``outs [T, F]``, by their names; returns the shares
-    ``[shares, T, K]`` of the gates' gradients. Without ``slots`` a program has a pair."""
+    ``[shares, T, K]`` of the gates' gradients."""
     u = call.u
-    index = call.top_k_index.contiguous()
+    tokens, top_k = call.gates.shape
     block = call.block
-    tiles = _tiles(kernel, u, block)
     groups = u.shape[1] // block
-    ways = fitted(tuple(tiles[-1:] if slots is None else slots.among(tiles)), block, block)
-
-    def tiles_of(way: Options) -> int:
-        return index.numel() if slots is None else slots.tiles(way["BM"])
-
-    share = _share(groups, tiles_of(ways[0]) * groups, u.device)
+    ways = fitted(slots.among(_tiles(kernel, u, block)), block, block)
+    share = _share(groups, slots.tiles(ways[0]["BM"]) * groups, u.device)
     gate_parts = None
     if need_gates:
-        gate_parts = u.new_empty(cdiv(groups, share), *index.shape, dtype=torch.float32)
+        gate_parts = u.new_empty(cdiv(groups, share), tokens, top_k, dtype=torch.float32)
     common = _common(call)
 
     def write(rows: Mapping[str, Tensor], first: int, last: int) -> None:
         shares = cdiv((last - first) // block, share)
         start_best(
             hidden_rows_kernel,
-            lambda way: (tiles_of(way), shares, cdiv(block, way["BN"])),
+            lambda way: (slots.tiles(way["BM"]), shares, cdiv(block, way["BN"])),
             ways,
             grad=grad,
-            order=None if slots is None else slots.order,
-            index=index if slots is None else None,
+            order=slots.order,
+            index=slots.pair_experts,
             out=rows.get("out"),
             out_gate=rows.get("out_gate"),
             gate_parts=gate_parts,
-            tokens=u.shape[0],
+            tokens=tokens,
             first=first // block,
             last=last // block,
             share=share,
@@ -150,7 +145,7 @@ def _rows(
             **common,
         )
 
-    sum_choices(outs, u.shape[1], index.shape[1], share * block, write)
+    sum_choices(outs, u.shape[1], top_k, share * block, write)
     return gate_parts
 
 
@@ -161,7 +156,9 @@ def forward(call: HiddenCall) -> Tensor:
         return torch.zeros_like(call.u, memory_format=torch.contiguous_format)
     # For the interpreter: it checks only the CPU.
     check_range("top_k_index", index, -1, call.num_experts - 1)
-    slots = call.kept = None if index.numel() <= FEW else sort_slots(index, call.num_experts)
+    slots: Slots = PairsAlone(index.contiguous())
+    if index.numel() > FEW:
+        slots = call.kept = sort_slots(index, call.num_experts)
     out = torch.empty_like(call.u, memory_format=torch.contiguous_format)
     _rows(call, slots, "forward", {"out": out})
     return out
@@ -174,7 +171,9 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     results = new_gradients(call, wanted)
     if index.numel() == 0:
         return tuple(results)
-    slots = sort_slots(index, call.num_experts) if call.kept is None else call.kept
+    slots = call.kept
+    if call.kept is None:
+        slots = sort_slots(index, call.num_experts)
     grad = call.grad.contiguous()
     outs = {}
     if wanted[0]:
@@ -195,7 +194,10 @@ def _blocks(
     """The gradients of blocks and biases; those of blocks that groups share are sums over shares of
     the groups."""
     names = {"dright": 2, "dleft": 3, "dbias": 4, "dright_gate": 6}
-    outs = {name: results[place] for name, place in names.items() if results[place].numel()}
+    outs = {}
+    for name, place in names.items():
+        if results[place].numel():
+            outs[name] = results[place]
     if not outs:
         return
     u = call.u
@@ -206,7 +208,8 @@ def _blocks(
     share = 1
     in_parts = {}
     if call.right.shape[1] == 1:
-        share = cdiv(groups, min(groups, cdiv(_enough(u.device), experts * parts)))
+        shares = cdiv(_enough(u.device), experts * parts)
+        share = cdiv(groups, min(groups, shares))
         for name, out in outs.items():
             if name != "dbias" and share < groups:
                 size = (cdiv(groups, share), *out.shape)

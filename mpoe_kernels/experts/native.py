@@ -13,12 +13,7 @@ from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, name_of
 from mpoe_kernels.routing.gating import Gating, new_gating
 
 if TYPE_CHECKING:
-    from mpoe_kernels.experts.op import (
-        HiddenBackwardCall,
-        HiddenCall,
-        NeuronBackwardCall,
-        NeuronCall,
-    )
+    from mpoe_kernels.experts.op import BackwardCall, ForwardCall
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -30,7 +25,7 @@ def reasons(request: Request) -> list[str]:
     return [f"it computes {request.op} in float32 and bfloat16, not in {request.dtype}"]
 
 
-def _operands(call: HiddenCall | NeuronCall) -> list[Any]:
+def _operands(call: ForwardCall) -> list[Any]:
     """Dense tensors in the order of `HiddenCall.OPERANDS`, None where there is none; the caller
     keeps them until the library returns."""
     operands: list[Any] = []
@@ -42,7 +37,7 @@ def _operands(call: HiddenCall | NeuronCall) -> list[Any]:
     return operands
 
 
-def _arguments(call: HiddenCall | NeuronCall, operands: Sequence[Any]) -> tuple[Any, ...]:
+def _arguments(call: ForwardCall, operands: Sequence[Any]) -> tuple[Any, ...]:
     """Of forward and backward."""
     tokens, top_k = call.top_k_index.shape
     return (
@@ -54,7 +49,7 @@ def _arguments(call: HiddenCall | NeuronCall, operands: Sequence[Any]) -> tuple[
     )
 
 
-def forward(call: HiddenCall | NeuronCall) -> Tensor:
+def forward(call: ForwardCall) -> Tensor:
     """See `hidden_experts` and `neuron_experts`."""
     operands = _operands(call)
     rows: Tensor = operands[0]
@@ -64,7 +59,7 @@ def forward(call: HiddenCall | NeuronCall) -> Tensor:
     return out
 
 
-def backward(call: HiddenBackwardCall | NeuronBackwardCall) -> tuple[Tensor, ...]:
+def backward(call: BackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall` and `NeuronBackwardCall`."""
     operands = _operands(call)
     rows = operands[0]
@@ -73,7 +68,8 @@ def backward(call: HiddenBackwardCall | NeuronBackwardCall) -> tuple[Tensor, ...
     for name, operand in zip(call.OPERANDS, operands, strict=True):
         if name in call.DIFFERENTIABLE:
             wanted = operand is not None and call.need[len(results)]
-            results.append(torch.empty_like(operand) if wanted else rows.new_empty(0))
+            result = torch.empty_like(operand) if wanted else rows.new_empty(0)
+            results.append(result)
     addresses: list[int | None] = [result.data_ptr() for result in results]
     if len(addresses) == 6:  # neurons have no x_gate
         addresses.insert(5, None)
@@ -127,13 +123,11 @@ def routed_hidden(
     experts, groups, block, _ = right.shape
     tokens = x.shape[0]
     features = u.shape[-1]
-    if (
-        tokens == 0
-        or u.numel() != tokens * features
-        or features % block
-        or groups not in (1, features // block)
-        or router_weight.shape != (experts, x.shape[1])
-    ):
+    if tokens == 0 or u.numel() != tokens * features:
+        return None
+    if features % block or groups not in (1, features // block):
+        return None
+    if router_weight.shape != (experts, x.shape[1]):
         return None
     shapes = (
         (u, u.shape),
@@ -146,7 +140,9 @@ def routed_hidden(
     if u.dtype not in _DTYPES or not _fit(shapes, u.dtype):
         return None
     gating = new_gating(x, experts, top_k)
-    out = u if overwrites else torch.empty_like(u)
+    out = u
+    if not overwrites:
+        out = torch.empty_like(u)
     operands = (
         u,
         gating.top_k_weights,
@@ -222,7 +218,9 @@ def routed_neurons(
         return None
     x = dense("x", x)
     router_weight = dense("weight", router_weight)
-    mask = None if token_mask is None else dense("token_mask", token_mask)
+    mask = None
+    if token_mask is not None:
+        mask = dense("token_mask", token_mask)
     operands = (rows, None, None, up, down, bias, None, gate_up)
     out = rows.new_empty(tokens, out_features)
     NATIVE_LIBRARY.functions.routed_neuron_experts(
@@ -245,11 +243,10 @@ def routed_neurons(
 def _fit(shapes: Sequence[tuple[Tensor | None, Sequence[int]]], dtype: torch.dtype) -> bool:
     """Whether the tensors that are given can be read in place as having these shapes."""
     for tensor, shape in shapes:
-        if tensor is not None and not (
-            tensor.dtype == dtype
-            and tensor.shape == shape
-            and tensor.is_contiguous()
-            and tensor.is_cpu
-        ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tensor.shape != shape:
+            return False
+        if not tensor.is_contiguous() or not tensor.is_cpu:
             return False
     return True

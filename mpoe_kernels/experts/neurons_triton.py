@@ -31,7 +31,7 @@ from mpoe_kernels.experts.neurons_triton_kernels import (
     neurons_weights_kernel,
 )
 from mpoe_kernels.experts.op import NeuronBackwardCall, NeuronCall
-from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
+from mpoe_kernels.routing.triton import PairsAlone, Slots, SortedSlots, sort_slots, sum_choices
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.start import (
     Options,
@@ -121,20 +121,23 @@ class _Call:
         return self.neurons <= ON_CHIP[self.x.element_size()]
 
     def _ways(
-        self, kernel: str, columns: int, inner: int, slots: SortedSlots | None = None
+        self, kernel: str, columns: int, inner: int, slots: Slots | None = None
     ) -> Sequence[Options]:
         tiles = TILES[kernel][self.x.element_size()]
-        return fitted(tuple(tiles if slots is None else slots.among(tiles)), columns, inner)
+        if slots is not None:
+            tiles = slots.among(tiles)
+        return fitted(tiles, columns, inner)
 
     def _in_one_step(self, ways: Sequence[Options]) -> Sequence[Options]:
         """Ways of a product over neurons that add as `neurons_fused_kernel` does."""
         if not self.on_chip:
             return ways
-        return [{**way, "BK": max(16, power_of_two(self.neurons))} for way in ways]
+        step = max(16, power_of_two(self.neurons))
+        return [{**way, "BK": step} for way in ways]
 
     def few(self) -> Tensor:
         """``[T, O]``, of few pairs."""
-        h, *_ = self.hidden(None)
+        h, *_ = self.hidden(PairsAlone(self.index))
         out = self.x.new_empty(self.tokens, self.out_width)
         (way,) = self._in_one_step(self._ways("few rows", self.out_width, self.neurons))
         start(
@@ -180,30 +183,32 @@ class _Call:
         return out
 
     def hidden(
-        self, slots: SortedSlots | None, grad: Tensor | None = None
+        self, slots: Slots, grad: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h by place, or without ``slots`` by pair; for a backward times the gate, and the
+        """h by place, or by pair where they are not sorted; for a backward times the gate, and the
         gradients of ``x up`` and ``x gate_up [T K, m]``, and the gates' gradients in parts
         ``[parts, T, K]``."""
-        pairs = self.index.numel()
-        ways = self._ways(
-            "few hidden" if slots is None else "hidden", self.neurons, self.widest, slots
-        )
-        if slots is not None and slots.experts > MOST_IN_FOUR_WARPS:
+        kernel = "few hidden"
+        if isinstance(slots, SortedSlots):
+            kernel = "hidden"
+        ways = self._ways(kernel, self.neurons, self.widest, slots)
+        if isinstance(slots, SortedSlots) and slots.experts > MOST_IN_FOUR_WARPS:
             ways = [{**way, "num_warps": 8} for way in ways]
         parts = cdiv(self.neurons, ways[0]["BN"])
-        h = self.x.new_empty(pairs, self.neurons)
+        h = self.x.new_empty(self.index.numel(), self.neurons)
         dz = dvalue = gate_parts = h
         if grad is not None:
             dz = torch.empty_like(h)
-            dvalue = dz if self.gate_up is None else torch.empty_like(h)
+            dvalue = dz
+            if self.gate_up is not None:
+                dvalue = torch.empty_like(h)
             gate_parts = h.new_empty(parts, *self.gates.shape, dtype=torch.float32)
         start_best(
             neurons_hidden_kernel,
-            lambda way: (pairs if slots is None else slots.tiles(way["BM"]), parts),
+            lambda way: (slots.tiles(way["BM"]), parts),
             ways,
-            order=None if slots is None else slots.order,
-            index=self.index if slots is None else None,
+            order=slots.order,
+            index=slots.pair_experts,
             grad=grad,
             down=None if grad is None else self.down,
             h_rows=h,
@@ -225,7 +230,10 @@ class _Call:
         """Writes the sum of one or two products: rows ``[T K, m]`` by place times ``[E, m,
         columns]``."""
         (rows_in, weights), *more = pairs
-        more_rows, more_weights = more[0] if more else (None, None)
+        more_rows = None
+        more_weights = None
+        if more:
+            more_rows, more_weights = more[0]
         columns = weights.shape[2]
         ways = self._ways("rows", columns, self.neurons, slots)
         if gates is not None:
@@ -263,17 +271,18 @@ class _Call:
     ) -> None:
         """Writes the gradients of up, down, bias and gate_up that are not empty."""
         names = ("dup", "ddown", "dbias", "dgate_up")
-        outs = {
-            name: out if out.numel() else None for name, out in zip(names, results, strict=True)
-        }
+        outs = {}
+        for name, out in zip(names, results, strict=True):
+            outs[name] = out if out.numel() else None
         h, dvalue, dz = rows
+
+        def grid(way: Options) -> tuple[int, int, int]:
+            parts = cdiv(self.neurons, way["BM"]) * cdiv(self.widest, way["BN"])
+            return slots.experts, parts, 4
+
         start_best(
             neurons_weights_kernel,
-            lambda way: (
-                slots.experts,
-                cdiv(self.neurons, way["BM"]) * cdiv(self.widest, way["BN"]),
-                4,
-            ),
+            grid,
             self._ways("weights", self.widest, power_of_two(slots.pairs)),
             x=self.x,
             grad=grad,
@@ -313,7 +322,9 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
         return tuple(results)
     this = _Call(call)
     grad = call.grad.contiguous()
-    slots = sort_slots(this.index, call.num_experts) if call.kept is None else call.kept
+    slots = call.kept
+    if call.kept is None:
+        slots = sort_slots(this.index, call.num_experts)
     need_x, need_gates, *of_weights = wanted
     h, dvalue, dz, gate_parts = this.hidden(slots, grad)
     if need_x:
@@ -322,8 +333,8 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
             products.append((dz, this.gate_up))
         this.rows(slots, products, None, results[0])
     if need_gates:
-        parts = gate_parts[0] if gate_parts.shape[0] == 1 else gate_parts.sum(0)
-        results[1] = parts.to(call.gates.dtype)
+        dgates = gate_parts[0] if len(gate_parts) == 1 else gate_parts.sum(0)
+        results[1] = dgates.to(call.gates.dtype)
     if any(of_weights):
         this.weights(slots, grad, (h, dvalue, dz), results[2:])
     return tuple(results)

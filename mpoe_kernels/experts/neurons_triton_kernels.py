@@ -168,9 +168,8 @@ def neurons_hidden_kernel(
     if grad is not None:
         gate = gates_of_pairs(gates, pair, used)[:, None]
         weights = down + e * neurons * out_width
-        dh = rows_times(
-            grad + token * out_width, used, out_width, weights, n, neurons, True, BK, PRECISION
-        )
+        grads = grad + token * out_width
+        dh = rows_times(grads, used, out_width, weights, n, neurons, True, BK, PRECISION)
         tl.store(at_gate, tl.sum(h * dh, 1), mask=used)
         dvalue, dz = slopes(dh * gate, value, z, gate_up, ACTIVATION)
         if gate_up is not None:
@@ -209,11 +208,13 @@ def neurons_rows_kernel(
     size = tl.where(expert == EXPERTS, 0, neurons)  # no expert: zeros
     at = place * neurons
     at_weights = expert.to(tl.int64) * neurons * columns
-    acc = rows_times(rows + at, used, size, weights + at_weights, c, columns, False, BK, PRECISION)
+    rows += at
+    weights += at_weights
+    acc = rows_times(rows, used, size, weights, c, columns, False, BK, PRECISION)
     if more_rows is not None:
-        acc += rows_times(
-            more_rows + at, used, size, more_weights + at_weights, c, columns, False, BK, PRECISION
-        )
+        more_rows += at
+        more_weights += at_weights
+        acc += rows_times(more_rows, used, size, more_weights, c, columns, False, BK, PRECISION)
     if gates is not None:
         gate = gates_of_pairs(gates, pair, used)[:, None]
         acc = tl.where(expert == EXPERTS, 0.0, acc * gate)
@@ -276,9 +277,10 @@ def weight_gradient(
 ):
     """The program's ``BM`` neurons and ``BN`` columns of ``rows^T tokens``."""
     parts = (columns + BN - 1) // BN
-    n = tl.program_id(1) // parts * BM + tl.arange(0, BM)
+    first_neuron = tl.program_id(1) // parts * BM
+    n = first_neuron + tl.arange(0, BM)
     c = tl.program_id(1) % parts * BN + tl.arange(0, BN)
-    if tl.program_id(1) // parts * BM < neurons:
+    if first_neuron < neurons:
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for first in tl.range(low, high, BK):
             place = first + tl.arange(0, BK)
@@ -338,8 +340,9 @@ def neurons_weights_kernel(
                 dz_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK
             )
     elif dbias is not None:
-        n = tl.program_id(1) * BM + tl.arange(0, BM)
-        if tl.program_id(1) * BM < neurons:
+        first_neuron = tl.program_id(1) * BM
+        n = first_neuron + tl.arange(0, BM)
+        if first_neuron < neurons:
             total = tl.zeros((BM,), dtype=tl.float32)
             for first in tl.range(low, high, BK):
                 place = first + tl.arange(0, BK)

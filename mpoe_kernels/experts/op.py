@@ -96,7 +96,9 @@ class HiddenCall(Differentiable):
     def kernel_activation(self) -> str:
         """``gelu_new`` becomes ``gelu_tanh`` where results need not be bit-identical to
         Transformers' formula."""
-        return "gelu_tanh" if self.activation == "gelu_new" else self.activation
+        if self.activation == "gelu_new":
+            return "gelu_tanh"
+        return self.activation
 
 
 @dataclass
@@ -174,26 +176,27 @@ class NeuronBackwardCall(NeuronCall):
     OP: ClassVar = "neuron_experts_backward"
 
 
+# What kernels of both forms take.
+ForwardCall = HiddenCall | NeuronCall
+BackwardCall = HiddenBackwardCall | NeuronBackwardCall
+
+
 def _define(call: type[Any], backward_call: type[Any], triton: str) -> Any:
     """The op of one form; ``triton``: the module of its Triton kernels."""
     functions = {call.OP: "forward", backward_call.OP: "backward"}
     in_triton = lazily(triton, "forward", "backward")
-    for backend, kernels in (("native", native), ("eager", eager), ("triton", in_triton)):
-        add_kernels(backend, kernels, functions)
+    add_kernels("native", native, functions)
+    add_kernels("eager", eager, functions)
+    add_kernels("triton", in_triton, functions)
     rows = call.DIFFERENTIABLE[0]
 
     def fake(made: Any) -> Tensor:
         tokens: Tensor = getattr(made, rows)
         return tokens.new_empty(tokens.shape[0], made.out_features)
 
-    return define_differentiable(
-        call.OP,
-        call,
-        backward_call,
-        fake,
-        # Gates keep the router's float32.
-        autocast=[field for field in call.DIFFERENTIABLE if field != "gates"],
-    )
+    # Gates keep the router's float32.
+    autocast = [field for field in call.DIFFERENTIABLE if field != "gates"]
+    return define_differentiable(call.OP, call, backward_call, fake, autocast=autocast)
 
 
 _hidden = _define(HiddenCall, HiddenBackwardCall, "mpoe_kernels.experts.hidden_triton")
@@ -296,11 +299,13 @@ def neuron_experts(
         BackendError: the named backend cannot run it.
     """
     check_choice("activation", activation, ACTIVATIONS)
-    formula = "gelu_tanh" if activation == "gelu_new" else ACTIVATIONS[activation]
+    formula = LINEAR_ACTIVATIONS[activation]
     index = as_index("top_k_index", top_k_index)
     return _neurons(x, gates, index, up, down, bias, gate_up, formula, requested_backend(backend))
 
 
 def _by_group(blocks: Any) -> Any:
     """``[E, 1, b, b]`` of blocks ``[E, b, b]`` that groups share."""
-    return blocks[:, None] if isinstance(blocks, Tensor) and blocks.dim() == 3 else blocks
+    if isinstance(blocks, Tensor) and blocks.dim() == 3:
+        return blocks[:, None]
+    return blocks

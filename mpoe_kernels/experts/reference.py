@@ -38,8 +38,11 @@ def neuron_experts_reference(
 ) -> Tensor:
     """See `mpoe_kernels.neuron_experts`: one group."""
     right = up.mT[:, None]
-    right_gate = None if gate_up is None else gate_up.mT[:, None]
-    x_gate = None if gate_up is None else x
+    x_gate = None
+    right_gate = None
+    if gate_up is not None:
+        x_gate = x
+        right_gate = gate_up.mT[:, None]
     left = down[:, None]
     return _rows(x, gates, top_k_index, right, left, bias, activation, x_gate, right_gate)
 
@@ -75,9 +78,13 @@ def _rows(
             parts = []
             for g in range(groups):
                 inputs = slice(g * size, (g + 1) * size)
-                block = g if len(rights[e]) > 1 else 0
+                block = 0
+                if len(rights[e]) > 1:
+                    block = g
                 value = x[t, inputs] @ rights[e][block]
-                z = value if x_gate is None else x_gate[t, inputs] @ right_gates[e][block]
+                z = value
+                if x_gate is not None:
+                    z = x_gate[t, inputs] @ right_gates[e][block]
                 if bias is not None:
                     z = z + bias[e, g * units : (g + 1) * units]
                 h = activation_reference(activation, z)
@@ -86,4 +93,6 @@ def _rows(
                 parts.append(h @ lefts[e][block])
             row = row + gates[t, k].to(x.dtype) * torch.cat(parts)
         rows.append(row)
-    return torch.stack(rows) if rows else x.new_zeros(0, groups * left.shape[3])
+    if rows:
+        return torch.stack(rows)
+    return x.new_zeros(0, groups * left.shape[3])

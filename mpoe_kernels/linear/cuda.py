@@ -110,7 +110,8 @@ class LinearKernels:
         d = call.dims
         experts = other.shape[0]
         if of_right:
-            parts = max(1, min(d.iC * d.jC, BLOCKS_WANTED // experts))
+            parts = min(d.iC * d.jC, BLOCKS_WANTED // experts)
+            parts = max(1, parts)
             other = other.contiguous()
             out = dz.new_empty(parts, experts, d.iR, d.jR, d.b, dtype=torch.float32)
         else:
@@ -118,4 +119,6 @@ class LinearKernels:
             out = dz.new_empty(experts, d.iL, d.jL, d.iC, d.jC, d.b)
         offsets = slots.offsets.contiguous()
         self.ops.weight_gradient_product(call.x, dz, other, out, offsets, call.row_index, of_right)
-        return out.sum(0).permute(0, 3, 1, 2) if of_right else out
+        if of_right:
+            return out.sum(0).permute(0, 3, 1, 2)
+        return out

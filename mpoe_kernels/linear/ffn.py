@@ -11,8 +11,8 @@ from torch import Tensor
 from mpoe_kernels.backends import places_rows
 from mpoe_kernels.checks import describe
 from mpoe_kernels.define import requested_backend
-from mpoe_kernels.linear.op import check_blocks, forward_op, grouped_mpo_linear
-from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.linear.op import forward_op, grouped_mpo_linear
+from mpoe_kernels.mpo.fold import MPOBlocks, check_blocks
 from mpoe_kernels.routing.op import Routing, check_gates, check_routing, combine
 
 

@@ -37,7 +37,8 @@ def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int, copie
     if not built:
         return max(experts, 1)
     largest = max(dims.elements(INDICES[name]) for name in built)
-    return max(1, max(2, experts // 4) * dims.weight_elements // (copies * largest))
+    memory = max(2, experts // 4) * dims.weight_elements
+    return max(1, memory // (copies * largest))
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,16 @@ class Slots:
     def owned(self) -> Tensor:
         """Which slots an expert owns, ``[N]``."""
         number = torch.arange(self.count, device=self.offsets.device)
-        return (number >= self.offsets[0]) & (number < self.offsets[-1])
+        is_late = number >= self.offsets[0]
+        is_early = number < self.offsets[-1]
+        return is_late & is_early
 
     def clear(self, rows: Tensor) -> Tensor:
         """Rows ``[N, ...]``, zero where no expert owns the slot."""
         if self.of_experts is not None:
             return rows
-        return torch.where(self.owned.view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+        ones = [1] * (rows.dim() - 1)
+        return torch.where(self.owned.view(-1, *ones), rows, 0)
 
 
 def around_gradients(
@@ -85,12 +89,16 @@ def around_gradients(
             needed.
         activates: it applies the activation's itself.
     """
-    dz = ACTIVATION_GRADIENT["none" if activates else call.activation](call.grad, call.saved)
+    dz = call.grad
+    if not activates:
+        dz = ACTIVATION_GRADIENT[call.activation](dz, call.saved)
     dbias = None
     if call.need[4]:
         rows = Slots(call.expert_offsets, call.slots).clear(dz)
         dbias = rows.sum(0, dtype=torch.float32).to(dz.dtype)
-    dx, dleft, dcentral, dright = gradients(dz) if any(call.need_of_plan) else (None,) * 4
+    dx = dleft = dcentral = dright = None
+    if any(call.need_of_plan):
+        dx, dleft, dcentral, dright = gradients(dz)
     if dx is not None and call.row_index is not None:
         if call.slot_of_token is None:  # by sorting: atomics would add in any order
             dx = dx.new_zeros(call.x.shape).index_put_((call.row_index,), dx, accumulate=True)
@@ -132,7 +140,9 @@ def prepared(call: Call, *more: str) -> Call:
             changed[name] = tensor.contiguous()
     if call.x.stride(1) != 1 and call.x.shape[1] != 1:
         changed["x"] = call.x.contiguous()
-    return replace(call, **changed) if changed else call
+    if changed:
+        return replace(call, **changed)
+    return call
 
 
 # A kernel that multiplies rows by weights that it rebuilds on chip: call, rows, what it writes to,
@@ -145,17 +155,22 @@ Times = Callable[["BackwardCall", Tensor, Tensor, bool, Slots], Tensor]
 def fused_forward(call: ForwardCall, product: Product) -> Forward:
     """``(y, h, z)``, see `ForwardCall`. One launch."""
     y = call.x.new_empty(call.slots, call.out_features)
-    pre = torch.empty_like(y) if call.saves_z else None
-    product(call, call.x, y, pre, False)
-    return y, y.new_empty(0), y.new_empty(0) if pre is None else pre
+    h = y.new_empty(0)
+    if not call.saves_z:
+        product(call, call.x, y, None, False)
+        return y, h, y.new_empty(0)
+    z = torch.empty_like(y)
+    product(call, call.x, y, z, False)
+    return y, h, z
 
 
 def fused_backward(call: BackwardCall, product: Product, times: Times) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
 
     def gradients(dz: Tensor) -> Gradients:
-        dx = dz.new_empty(call.slots, call.in_features) if call.need[0] else None
-        if dx is not None:
+        dx = None
+        if call.need[0]:
+            dx = dz.new_empty(call.slots, call.in_features)
             product(call, dz, dx, None, True)
         return dx, *block_gradients(call, dz, times)
 
@@ -191,22 +206,27 @@ def block_gradients(
     size = experts_at_once(d, ("LC",), experts, copies=1)
     for first in range(0, experts, size):
         last = min(first + size, experts)
-        slots = Slots(call.expert_offsets[first : last + 1], call.slots, size < experts)
-        left = torch.where(slots.busy[:, None, None, None], call.left[first:last], 0).view(-1, d.a)
+        offsets = call.expert_offsets[first : last + 1]
+        slots = Slots(offsets, call.slots, size < experts)
+        busy = slots.busy[:, None, None, None]
+        left = torch.where(busy, call.left[first:last], 0).view(-1, d.a)
         if need_left or need_central:
-            half = times(call, dz, call.right[first:last], False, slots).view(len(left), -1)
+            half = times(call, dz, call.right[first:last], False, slots)
+            half = half.view(len(left), -1)
             if need_left:
                 lefts.append(half @ central.T)
             if need_central:
                 centrals.append(float32_mm(left.T, half))
         if need_right:
-            half = (left @ central).view(last - first, d.iL, d.jL, d.iC, d.jC, d.b)
+            half = left @ central
+            half = half.view(last - first, d.iL, d.jL, d.iC, d.jC, d.b)
             rights.append(times(call, dz, half, True, slots))
     dleft = dcentral = dright = None
     if need_left:
         dleft = torch.cat(lefts).view(call.left.shape)
     if need_central:
-        dcentral = torch.stack(centrals).sum(0).to(dz.dtype).view(call.central.shape)
+        total = torch.stack(centrals).sum(0)
+        dcentral = total.to(dz.dtype).view(call.central.shape)
     if need_right:
         dright = torch.cat(rights).to(dz.dtype)
     return dleft, dcentral, dright

@@ -50,7 +50,8 @@ LARGEST_SHARED = 64  # side of a block that one program of Triton's holds beside
 def counting_reasons(plan: Contraction) -> list[str]:
     """Reasons if a contraction has too many rows or columns for 32-bit indices."""
     reasons = []
-    rows = max((step.m * plan.slots for step in applications(plan.dims, plan.order)), default=0)
+    steps = applications(plan.dims, plan.order)
+    rows = plan.slots * max((step.m for step in steps), default=0)
     if rows > LARGEST_INDEX:
         reasons.append(
             f"strategy {plan.strategy!r} would count {rows} rows; it counts to {LARGEST_INDEX}"
@@ -137,7 +138,8 @@ def finished(call: ForwardCall, z: Tensor, slots: Slots) -> tuple[Tensor, Tensor
 def _split(axes: Axes, other: Axes) -> tuple[Axes, Axes]:
     """Axes that ``other`` lacks, and those that it has."""
     lacking = tuple(axis for axis in axes if axis not in other)
-    return lacking, tuple(axis for axis in axes if axis in other)
+    common = tuple(axis for axis in axes if axis in other)
+    return lacking, common
 
 
 @lru_cache(maxsize=4096)
@@ -167,7 +169,9 @@ class Named:
 
     def arranged(self, axes: Axes) -> Tensor:
         """A view ``[n, axes...]`` in another order."""
-        return self.data if axes == self.axes else self.data.permute(_order(self.axes, axes))
+        if axes == self.axes:
+            return self.data
+        return self.data.permute(_order(self.axes, axes))
 
     def matrices(self, first: Axes, second: Axes) -> Tensor:
         """``[n, first, second]``, each group of axes merged into one; a view if possible. The last
@@ -177,7 +181,8 @@ class Named:
             n, *sizes = tensor.shape
             rows = math.prod(sizes[: len(first)])
             columns = math.prod(sizes[len(first) :])
-            self._merged = ((first, second), tensor.reshape(n, rows, columns))
+            merged = tensor.reshape(n, rows, columns)
+            self._merged = ((first, second), merged)
         return self._merged[1]
 
     def factors(self, first: Axes, second: Axes) -> Tensor:
@@ -219,14 +224,16 @@ class Pass:
 
     def run(self) -> None:
         """Compute all products, for one chunk of experts after the other."""
-        experts = self.call.num_experts
-        offsets = self.call.expert_offsets
-        size = experts_at_once(self.call.dims, self.program.built, experts)
+        call = self.call
+        experts = call.num_experts
+        size = experts_at_once(call.dims, self.program.built, experts)
         for first in range(0, experts, size):
             self.first = first
             self.last = min(first + size, experts)
-            ends = offsets[first : self.last + 1] if size < experts else offsets
-            self.slots = Slots(ends, self.call.slots, size < experts, self.of_experts)
+            offsets = call.expert_offsets
+            if size < experts:
+                offsets = offsets[first : self.last + 1]
+            self.slots = Slots(offsets, call.slots, size < experts, self.of_experts)
             self._run_chunk()
 
     def shares(self, product: Product) -> bool:
@@ -237,7 +244,9 @@ class Pass:
         program = self.program
         before = value_of(product.result)
         block = product.second
-        if product.result == before or before not in self.rows or block == "C" or program.built:
+        if product.result == before or before not in self.rows:
+            return False
+        if block == "C" or program.built:
             return False
         if self.call.x.element_size() != 2:  # without tensor cores, the kernel spills registers
             return False
@@ -255,10 +264,10 @@ class Pass:
         computes again."""
         if self.call.bias is not None or not self.grouped.fuses:
             return False
-        return any(
-            product.first == "d y" and product.kind == ROWS and self.shares(product)
-            for product in self.program.products
-        )
+        for product in self.program.products:
+            if product.first == "d y" and product.kind == ROWS:
+                return self.shares(product)
+        return False
 
     def keep(self, name: str, result: Named) -> Named:
         """Keeps what is wanted of a chunk's results."""
@@ -283,9 +292,11 @@ class Pass:
         parts = self.results.get(f"d {name}")
         if parts is None:
             return None
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if name == "C" and len(parts) > 1:
-            whole = whole.sum(0)
+        whole = parts[0]
+        if len(parts) > 1:
+            whole = torch.cat(parts)
+            if name == "C":
+                whole = whole.sum(0)
         return whole.reshape(like.shape).to(like.dtype)
 
     def _run_chunk(self) -> None:
@@ -318,22 +329,27 @@ class Pass:
         if name == "C":
             return Named(call.central.unsqueeze(0), axes)
         if name in ("L", "R"):
-            block = (call.left if name == "L" else call.right)[self.first : self.last]
+            blocks = call.left if name == "L" else call.right
+            block = blocks[self.first : self.last]
             if self.program.built and self.slots.of_experts is None:
                 # What is built from an idle expert's block must be finite: zero times it is added
                 # to sums.
-                block = torch.where(self.slots.busy[:, None, None, None], block, 0)
+                busy = self.slots.busy[:, None, None, None]
+                block = torch.where(busy, block, 0)
             return Named(block, axes)
         rows = self.rows[name]
         sizes = _sizes(call.dims, axes)
         padding = math.prod(sizes) - rows.shape[1]
         if padding:
             rows = F.pad(rows, (0, padding))
-        row_index = call.row_index if name == "x" else None
+        row_index = None
+        if name == "x":
+            row_index = call.row_index
         return Named(rows.view(rows.shape[0], *sizes), axes, row_index)
 
     def _named(self, data: Tensor, axes: Axes) -> Named:
-        return Named(data.reshape(data.shape[0], *_sizes(self.call.dims, axes)), axes)
+        sizes = _sizes(self.call.dims, axes)
+        return Named(data.reshape(data.shape[0], *sizes), axes)
 
     def _owned(self, name: str, rows: Named) -> Named:
         """Rows by slot, zero where no expert owns the slot: products' results are, what is given
@@ -355,9 +371,11 @@ class Pass:
             if self._moves(rows) <= operand.data.numel():
                 _, met = _split(operand.axes, met)  # in the order of C, which then is no copy
             _, new = _split(operand.axes, new)
-            matrix = self._owned(product.first, rows).matrices(kept, met)
+            rows = self._owned(product.first, rows)
+            matrix = rows.matrices(kept, met)
             (block,) = operand.matrices(met, new)
-            data = (matrix.flatten(0, 1) @ block).view(*matrix.shape[:2], block.shape[1])
+            data = matrix.flatten(0, 1) @ block
+            data = data.view(*matrix.shape[:2], block.shape[1])
             return self._named(data, (*kept, *new))
         matrix = rows.matrices(kept, met)
         blocks = operand.factors(met, new)
@@ -366,23 +384,27 @@ class Pass:
             size = (self.slots.count, matrix.shape[1], blocks.shape[2])
             out = self.rows_of_parts(product.result, matrix, *size)
         turned = self._turned(product.result, kept, new)
-        last = self._finishing(product, (*new, *kept) if turned else (*kept, *new))
+        axes = (*kept, *new)
+        last = self._finishing(product, (*new, *kept) if turned else axes)
         data, pre = self.grouped.rows(
             RowsProduct(matrix, rows.row_index, blocks, self.slots, out, last, turned)
         )
-        result = self._named(data, (*kept, *new))
+        result = self._named(data, axes)
         if last is not None:
             order = self._order(product.result)
+            y = result.arranged(order).flatten(1)
             z = None
             if pre is not None:
-                z = self._named(pre, result.axes).arranged(order).flatten(1)
-            self.finished = result.arranged(order).flatten(1), z
+                z = self._named(pre, axes).arranged(order).flatten(1)
+            self.finished = y, z
         return result
 
     def _moves(self, rows: Named) -> int:
         """Elements to be moved if rows are to have the order of C; kernels that fuse write them in
         it."""
-        return 0 if self.grouped.fuses else rows.data.numel()
+        if self.grouped.fuses:
+            return 0
+        return rows.data.numel()
 
     def _both(self, product: Product, grads: Named, operand: Named) -> Named:
         """The gradient of rows. That of the block, and the rows after it if they are read, wait for
@@ -398,10 +420,13 @@ class Pass:
         of_rows = grads.matrices(kept, new)
         drows = self._memory(product.result, rows, kept, met)
         again = None
-        products = self.program.products
-        if any(later.result == after for later in products[products.index(product) :]):
+        place = self.program.products.index(product)
+        if any(later.result == after for later in self.program.products[place:]):
             again = self._memory(after, rows, kept, new)
             shared[after] = self._named(again, (*kept, *new))
+        activation = "none"
+        if after == "y" and self.late:
+            activation = self.call.activation
         dblocks = self.grouped.blocks(
             BlocksProduct(
                 rows,
@@ -411,7 +436,7 @@ class Pass:
                 operand.matrices(met, new),
                 drows,
                 again,
-                self.call.activation if after == "y" and self.late else "none",
+                activation,
             )
         )
         shared[f"d {block}"] = self._named(dblocks, (*met, *new))
@@ -430,14 +455,16 @@ class Pass:
         """Whether rows of a result had better be in memory with the axes that are new before those
         that are kept."""
         order = self._order(result)
-        if not self.grouped.fuses:
+        if not self.grouped.fuses or self._follows((*kept, *new), order):
             return False
-        return not self._follows((*kept, *new), order) and self._follows((*new, *kept), order)
+        return self._follows((*new, *kept), order)
 
     def _order(self, result: str) -> Axes:
         """In which the rows of a result are wanted, or read: by the shared product, which then need
         not copy C."""
-        return self.program.axes[result if result in ("y", "d x") else "C"]
+        if result in ("y", "d x"):
+            return self.program.axes[result]
+        return self.program.axes["C"]
 
     def _follows(self, axes: Axes, order: Axes) -> bool:
         """Whether axes of more than one element are all in an order, and one after the other."""
@@ -452,7 +479,9 @@ class Pass:
             return None
         if dims.out_features != dims.jL * dims.jC * dims.jR:
             return None
-        return self.call if self._follows(axes, self._order("y")) else None  # type: ignore[return-value]
+        if not self._follows(axes, self._order("y")):
+            return None
+        return self.call  # type: ignore[return-value]
 
     def _gradient(self, product: Product, rows: Named, grads: Named) -> Named:
         """An operand's gradient."""
@@ -464,9 +493,15 @@ class Pass:
             grads = self._owned(product.second, grads)
             _, in_order_m = _split(axes, m)
             _, in_order_n = _split(axes, n)
-            moved = (m != in_order_m) * self._moves(rows) + (n != in_order_n) * self._moves(grads)
+            moved = 0
+            if m != in_order_m:
+                moved += self._moves(rows)
+            if n != in_order_n:
+                moved += self._moves(grads)
             if moved < math.prod(_sizes(self.call.dims, axes)):
-                m, n = in_order_m, in_order_n  # as C has them: its gradient is no copy
+                # As C has them: its gradient is no copy.
+                m = in_order_m
+                n = in_order_n
             before = rows.matrices(shared, m).flatten(0, 1)
             after = grads.matrices(shared, n).flatten(0, 1)
             data = float32_mm(before.T, after) if self.slots.is_part else before.T @ after
@@ -485,13 +520,16 @@ class Pass:
         if product.result == "d C":
             before = first.matrices(met, m).flatten(0, 1)
             after = second.matrices(met, n).flatten(0, 1)
-            return self._named(float32_mm(before.T, after).unsqueeze(0), (*m, *n))
+            data = float32_mm(before.T, after)
+            return self._named(data.unsqueeze(0), (*m, *n))
         p = first.matrices(m, met)
         q = second.matrices(met, n)
-        if q.shape[0] == 1:
-            data = (p.flatten(0, 1) @ q[0]).view(p.shape[0], p.shape[1], -1)
+        experts = q.shape[0]
+        if experts == 1:
+            data = p.flatten(0, 1) @ q[0]
+            data = data.view(p.shape[0], p.shape[1], -1)
         else:
-            data = torch.bmm(p.expand(q.shape[0], *p.shape[1:]), q)
+            data = torch.bmm(p.expand(experts, -1, -1), q)
         return self._named(data, (*m, *n))
 
 
@@ -523,9 +561,12 @@ def forward(call: ForwardCall, grouped: Grouped, of_experts: list[int] | None = 
         if call.out_index is not None:
             assert call.gates is not None, "out_index comes with gates"
             gates = call.gates[call.out_index][:, None]
-            placed = slots.clear((y.float() * gates).to(y.dtype))  # rounded first, as in `combine`
+            gated = y.float() * gates  # y is rounded first, as in `combine`
+            placed = slots.clear(gated.to(y.dtype))
             y = torch.empty_like(y).index_copy_(0, call.out_index, placed)
-    return y.contiguous(), h.contiguous(), x.new_empty(0) if z is None else z.contiguous()
+    if z is None:
+        z = x.new_empty(0)
+    return y.contiguous(), h.contiguous(), z.contiguous()
 
 
 def backward(call: BackwardCall, grouped: Grouped, of_experts: list[int] | None = None) -> Backward:
@@ -537,18 +578,21 @@ def backward(call: BackwardCall, grouped: Grouped, of_experts: list[int] | None 
     rows = {"x": call.x}
     if h is not None:
         rows[KEPT] = h.view(call.slots, -1)
-    names = ("d x", "d L", "d C", "d R")
-    results: dict[str, list[Tensor]] = {
-        name: [] for name, needed in zip(names, need, strict=True) if needed
-    }
+    results: dict[str, list[Tensor]] = {}
+    for name, needed in zip(("d x", "d L", "d C", "d R"), need, strict=True):
+        if needed:
+            results[name] = []
     whole = Pass(call, program, grouped, rows, results, of_experts)
 
     def gradients(dz: Tensor) -> Gradients:
         rows["d y"] = dz
         whole.run()
-        dx = whole.result("d x", call.in_features) if need[0] else None
+        dx = None
+        if need[0]:
+            dx = whole.result("d x", call.in_features)
         dleft = whole.block("L", call.left)
         dcentral = whole.block("C", call.central)
-        return dx, dleft, dcentral, whole.block("R", call.right)
+        dright = whole.block("R", call.right)
+        return dx, dleft, dcentral, dright
 
     return around_gradients(call, gradients, whole.late)

@@ -44,7 +44,8 @@ def _turned(rows: Tensor, sides: Sides) -> Tensor:
     padding = math.prod(sides) - rows.shape[-1]
     if padding:
         rows = pad(rows, (0, padding))
-    return rows.unflatten(-1, sides).transpose(-3, -1).flatten(-3)
+    digits = rows.unflatten(-1, sides)
+    return digits.transpose(-3, -1).flatten(-3)
 
 
 def _restored(rows: Tensor, sides: Sides, features: int) -> Tensor:
@@ -54,7 +55,9 @@ def _restored(rows: Tensor, sides: Sides, features: int) -> Tensor:
 
 def _permuted(block: Tensor, axes: tuple[int, ...]) -> Tensor:
     """A block, or nothing from nothing."""
-    return block.permute(axes).contiguous() if block.numel() else block
+    if block.numel():
+        return block.permute(axes).contiguous()
+    return block
 
 
 def _mirrored(call: _Call, **others: Any) -> _Call:
@@ -78,7 +81,9 @@ def mirrored_forward(call: ForwardCall, half_left: Callable[[ForwardCall], Forwa
     """``(y, h, z)``, see `ForwardCall`, by the forward of half_left."""
     y, h, z = half_left(_mirrored(call))
     _, outs = _sides(call.dims)
-    return _restored(y, outs, call.out_features), h, _restored(z, outs, call.out_features)
+    y = _restored(y, outs, call.out_features)
+    z = _restored(z, outs, call.out_features)
+    return y, h, z
 
 
 def mirrored_backward(

@@ -39,38 +39,27 @@ def contraction_reasons(plan: Contraction) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _sizes(
-    dtype: torch.dtype,
-    activation: str,
-    strategy: str,
-    in_features: int,
-    out_features: int,
-    left: tuple[int, ...],
-    central: tuple[int, ...],
-    right: tuple[int, ...],
+    dtype: torch.dtype, activation: str, strategy: str, experts: int, dims: BlockDims
 ) -> Any:
     """What does not change from call to call, checked once: the library's LinearSizes."""
-    if 0 in (*left, *central, *right):
+    *axes, _, _ = dims
+    if experts == 0 or 0 in axes:
         raise ValueError("blocks must not have an axis of size 0")
-    experts, iL, jL, a = left
-    _, iC, jC, b = central
-    _, _, iR, jR = right
-    dims = BlockDims(iL, jL, a, iC, jC, b, iR, jR, in_features, out_features)
-    chain = [OPERANDS.index(operand) for operand in dims.chain_order]
-    half_first = meets_half_first(dims, strategy), meets_half_first(exchanged(dims), strategy)
-    names = (name_of(dtype), activation, strategy)
-    return NATIVE_LIBRARY.functions.LinearSizes(*names, experts, tuple(dims), chain, *half_first)
+    return NATIVE_LIBRARY.functions.LinearSizes(
+        name_of(dtype),
+        activation,
+        strategy,
+        experts,
+        tuple(dims),
+        [OPERANDS.index(operand) for operand in dims.chain_order],
+        meets_half_first(dims, strategy),
+        meets_half_first(exchanged(dims), strategy),
+    )
 
 
 def linear_sizes(call: LinearCall) -> Any:
     """The library's LinearSizes for a call whose strategy is chosen."""
-    sizes = (
-        call.in_features,
-        call.out_features,
-        call.left.shape,
-        call.central.shape,
-        call.right.shape,
-    )
-    return _sizes(call.x.dtype, call.activation, call.strategy, *sizes)
+    return _sizes(call.x.dtype, call.activation, call.strategy, call.num_experts, call.dims)
 
 
 def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,9 +74,13 @@ def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     left, central, right = dense_blocks(call)
     x = dense("x", call.x)
     offsets = dense("expert_offsets", call.expert_offsets)
-    rows = None if call.row_index is None else dense_index("row_index", call.row_index)
+    rows = None
+    if call.row_index is not None:
+        rows = dense_index("row_index", call.row_index)
     tokens = len(x)
-    slots = tokens if rows is None else len(rows)
+    slots = tokens
+    if rows is not None:
+        slots = len(rows)
     blocks = (left.data_ptr(), central.data_ptr(), right.data_ptr())
     arguments = (
         sizes,
@@ -114,14 +107,16 @@ def linear_forward(call: ForwardCall) -> Forward:
         return mirrored_forward(call, linear_forward)
     arguments, _kept, slots = _inputs(call)
     x = call.x
-    bias = None if call.bias is None else dense("bias", call.bias)
+    bias = None
+    if call.bias is not None:
+        bias = dense("bias", call.bias)
     y = x.new_empty(slots, call.out_features)
-    h = (
-        x.new_empty(slots * call.central.shape[2], call.central.shape[3])
-        if call.saves_h
-        else x.new_empty(0)
-    )
-    z = torch.empty_like(y) if call.saves_z else x.new_empty(0)
+    h = x.new_empty(0)
+    if call.saves_h:
+        h = x.new_empty(slots * call.dims.jC, call.dims.b)
+    z = x.new_empty(0)
+    if call.saves_z:
+        z = torch.empty_like(y)
     results = (y.data_ptr(), h.data_ptr(), z.data_ptr())
     NATIVE_LIBRARY.functions.linear_forward(*arguments, address(bias), *results)
     return y, h, z
@@ -135,15 +130,15 @@ def linear_backward(call: BackwardCall) -> Backward:
     grad = dense("grad", call.grad)
     h = saved = None
     if call.strategy == "separable":
-        h = dense_like("h", call.h, (slots * central.shape[2], central.shape[3]), x.dtype)
+        h = dense_like("h", call.h, (slots * call.dims.jC, call.dims.b), x.dtype)
     if call.activation != "none":
         # A raw forward that was told to save nothing comes here with an empty one.
         saved = dense_like("saved", call.saved, tuple(grad.shape), grad.dtype)
     *needed, needs_bias = call.need
-    results = [
-        torch.empty_like(each) if need else x.new_empty(0)
-        for each, need in zip((x, left, central, right), needed, strict=True)
-    ]
+    results = []
+    for operand, need in zip((x, left, central, right), needed, strict=True):
+        result = torch.empty_like(operand) if need else x.new_empty(0)
+        results.append(result)
     results.append(x.new_empty(call.out_features if needs_bias else 0))
     memory = (
         grad.data_ptr(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpoe_kernels.backends import BACKENDS, kernel_for, nothing, places_rows
 from mpoe_kernels.checks import check_choice, describe
-from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES
+from mpoe_kernels.contract import ALL_GRADIENTS
 from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.cuda_library import CUDA_OPS
@@ -21,7 +21,7 @@ from mpoe_kernels.linear import eager, native
 from mpoe_kernels.linear import triton as on_triton
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.gradients import Backward, Forward
-from mpoe_kernels.mpo.fold import MPOBlocks
+from mpoe_kernels.mpo.fold import MPOBlocks, check_blocks
 from mpoe_kernels.routing.op import CombineCall
 from mpoe_kernels.signatures import as_index
 
@@ -37,7 +37,6 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-CHOICES = (*STRATEGIES, "auto")
 _CUDA = LinearKernels(CUDA_OPS)
 # Backend -> how it computes a contraction, and the reasons why it cannot.
 CANDIDATES = {
@@ -102,7 +101,9 @@ class LinearCall:
     @property
     def slots(self) -> int:
         """N."""
-        return self.x.shape[0] if self.row_index is None else self.row_index.shape[0]
+        if self.row_index is None:
+            return self.x.shape[0]
+        return self.row_index.shape[0]
 
 
 @dataclass
@@ -177,7 +178,9 @@ class BackwardCall(LinearCall):
     @property
     def saved_h(self) -> Tensor | None:
         """h, if the strategy reads it and the forward saved it."""
-        return self.h if self.strategy == "separable" and self.h.numel() else None
+        if self.strategy == "separable" and self.h.numel():
+            return self.h
+        return None
 
 
 def _forward_kernel(call: ForwardCall) -> Forward:
@@ -197,23 +200,29 @@ def _forward_fake(call: ForwardCall) -> Forward:
     central = call.central
     slots = call.slots
     y = x.new_empty(slots, call.out_features)
-    h = x.new_empty(slots * central.shape[2], central.shape[3]) if call.saves_h else x.new_empty(0)
-    return y, h, torch.empty_like(y) if call.saves_z else x.new_empty(0)
+    h = x.new_empty(0)
+    z = x.new_empty(0)
+    if call.saves_h:
+        h = x.new_empty(slots * central.shape[2], central.shape[3])
+    if call.saves_z:
+        z = torch.empty_like(y)
+    return y, h, z
 
 
 def _backward_kernel(call: BackwardCall) -> Backward:
-    return chosen_for(
-        "grouped_mpo_linear_backward", call, call.slots, call.need_of_plan, False
-    ).run(call)
+    op = "grouped_mpo_linear_backward"
+    candidate = chosen_for(op, call, call.slots, call.need_of_plan, False)
+    return candidate.run(call)
 
 
 def _backward_fake(call: BackwardCall) -> Backward:
-    dx, dleft, dcentral, dright, dbias = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        if needed and t is not None
-        else call.grad.new_empty(0)
-        for t, needed in zip((call.x, *call.blocks, call.bias), call.need, strict=True)
-    )
+    gradients = []
+    for tensor, needed in zip((call.x, *call.blocks, call.bias), call.need, strict=True):
+        gradient = call.grad.new_empty(0)
+        if needed and tensor is not None:
+            gradient = tensor.new_empty(tensor.shape)
+        gradients.append(gradient)
+    dx, dleft, dcentral, dright, dbias = gradients
     return dx, dleft, dcentral, dright, dbias
 
 
@@ -256,11 +265,6 @@ forward_op = define_op(
     backward=_autograd,
     autocast=("x", "left", "central", "right", "bias"),
 )
-
-
-def check_blocks(name: str, blocks: MPOBlocks) -> None:
-    if not isinstance(blocks, MPOBlocks):
-        raise TypeError(f"{name} must be MPOBlocks (see fold); got {type(blocks).__name__}")
 
 
 def grouped_mpo_linear(
@@ -310,29 +314,23 @@ def grouped_mpo_linear(
         BackendError: the named backend, or every backend, cannot run this; with reasons.
     """
     check_blocks("blocks", blocks)
-    activation = "none" if activation is None else activation
+    if activation is None:
+        activation = "none"
     check_choice("activation", activation, ACTIVATIONS)
-    strategy = "auto" if strategy is None else strategy
-    check_choice("strategy", strategy, CHOICES)
-    if strategy == "separable" and not (blocks.left.shape[2] == 1 and blocks.right.shape[2] == 1):
-        raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
-    left = blocks.left
-    central = blocks.central
-    right = blocks.right
     y, _, _ = forward_op(
         x,
-        left,
-        central,
-        right,
+        blocks.left,
+        blocks.central,
+        blocks.right,
         expert_offsets,
         bias,
         as_index("row_index", row_index),
         blocks.in_features,
         blocks.out_features,
         ACTIVATIONS[activation],
-        strategy,
+        "auto" if strategy is None else strategy,
         requested_backend(backend),
-        needs_gradients((x, left, central, right, bias)),
+        needs_gradients((x, blocks.left, blocks.central, blocks.right, bias)),
         as_index("slot_of_token", slot_of_token),
     )
     return y

@@ -47,7 +47,9 @@ def grouped_mpo_linear_reference(
     """``y[s] = activation(x[row_index[s]] @ W_e + bias)`` for the slots of expert e; zero past the
     last."""
     offsets = expert_offsets.tolist()
-    rows = x if row_index is None else x[row_index.long()]
+    rows = x
+    if row_index is not None:
+        rows = x[row_index.long()]
     out = []
     for e, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
         if stop > start:

@@ -57,7 +57,9 @@ class Decomposition:
     @property
     def relative_error_bound(self) -> float:
         """The bound over ``||W||_F``; 0 for a zero matrix."""
-        return self.error_bound / self.norm if self.norm else 0.0
+        if self.norm:
+            return self.error_bound / self.norm
+        return 0.0
 
 
 def _short_side_basis(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -97,11 +99,13 @@ def _gauge_scale(singular: Tensor, dtype: torch.dtype) -> Tensor:
 def _interleave(weight: Tensor, shape: MPOShape) -> Tensor:
     """``[I, F] -> [i_1 j_1, i_2 j_2, ..., i_n j_n]``, zero-padded at the end where the factors
     exceed the sizes."""
-    padded = torch.nn.functional.pad(
-        weight, (0, shape.padded_out - shape.out_features, 0, shape.padded_in - shape.in_features)
-    )
+    more_rows = shape.padded_in - shape.in_features
+    more_columns = shape.padded_out - shape.out_features
+    padded = torch.nn.functional.pad(weight, (0, more_columns, 0, more_rows))
     n = shape.num_cores
-    order = [axis for k in range(n) for axis in (k, n + k)]
+    order = []
+    for k in range(n):
+        order += [k, n + k]
     return padded.reshape(*shape.in_factors, *shape.out_factors).permute(order)
 
 
@@ -110,10 +114,14 @@ def _identity_cores(interleaved: Tensor, shape: MPOShape) -> list[Tensor]:
     outside it."""
     cores = []
     for k, (before, i, j, after) in enumerate(shape.core_shapes):
-        inner, product = (after, before * i * j) if k < shape.central else (before, i * j * after)
         if k == shape.central:
             cores.append(interleaved.reshape(before, i, j, after).clone())
             continue
+        inner = before
+        product = i * j * after
+        if k < shape.central:
+            inner = after
+            product = before * i * j
         if inner != product:
             raise ValueError(
                 "gauge 'identity' needs bonds equal to the product of the factors on their outer "
@@ -163,7 +171,8 @@ def decompose_with_errors(
     if weight.device.type == "meta":
         raise ValueError(f"weight must have values to decompose; got {describe(weight)}")
     work = weight.detach()
-    work = work if work.dtype == torch.float64 else work.float()
+    if work.dtype != torch.float64:
+        work = work.float()
     if not bool(torch.isfinite(work).all()):
         raise ValueError("weight must be finite; it holds NaN or Inf")
     with no_autocast(work.device):
@@ -181,7 +190,9 @@ def _range_scale(work: Tensor) -> float:
     """A power of 4 that scales a matrix near the limit of its dtype's range so that sums stay in
     range; otherwise 1."""
     exponent = math.frexp(float(work.abs().max()))[1]
-    return 4.0 ** ((exponent - RANGE_EXPONENT // 2) // 2) if exponent > RANGE_EXPONENT else 1.0
+    if exponent > RANGE_EXPONENT:
+        return 4.0 ** ((exponent - RANGE_EXPONENT // 2) // 2)
+    return 1.0
 
 
 def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
@@ -193,7 +204,7 @@ def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
     n = shape.num_cores
     centre = shape.central
     bonds = shape.bond_dims
-    sizes = [i * j for i, j in zip(shape.in_factors, shape.out_factors, strict=True)]
+    sizes = shape.factor_products
     remainder = _interleave(work, shape).reshape(-1)
     if gauge == "identity":
         return Decomposition(
@@ -231,7 +242,10 @@ def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
             after = scales[k + 1] if k < centre else 1 / scales[k + 1]
             core = core * before.reshape(-1, 1, 1, 1) * after
             inner = (k > 0) + (k + 1 < n)
-            core = core * (scale / root**inner if k == centre else root ** (2 - inner))
+            factor = root ** (2 - inner)
+            if k == centre:
+                factor = scale / root**inner
+            core = core * factor
         elif k == centre:
             core = core * scale
         finished.append(core)

@@ -8,18 +8,25 @@ from itertools import product
 
 from mpoe_kernels.checks import check_integer
 
-# (in_features, out_features) -> (in_factors, out_factors): the original's defaults, both
-# orientations of each.
-_PAPER: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
-    (768, 3072): ((3, 4, 4, 4, 4), (4, 4, 8, 6, 4)),
-    (3072, 768): ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4)),
-    (1024, 4096): ((4, 4, 4, 4, 4), (4, 4, 8, 8, 4)),
-    (4096, 1024): ((4, 4, 8, 8, 4), (4, 4, 4, 4, 4)),
-    (768, 768): ((4, 4, 4, 4, 3), (3, 4, 4, 4, 4)),
-    (1024, 1024): ((4, 4, 4, 4, 4), (4, 4, 4, 4, 4)),
-    (32128, 768): ((8, 8, 8, 8, 8), (3, 4, 4, 4, 4)),
-    (32128, 1024): ((8, 8, 8, 8, 8), (4, 4, 4, 4, 4)),
-    (30522, 768): ((6, 8, 10, 8, 8), (4, 4, 4, 4, 3)),
+Pair = tuple[tuple[int, ...], tuple[int, ...]]  # in_factors, out_factors
+# (in_features, out_features) -> factors: the original's defaults, both orientations of each.
+_768 = (3, 4, 4, 4, 4)
+_768_FALLING = (4, 4, 4, 4, 3)
+_1024 = (4, 4, 4, 4, 4)
+_3072 = (4, 4, 8, 6, 4)
+_4096 = (4, 4, 8, 8, 4)
+_32128 = (8, 8, 8, 8, 8)  # padded to 32768
+_30522 = (6, 8, 10, 8, 8)  # padded to 30720
+_PAPER: dict[tuple[int, int], Pair] = {
+    (768, 3072): (_768, _3072),
+    (3072, 768): (_3072, _768),
+    (1024, 4096): (_1024, _4096),
+    (4096, 1024): (_4096, _1024),
+    (768, 768): (_768_FALLING, _768),
+    (1024, 1024): (_1024, _1024),
+    (32128, 768): (_32128, _768),
+    (32128, 1024): (_32128, _1024),
+    (30522, 768): (_30522, _768_FALLING),
 }
 
 
@@ -45,7 +52,9 @@ def _prime_factors(size: int) -> list[int]:
             primes.append(p)
             size //= p
         p += 1
-    return primes + ([size] if size > 1 else [])
+    if size > 1:
+        primes.append(size)
+    return primes
 
 
 def _smooth(size: int) -> int:
@@ -85,7 +94,7 @@ def balanced_factors(size: int, num_cores: int, name: str = "size") -> tuple[int
     return tuple(ordered)
 
 
-def paper_factors(in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def paper_factors(in_features: int, out_features: int) -> Pair:
     """The original's factors for its sizes; otherwise five balanced factors, larger towards the
     middle."""
     check_size("in_features", in_features)
@@ -109,25 +118,24 @@ def _closest_pair(in_features: int, out_features: int, p: int) -> tuple[int, int
     return min((pair for pair in pairs if pair[0] * pair[1] <= 4 * p), key=distance)
 
 
-def light_factors(
-    in_features: int, out_features: int, p: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def light_factors(in_features: int, out_features: int, p: int) -> Pair:
     """Three cores with products ``i * j`` of about ``p`` at both ends and everything else in the
     centre."""
     check_size("in_features", in_features)
     check_size("out_features", out_features)
     check_size("p", p)
     i_left, j_left = _closest_pair(in_features, out_features, p)
-    i_right, j_right = _closest_pair(in_features // i_left, out_features // j_left, p)
-    return (
-        (i_left, in_features // (i_left * i_right), i_right),
-        (j_left, out_features // (j_left * j_right), j_right),
-    )
+    in_features //= i_left
+    out_features //= j_left
+    i_right, j_right = _closest_pair(in_features, out_features, p)
+    i_central = in_features // i_right
+    j_central = out_features // j_right
+    return (i_left, i_central, i_right), (j_left, j_central, j_right)
 
 
 def separable_factors(
     in_features: int, out_features: int, left: int | None, right: int | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+) -> Pair:
     """``in (left, I/left, 1)``, ``out (1, F/right, right)``."""
     check_size("in_features", in_features)
     check_size("out_features", out_features)
@@ -143,8 +151,12 @@ def separable_factors(
 def _default_side(size: int, is_smaller: bool) -> int:
     """256 of 768 and 64 of 3072 for T5-base: a third of the smaller side, a forty-eighth of the
     larger."""
-    target = size / 3 if is_smaller else size / 48
-    target = min(max(target, 8), 256 if is_smaller else 64)
+    target = size / 48
+    largest = 64
+    if is_smaller:
+        target = size / 3
+        largest = 256
+    target = min(max(target, 8), largest)
     return min(divisors(size), key=lambda d: (abs(math.log(d / target)), -d))
 
 

@@ -78,25 +78,31 @@ class MPOBlocks:
         )
 
 
+def check_blocks(name: str, blocks: MPOBlocks) -> None:
+    """Refuse what is not `MPOBlocks`, by name."""
+    if not isinstance(blocks, MPOBlocks):
+        raise TypeError(f"{name} must be MPOBlocks (see fold); got {type(blocks).__name__}")
+
+
 def _experts_of(cores: Sequence[Tensor]) -> int:
     counts = {core.shape[0] for core in cores if core.dim() == 5}
     if len(counts) > 1:
         raise ValueError(
             f"auxiliary cores must agree in their number of experts; got {sorted(counts)}"
         )
-    return counts.pop() if counts else 1
+    if counts:
+        return counts.pop()
+    return 1
 
 
 def _check_cores(cores: Sequence[Tensor], central: int) -> None:
     check_integer("central", central, 0, len(cores) - 1, f"the last of {len(cores)} cores")
     for k, core in enumerate(cores):
-        allowed = (4,) if k == central else (4, 5)
-        if not isinstance(core, Tensor) or core.dim() not in allowed:
-            kind = (
-                "[d, i, j, d'] (the central core is shared)"
-                if k == central
-                else "[d, i, j, d'] or [E, d, i, j, d']"
-            )
+        axes = (4,) if k == central else (4, 5)
+        if not isinstance(core, Tensor) or core.dim() not in axes:
+            kind = "[d, i, j, d'] or [E, d, i, j, d']"
+            if k == central:
+                kind = "[d, i, j, d'] (the central core is shared)"
             raise ValueError(f"cores[{k}] must be {kind}; got {describe(core)}")
     for k, (core, following) in enumerate(zip(cores, cores[1:], strict=False)):
         if core.device != following.device:
@@ -137,9 +143,8 @@ def _fold_right(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
     for core in reversed(cores[:-1]):
         d, i, j, d_next = core.shape[-4:]
         _, _, rows, columns = block.shape
-        product = core.reshape(-1, d * i * j, d_next) @ block.reshape(
-            experts, d_next, rows * columns
-        )
+        following = block.reshape(experts, d_next, rows * columns)
+        product = core.reshape(-1, d * i * j, d_next) @ following
         # [E, d, i, j, I, J] -> [E, d, (i I), (j J)]
         product = product.view(experts, d, i, j, rows, columns).transpose(3, 4)
         block = product.reshape(experts, d, i * rows, j * columns)
@@ -183,7 +188,9 @@ def fold(
         )
     refuse_jit_trace("fold")
     if central is None:
-        central = shape.central if shape is not None else len(cores) // 2
+        central = len(cores) // 2
+        if shape is not None:
+            central = shape.central
     _check_cores(cores, central)
     middle = cores[central]
     experts = _experts_of(cores)

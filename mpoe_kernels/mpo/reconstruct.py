@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mpoe_kernels.checks import check_device
-from mpoe_kernels.mpo.fold import MPOBlocks, fold
+from mpoe_kernels.mpo.fold import MPOBlocks, check_blocks, fold
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.op_rules import check_plain_memory
 
@@ -20,8 +20,7 @@ def expert_weights(blocks: MPOBlocks) -> Tensor:
         TypeError: ``blocks`` is not an `MPOBlocks`.
         ValueError: its tensors are on several devices, or without their memory.
     """
-    if not isinstance(blocks, MPOBlocks):
-        raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
+    check_blocks("blocks", blocks)
     left = blocks.left
     central = blocks.central
     right = blocks.right
@@ -52,4 +51,6 @@ def reconstruct(cores: Sequence[Tensor], shape: MPOShape | None = None) -> Tenso
         TypeError, ValueError: cores that do not form a chain.
     """
     weights = expert_weights(fold(cores, shape=shape))
-    return weights if any(core.dim() == 5 for core in cores) else weights[0]
+    if any(core.dim() == 5 for core in cores):
+        return weights
+    return weights[0]

@@ -7,9 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from operator import mul
 from typing import Any
 
 from mpoe_kernels.checks import check_integer
+from mpoe_kernels.mpo.factors import (
+    balanced_factors,
+    light_factors,
+    paper_factors,
+    separable_factors,
+)
 
 MaxBond = int | Sequence[int | None] | None
 
@@ -73,7 +80,9 @@ class MPOShape:
         set_field("in_features", _true_size("in_features", self.in_features, in_factors))
         set_field("out_features", _true_size("out_features", self.out_features, out_factors))
         set_field("max_bond", self._checked_max_bond())
-        central = len(in_factors) // 2 if self.central is None else self.central
+        central = self.central
+        if self.central is None:
+            central = len(in_factors) // 2
         last = len(in_factors) - 1
         check_integer("central", central, 0, last, f"the last of {last + 1} cores")
         set_field("central", central)
@@ -114,14 +123,21 @@ class MPOShape:
         return math.prod(self.out_factors)
 
     @cached_property
+    def factor_products(self) -> tuple[int, ...]:
+        """``i_k j_k`` of every core."""
+        return tuple(map(mul, self.in_factors, self.out_factors))
+
+    @cached_property
     def full_bond_dims(self) -> tuple[int, ...]:
         """Full bonds ``(1, d_1, ..., d_{n-1}, 1)``: the smaller product of ``i * j`` on either
         side."""
-        sizes = [i * j for i, j in zip(self.in_factors, self.out_factors, strict=True)]
-        return tuple(
-            min(math.prod(sizes[:k]), math.prod(sizes[k:])) if 0 < k < len(sizes) else 1
-            for k in range(len(sizes) + 1)
-        )
+        sizes = self.factor_products
+        bonds = [1]
+        for k in range(1, self.num_cores):
+            before = math.prod(sizes[:k])
+            after = math.prod(sizes[k:])
+            bonds.append(min(before, after))
+        return (*bonds, 1)
 
     @cached_property
     def bond_dims(self) -> tuple[int, ...]:
@@ -133,12 +149,14 @@ class MPOShape:
         """
         caps = self.max_bond
         inner = self.num_cores - 1
-        per_bond = caps if isinstance(caps, tuple) else (caps,) * inner
+        per_bond = caps
+        if not isinstance(caps, tuple):
+            per_bond = (caps,) * inner
         bonds = list(self.full_bond_dims)
         for k, cap in enumerate(per_bond, start=1):
             if cap is not None:
                 bonds[k] = min(cap, bonds[k])
-        sizes = [i * j for i, j in zip(self.in_factors, self.out_factors, strict=True)]
+        sizes = self.factor_products
         for k in range(1, self.num_cores):
             bonds[k] = min(bonds[k], bonds[k - 1] * sizes[k - 1])
         for k in range(self.num_cores - 1, 0, -1):
@@ -153,11 +171,9 @@ class MPOShape:
     @cached_property
     def core_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
         """Shape ``(d_{k-1}, i_k, j_k, d_k)`` of every core."""
-        d = self.bond_dims
-        return tuple(
-            (d[k], i, j, d[k + 1])
-            for k, (i, j) in enumerate(zip(self.in_factors, self.out_factors, strict=True))
-        )
+        bonds = self.bond_dims
+        sides = zip(bonds, self.in_factors, self.out_factors, bonds[1:], strict=False)
+        return tuple(sides)
 
     @cached_property
     def block_dims(self) -> dict[str, int]:
@@ -217,8 +233,6 @@ class MPOShape:
         central: int | None = None,
     ) -> MPOShape:
         """Balanced factors for any size; see `mpoe_kernels.mpo.factors.balanced_factors`."""
-        from mpoe_kernels.mpo.factors import balanced_factors
-
         return cls(
             balanced_factors(in_features, num_cores, "in_features"),
             balanced_factors(out_features, num_cores, "out_features"),
@@ -232,8 +246,6 @@ class MPOShape:
     def paper(cls, in_features: int, out_features: int, *, max_bond: MaxBond = None) -> MPOShape:
         """The five factors the original uses for its sizes (Gao et al., COLING 2022), balanced ones
         elsewhere."""
-        from mpoe_kernels.mpo.factors import paper_factors
-
         in_factors, out_factors = paper_factors(in_features, out_features)
         return cls(in_factors, out_factors, max_bond, None, in_features, out_features)  # type: ignore[arg-type]
 
@@ -243,8 +255,6 @@ class MPOShape:
     ) -> MPOShape:
         """Three cores whose outer products of ``i * j`` are about ``p``: auxiliary cores hold about
         ``2 p^2``."""
-        from mpoe_kernels.mpo.factors import light_factors
-
         in_factors, out_factors = light_factors(in_features, out_features, p)
         return cls(in_factors, out_factors, max_bond, 1, in_features, out_features)
 
@@ -264,8 +274,6 @@ class MPOShape:
         ``left`` and ``right`` default to about 256 on the smaller side of the matrix and 64 on the
         larger one (scaled down for small matrices); they must divide the sizes.
         """
-        from mpoe_kernels.mpo.factors import separable_factors
-
         in_factors, out_factors = separable_factors(in_features, out_features, left, right)
         return cls(in_factors, out_factors, max_bond, 1, in_features, out_features)
 
@@ -280,7 +288,8 @@ class MPOShape:
         central = self.central
         if self.is_separable and self.num_cores > 1:
             step = -1
-            caps = caps[::step] if isinstance(caps, tuple) else caps
+            if isinstance(caps, tuple):
+                caps = caps[::step]
             central = self.num_cores - 1 - central
         return MPOShape(
             self.out_factors[::step],
@@ -296,10 +305,10 @@ class MPOShape:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back to an equal shape."""
         values = {part.name: getattr(self, part.name) for part in fields(self)}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-        }
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                values[name] = list(value)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MPOShape:

@@ -34,17 +34,19 @@ class RoutingKernels:
     def route(self, call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
         """One launch for up to 1024 pairs. Entries outside ``0..E-1`` count as masked, as checking
         them would wait."""
-        mask = None if call.token_mask is None else call.token_mask.contiguous()
+        mask = None
+        if call.token_mask is not None:
+            mask = call.token_mask.contiguous()
         return self.ops.route(_index(call.top_k_index), call.num_experts, call.capacity, mask)
 
     def dispatch(self, call: DispatchCall) -> Tensor:
         """A slot's only row is its token's; slots past the last offset are zero."""
-        x = (
-            call.x if call.x.stride(1) == 1 else call.x.contiguous()
-        )  # rows may have gaps, or even overlap
-        return self.ops.combine(
-            x, _index(call.token_of_slot)[:, None], None, call.expert_offsets[-1:].int()
-        )
+        x = call.x  # rows may have gaps, or even overlap
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        index = _index(call.token_of_slot)[:, None]
+        filled = call.expert_offsets[-1:].int()
+        return self.ops.combine(x, index, None, filled)
 
     def dispatch_backward(self, call: DispatchBackwardCall) -> Tensor:
         """Summed in float32."""
@@ -57,16 +59,18 @@ class RoutingKernels:
 
     def combine_backward(self, call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
         """Gradients of rows and gates, each by a launch."""
-        where = map(_index, (call.token_of_slot, call.slot_of_token))
         gates = call.top_k_weights
-        given = (
+        dy, dweights = self.ops.combine_backward(
             call.grad.contiguous(),
             call.y_sorted.contiguous(),
-            *where,
+            _index(call.token_of_slot),
+            _index(call.slot_of_token),
             gates.float().contiguous(),
+            call.need_y,
+            call.need_weights,
         )
-        dy, dweights = self.ops.combine_backward(*given, call.need_y, call.need_weights)
-        return (
-            dy if call.need_y else call.grad.new_empty(0),
-            dweights.to(gates.dtype) if call.need_weights else call.grad.new_empty(0),
-        )
+        if not call.need_y:
+            dy = call.grad.new_empty(0)
+        if not call.need_weights:
+            return dy, call.grad.new_empty(0)
+        return dy, dweights.to(gates.dtype)

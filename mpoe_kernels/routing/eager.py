@@ -41,27 +41,25 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
         rank = torch.empty_like(order)
         rank[order] = torch.arange(order.numel(), device=order.device)
         starts = offsets.long()[by_choice.clamp(0, num_experts)]
-        full = (rank - starts >= call.capacity).view(top_k, tokens).T
+        full = rank - starts >= call.capacity
+        full = full.view(top_k, tokens).T
         keys = keys.masked_fill(full, num_experts)
     order, offsets = _stable_order(keys.reshape(-1), num_experts)
     check_range("top_k_index", call.top_k_index, 0, num_experts - 1)
     slot_of_token = torch.empty_like(order)
     slot_of_token[order] = torch.arange(order.numel(), device=order.device)
-    slot_of_token = slot_of_token.view(tokens, top_k).masked_fill(keys == num_experts, -1)
+    slot_of_token = slot_of_token.view(tokens, top_k)
+    slot_of_token = slot_of_token.masked_fill(keys == num_experts, -1)
     return offsets, order // top_k, slot_of_token
-
-
-def _filled(expert_offsets: Tensor, slots: int) -> Tensor:
-    """``[N, 1]`` mask of slots before the last offset."""
-    number = torch.arange(slots, device=expert_offsets.device)
-    return (number < expert_offsets[-1])[:, None]
 
 
 def dispatch(call: DispatchCall) -> Tensor:
     """Slots past the last offset are zero, whatever their token holds."""
     check_range("token_of_slot", call.token_of_slot, 0, call.x.shape[0] - 1)
     rows = call.x.index_select(0, call.token_of_slot)
-    return rows.masked_fill_(~_filled(call.expert_offsets, rows.shape[0]), 0)
+    number = torch.arange(len(rows), device=rows.device)
+    is_empty = number >= call.expert_offsets[-1]
+    return rows.masked_fill_(is_empty[:, None], 0)
 
 
 def _rows_of_pairs(rows: Tensor, slot_of_token: Tensor) -> Tensor:
@@ -74,7 +72,9 @@ def _rows_of_pairs(rows: Tensor, slot_of_token: Tensor) -> Tensor:
 def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
     """A gather over slots, so it is deterministic."""
     rows = _rows_of_pairs(call.grad, call.slot_of_token)
-    return rows.masked_fill_((call.slot_of_token < 0).unsqueeze(2), 0).sum(1)
+    dropped = call.slot_of_token < 0
+    rows.masked_fill_(dropped.unsqueeze(2), 0)
+    return rows.sum(1)
 
 
 def combine(call: CombineCall) -> Tensor:
@@ -82,9 +82,13 @@ def combine(call: CombineCall) -> Tensor:
     rows = _rows_of_pairs(call.y_sorted, call.slot_of_token)
     # Masked last: neither the row nor the weight of a dropped pair may reach the sum, whatever they
     # hold.
-    rows = rows.mul_(call.top_k_weights.to(rows.dtype).unsqueeze(2))
-    rows = rows.masked_fill_((call.slot_of_token < 0).unsqueeze(2), 0)
-    return rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)
+    weights = call.top_k_weights.to(rows.dtype)
+    dropped = call.slot_of_token < 0
+    rows.mul_(weights.unsqueeze(2))
+    rows.masked_fill_(dropped.unsqueeze(2), 0)
+    if rows.shape[1] == 1:
+        return rows.squeeze(1)
+    return rows.sum(1)
 
 
 def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
@@ -101,14 +105,18 @@ def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
         slots = y_sorted.shape[0]
         weight_of_slot = torch.zeros(slots + 1, dtype=grad.dtype, device=grad.device)
         target = torch.where(dropped, slots, slot_of_token).reshape(-1)
-        weight_of_slot[target] = call.top_k_weights.to(grad.dtype).reshape(-1)
+        weights = call.top_k_weights.to(grad.dtype)
+        weight_of_slot[target] = weights.reshape(-1)
         kept = torch.zeros(slots + 1, dtype=torch.bool, device=grad.device)
         kept[target] = True
-        dy = grad.index_select(0, call.token_of_slot).mul_(weight_of_slot[:slots, None])
+        dy = grad.index_select(0, call.token_of_slot)
+        dy.mul_(weight_of_slot[:slots, None])
         dy.masked_fill_(~kept[:slots, None], 0)
     if call.need_weights:
-        accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        rows = _rows_of_pairs(y_sorted, slot_of_token)
-        dots = (rows.to(accumulate) * grad.to(accumulate).unsqueeze(1)).sum(2)
-        dweights = dots.masked_fill_(dropped, 0).to(call.top_k_weights.dtype)
+        accumulate = torch.promote_types(grad.dtype, torch.float32)
+        rows = _rows_of_pairs(y_sorted, slot_of_token).to(accumulate)
+        products = rows * grad.to(accumulate).unsqueeze(1)
+        dots = products.sum(2)
+        dots.masked_fill_(dropped, 0)
+        dweights = dots.to(call.top_k_weights.dtype)
     return dy, dweights

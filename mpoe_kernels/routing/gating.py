@@ -73,13 +73,11 @@ def new_gating(x: Tensor, num_experts: int, top_k: int) -> Gating:
 def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
     """Decide where `can_route_natively`; ``raw``: gates are probabilities, otherwise they sum to
     1."""
-    arguments, _kept = _inputs(x, weight)
+    x = dense("x", x)
+    weight = dense("weight", weight)
     gating = new_gating(x, weight.shape[0], top_k)
-    names_and_sizes = arguments[:3]
-    memory = arguments[3:]
-    NATIVE_LIBRARY.functions.gating(
-        *names_and_sizes, top_k, raw, *memory, *[result.data_ptr() for result in gating]
-    )
+    memory = [tensor.data_ptr() for tensor in (x, weight, *gating)]
+    NATIVE_LIBRARY.functions.gating(*_names_and_sizes(x, weight), top_k, raw, *memory)
     return gating
 
 
@@ -95,14 +93,12 @@ def gating_on_gpu(
     if torch.compiler.is_dynamo_compiling() or weight.shape[0] > MOST_GATED:
         return None
     requested = requested_backend(backend)
-    on_gpu = BACKENDS["triton"]
-    if requested not in ((AUTO, "triton") if x.is_cuda else ("triton",)) or not is_plain_call(
-        (x, weight)
-    ):
+    if requested != "triton" and not (requested == AUTO and x.is_cuda):
         return None
-    if weight.dtype not in _DTYPES or on_gpu.unsupported_reasons(
-        Request("gate", str(x.device), x.dtype)
-    ):
+    if weight.dtype not in _DTYPES or not is_plain_call((x, weight)):
+        return None
+    request = Request("gate", str(x.device), x.dtype)
+    if BACKENDS["triton"].unsupported_reasons(request):
         return None
     if needs_gradients((x, weight)):
         return Gating(*_Gate.apply(x, weight, top_k, raw, scale))
@@ -111,7 +107,8 @@ def gating_on_gpu(
 
 def _decided(x: Tensor, weight: Tensor, top_k: int, raw: bool, scale: float) -> Gating:
     kernels = BACKENDS["triton"].kernels
-    decided: Gating = kernels["gate"](kernels["router_logits"](x, weight), top_k, raw, scale)
+    parts = kernels["router_logits"](x, weight)
+    decided: Gating = kernels["gate"](parts, top_k, raw, scale)
     return decided
 
 
@@ -119,7 +116,10 @@ def gates_of(logits: Tensor, index: Tensor, raw: bool, scale: float) -> Tensor:
     """A softmax router's gates ``[T, K]`` of experts that were chosen, in PyTorch's operations."""
     gates = torch.softmax(logits, dim=-1).gather(-1, index)
     if not raw:
-        gates = gates / (gates.detach() if index.shape[1] == 1 else gates.sum(-1, keepdim=True))
+        total = gates.sum(-1, keepdim=True)
+        if index.shape[1] == 1:
+            total = gates.detach()
+        gates = gates / total
     return gates * scale
 
 
@@ -144,7 +144,9 @@ class _Gate(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if dlogits is None and dgates is None:
             return (None,) * 5
-        gradients = _differentiable if torch.is_grad_enabled() else _gradients
+        gradients = _gradients
+        if torch.is_grad_enabled():
+            gradients = _differentiable
         dx, dweight = gradients(
             ctx.saved_tensors, ctx.rule, dlogits, dgates, ctx.needs_input_grad[:2]
         )
@@ -170,14 +172,18 @@ def _gradients(
     dx = dweight = None
     if in_parts:  # products of 16 bits, without float32 copies of the tokens
         if need_x:  # of rounded numbers, as every gradient of such tokens
-            dx = grad[:, : len(weight)] @ weight.to(x.dtype)
+            nearest = grad[:, : len(weight)]
+            dx = nearest @ weight.to(x.dtype)
         if need_weight:
-            dweight = float32_mm(grad.t(), x).view(3, *weight.shape).sum(0).to(weight.dtype)
+            parts = float32_mm(grad.t(), x).view(3, *weight.shape)
+            dweight = parts.sum(0).to(weight.dtype)
         return dx, dweight
     if need_x:
-        dx = (grad @ weight.float()).to(x.dtype)
+        product = grad @ weight.float()
+        dx = product.to(x.dtype)
     if need_weight:
-        dweight = (grad.t() @ x.float()).to(weight.dtype)
+        product = grad.t() @ x.float()
+        dweight = product.to(weight.dtype)
     return dx, dweight
 
 
@@ -190,30 +196,37 @@ def _differentiable(
 ) -> Gradients:
     """The same in PyTorch's operations, where somebody differentiates the gradients."""
     x, weight, _, index = saved
+    need_x, need_weight = needs
     logits = x.float() @ weight.float().t()
-    pairs = [(logits, dlogits), (gates_of(logits, index, *rule), dgates)]
-    outputs, grads = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
-    wanted = [value for value, needed in zip((x, weight), needs, strict=True) if needed]
-    gradients = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
-    return next(gradients) if needs[0] else None, next(gradients) if needs[1] else None
+    outputs = []
+    grads = []
+    if dlogits is not None:
+        outputs.append(logits)
+        grads.append(dlogits)
+    if dgates is not None:
+        outputs.append(gates_of(logits, index, *rule))
+        grads.append(dgates)
+    if not need_x:
+        (dweight,) = torch.autograd.grad(outputs, weight, grads, create_graph=True)
+        return None, dweight
+    if not need_weight:
+        (dx,) = torch.autograd.grad(outputs, x, grads, create_graph=True)
+        return dx, None
+    dx, dweight = torch.autograd.grad(outputs, (x, weight), grads, create_graph=True)
+    return dx, dweight
 
 
-def _inputs(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
-    """Dtypes, sizes and addresses, and the tensors that must live until the call returns."""
-    x = dense("x", x)
-    weight = dense("weight", weight)
-    sizes = (*x.shape, weight.shape[0])
-    return (name_of(x.dtype), name_of(weight.dtype), sizes, x.data_ptr(), weight.data_ptr()), (
-        x,
-        weight,
-    )
+def _names_and_sizes(x: Tensor, weight: Tensor) -> tuple[str, str, tuple[int, ...]]:
+    return name_of(x.dtype), name_of(weight.dtype), (*x.shape, weight.shape[0])
 
 
 def native_logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x weight^T`` in float32 arithmetic, ``[T, E]``, where `can_route_natively`."""
-    arguments, _kept = _inputs(x, weight)
+    x = dense("x", x)
+    weight = dense("weight", weight)
     logits = x.new_empty(len(x), len(weight), dtype=torch.float32)
-    NATIVE_LIBRARY.functions.router_logits(*arguments, logits.data_ptr())
+    memory = (x.data_ptr(), weight.data_ptr(), logits.data_ptr())
+    NATIVE_LIBRARY.functions.router_logits(*_names_and_sizes(x, weight), *memory)
     return logits
 
 

@@ -29,7 +29,8 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     index = dense_index("top_k_index", call.top_k_index)
     mask = call.token_mask
     tokens, top_k = index.shape
-    mask = None if mask is None else dense("token_mask", mask)
+    if mask is not None:
+        mask = dense("token_mask", mask)
     offsets = index.new_empty(call.num_experts + 1, dtype=torch.int32)
     token_of_slot = index.new_empty(tokens * top_k)
     slot_of_token = torch.empty_like(index)
@@ -49,12 +50,10 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def dispatch(call: DispatchCall) -> Tensor:
     """Slots past the last offset are zero."""
+    x = call.x
     # Rows may lie apart, even overlap.
-    x = (
-        call.x
-        if call.x.is_cpu and (call.x.stride(1) == 1 or call.x.shape[1] == 1)
-        else dense("x", call.x)
-    )
+    if not x.is_cpu or (x.stride(1) != 1 and x.shape[1] != 1):
+        x = dense("x", x)
     index = dense_index("token_of_slot", call.token_of_slot)
     offsets = dense("expert_offsets", call.expert_offsets)
     tokens, features = x.shape
@@ -85,9 +84,9 @@ def _combined(rows: Tensor, index: Tensor, gates: Tensor | None) -> Tensor:
 
 def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
     """Summed in float32 (float64 for float64)."""
-    return _combined(
-        dense("grad", call.grad), dense_index("slot_of_token", call.slot_of_token), None
-    )
+    grad = dense("grad", call.grad)
+    index = dense_index("slot_of_token", call.slot_of_token)
+    return _combined(grad, index, None)
 
 
 def combine(call: CombineCall) -> Tensor:
@@ -103,8 +102,12 @@ def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     index = dense_index("slot_of_token", call.slot_of_token)
     grad = dense("grad", call.grad)
     gates = _gates(call.top_k_weights, rows)
-    dy = torch.empty_like(rows) if call.need_y else rows.new_empty(0)
-    dweights = torch.empty_like(gates) if call.need_weights else gates.new_empty(0)
+    dy = rows.new_empty(0)
+    dweights = gates.new_empty(0)
+    if call.need_y:
+        dy = torch.empty_like(rows)
+    if call.need_weights:
+        dweights = torch.empty_like(gates)
     memory = [tensor.data_ptr() for tensor in (index, gates, rows, grad, dy, dweights)]
     NATIVE_LIBRARY.functions.combine_backward(
         name_of(rows.dtype), (*index.shape, *rows.shape), *memory

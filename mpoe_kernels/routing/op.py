@@ -214,20 +214,12 @@ def _dispatch_backward_fake(call: DispatchBackwardCall) -> Tensor:
 
 
 def _dispatch_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (
-        _dispatch_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings),
-        None,
-        None,
-        None,
-        None,
-    )
+    dx = _dispatch_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+    return dx, None, None, None, None
 
 
 _dispatch_backward = define_op(
-    "dispatch_backward",
-    DispatchBackwardCall,
-    1,
-    _dispatch_backward_fake,
+    "dispatch_backward", DispatchBackwardCall, 1, _dispatch_backward_fake
 )
 _dispatch = define_op(
     "dispatch",
@@ -326,8 +318,13 @@ def _combine_fake(call: CombineCall) -> Tensor:
 
 
 def _combine_backward_fake(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
-    dy = torch.empty_like(call.y_sorted) if call.need_y else call.grad.new_empty(0)
-    return dy, torch.empty_like(call.top_k_weights) if call.need_weights else call.grad.new_empty(0)
+    dy = call.grad.new_empty(0)
+    dweights = call.grad.new_empty(0)
+    if call.need_y:
+        dy = torch.empty_like(call.y_sorted)
+    if call.need_weights:
+        dweights = torch.empty_like(call.top_k_weights)
+    return dy, dweights
 
 
 def _combine_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -336,15 +333,14 @@ def _combine_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dy, dweights = _combine_backward(
         grad.contiguous(), *ctx.saved_tensors, need_y, need_weights, *ctx.settings
     )
-    return dy if need_y else None, None, None, None, dweights if need_weights else None, None
+    if not need_y:
+        dy = None
+    if not need_weights:
+        dweights = None
+    return dy, None, None, None, dweights, None
 
 
-_combine_backward = define_op(
-    "combine_backward",
-    CombineBackwardCall,
-    2,
-    _combine_backward_fake,
-)
+_combine_backward = define_op("combine_backward", CombineBackwardCall, 2, _combine_backward_fake)
 _combine = define_op(
     "combine",
     CombineCall,

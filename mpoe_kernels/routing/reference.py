@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -26,20 +28,18 @@ def route_reference(
             if capacity is None or used[e] < capacity:
                 used[e] += 1
                 kept.add((t, k))
+    pairs = list(product(range(tokens), range(top_k)))
     offsets = [0]
     order = []
     for e in range(num_experts):
-        order += [
-            (t, k)
-            for t in range(tokens)
-            for k in range(top_k)
-            if (t, k) in kept and index[t][k] == e
-        ]
+        for t, k in pairs:
+            if (t, k) in kept and index[t][k] == e:
+                order.append((t, k))
         offsets.append(len(order))
     slot_of_token = torch.full((tokens, top_k), -1, dtype=torch.int64)
     for slot, (t, k) in enumerate(order):
         slot_of_token[t, k] = slot
-    order += [(t, k) for t in range(tokens) for k in range(top_k) if (t, k) not in kept]
+    order += [pair for pair in pairs if pair not in kept]
     token_of_slot = torch.tensor([t for t, _ in order], dtype=torch.int64)
     return torch.tensor(offsets, dtype=torch.int32), token_of_slot, slot_of_token
 
@@ -47,10 +47,10 @@ def route_reference(
 def dispatch_reference(x: Tensor, routing) -> Tensor:
     """``x_sorted[s] = x[token_of_slot[s]]`` for filled slots, zero for the rest."""
     filled = int(routing.expert_offsets[-1])
-    slots = torch.arange(routing.token_of_slot.shape[0]) < filled
-    return torch.where(
-        slots[:, None], x[routing.token_of_slot.long()], torch.zeros((), dtype=x.dtype)
-    )
+    is_filled = torch.arange(len(routing.token_of_slot)) < filled
+    rows = x[routing.token_of_slot.long()]
+    nothing = torch.zeros((), dtype=x.dtype)
+    return torch.where(is_filled[:, None], rows, nothing)
 
 
 def combine_reference(y_sorted: Tensor, routing, top_k_weights: Tensor) -> Tensor:
@@ -64,4 +64,6 @@ def combine_reference(y_sorted: Tensor, routing, top_k_weights: Tensor) -> Tenso
             if slot >= 0:
                 row = row + top_k_weights[t, k].to(y_sorted.dtype) * y_sorted[slot]
         rows.append(row)
-    return torch.stack(rows) if rows else y_sorted.new_zeros(0, y_sorted.shape[1])
+    if rows:
+        return torch.stack(rows)
+    return y_sorted.new_zeros(0, y_sorted.shape[1])

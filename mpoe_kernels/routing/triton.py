@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,8 @@ from mpoe_kernels.triton.start import Tile, cdiv, dense, power_of_two, start
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
 MOST_AT_ONCE = 4096  # pairs sorted by one launch, in which every expert's program reads them all
-MOST_PARTS = (
-    512  # of the pairs that two launches sort, in which a program reads the counts of them all
-)
+# Of the pairs that two launches sort, in which a program reads the counts of them all.
+MOST_PARTS = 512
 COUNTED = 4096  # counts that it holds at once
 MOST_ROWS = 1 << 28  # bytes of pairs' rows that wait for their sum at once
 SORT_BLOCK = 1024  # pairs that it reads at once
@@ -43,6 +42,9 @@ def sort_pairs(
     tokens, top_k = top_k_index.shape
     pairs = tokens * top_k
     index = top_k_index.contiguous()
+    mask = dense(token_mask)
+    if mask is not None:
+        mask = mask.view(torch.uint8)
     offsets = index.new_empty(num_experts + 1, dtype=torch.int32)
     token_of_slot = index.new_empty(pairs, dtype=torch.int64)
     slot_of_token = index.new_empty(tokens, top_k, dtype=torch.int64)
@@ -50,7 +52,7 @@ def sort_pairs(
         return offsets.zero_(), token_of_slot, slot_of_token
     given: dict[str, Any] = {
         "index": index,
-        "mask": None if token_mask is None else token_mask.contiguous().view(torch.uint8),
+        "mask": mask,
         "tokens": tokens,
         "EXPERTS": num_experts,
         "TOP_K": top_k,
@@ -82,7 +84,8 @@ def _counted(pairs: int, num_experts: int) -> dict[str, int]:
     """How the kernels that count share the pairs: in parts that are multiples of a block."""
     bins = power_of_two(num_experts + 2)
     block = BLOCK if bins <= COUNTED else BLOCK // 2  # beside more bins, ranks would spill
-    size = cdiv(cdiv(pairs, block), MOST_PARTS) * block
+    blocks = cdiv(pairs, block)
+    size = cdiv(blocks, MOST_PARTS) * block
     warps = 4 if bins <= MOST_PARTS else 8  # a program holds three numbers of every bin
     return {"size": size, "BINS": bins, "BLOCK": block, "num_warps": warps}
 
@@ -94,6 +97,9 @@ def _two(given: dict[str, Any], by_choice: bool, kernel: Any, **others: Any) -> 
     start(kernels.histogram_kernel, (parts,), counts=counts, BY_CHOICE=by_choice, **given)
     chunk = max(1, COUNTED // given["BINS"])
     start(kernel, (parts,), counts=counts, CHUNK=chunk, **given, **others)
+
+
+Tiles = tuple[Tile, ...]
 
 
 class SortedSlots(NamedTuple):
@@ -109,6 +115,7 @@ class SortedSlots(NamedTuple):
     experts: int
     top_k: int
     pairs: int
+    pair_experts: None = None  # see `PairsAlone`
 
     @property
     def scan(self) -> int:
@@ -117,18 +124,43 @@ class SortedSlots(NamedTuple):
 
     def tiles(self, rows: int) -> int:
         """At most so many tiles of ``rows`` slots of one expert are there, however tokens chose."""
-        return (self.pairs + min(self.pairs, self.experts + 1) * (rows - 1)) // rows
+        segments = min(self.pairs, self.experts + 1)
+        return (self.pairs + segments * (rows - 1)) // rows
 
     def fit(self, rows: int) -> bool:
         """Whether ``rows`` slots of an expert are as many as there are on average."""
         return self.pairs <= min(self.pairs, self.experts) * rows
 
-    def among(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+    def among(self, tiles: Tiles) -> Tiles:
         """Of several tiles, the last of which is for few slots of an expert: that one, or all
         others."""
         if len(tiles) == 1:
             return tiles
-        return tiles[-1:] if self.fit(tiles[-1].rows) else tiles[:-1]
+        if self.fit(tiles[-1].rows):
+            return tiles[-1:]
+        return tiles[:-1]
+
+
+class PairsAlone(NamedTuple):
+    """Few pairs, which are not sorted: a program has one of them, in its tile's first row.
+
+    Attributes:
+        pair_experts: int64 ``[T, K]``.
+    """
+
+    pair_experts: Tensor
+    order: None = None  # see `SortedSlots`
+
+    def tiles(self, rows: int) -> int:
+        """One of each pair, of however many rows."""
+        return self.pair_experts.numel()
+
+    def among(self, tiles: Tiles) -> Tiles:
+        """The one for few slots of an expert."""
+        return tiles[-1:]
+
+
+Slots = SortedSlots | PairsAlone
 
 
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
@@ -155,14 +187,17 @@ def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
             "tokens": pairs,
             "EXPERTS": num_experts,
             "TOP_K": 1,
+            **_counted(pairs, num_experts),
         }
-        places: dict[str, Any] = {
-            "offsets": order,
-            "token_of_slot": order[num_experts + 2 :],
-            "slot_of_token": None,
-        }
-        given |= _counted(pairs, num_experts)
-        _two(given, False, kernels.scatter_kernel, OFFSETS=num_experts + 2, **places)
+        _two(
+            given,
+            False,
+            kernels.scatter_kernel,
+            OFFSETS=num_experts + 2,
+            offsets=order,
+            token_of_slot=order[num_experts + 2 :],
+            slot_of_token=None,
+        )
     return SortedSlots(order, num_experts, top_k_index.shape[1], pairs)
 
 

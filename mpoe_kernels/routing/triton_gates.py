@@ -51,9 +51,8 @@ def logits_kernel(
     for k0 in tl.range(begin, end, BK):
         k = k0 + tl.arange(0, BK)
         row = row_tile(rows, token < tokens, k, end)
-        column = tl.load(
-            columns + k[:, None], mask=(expert < EXPERTS)[None, :] & (k < end)[:, None], other=0.0
-        )
+        mask = (expert < EXPERTS)[None, :] & (k < end)[:, None]
+        column = tl.load(columns + k[:, None], mask=mask, other=0.0)
         first = column.to(x.dtype.element_ty)
         if weight.dtype.element_ty == tl.float32:
             rest = column - first.to(tl.float32)
@@ -109,9 +108,8 @@ def gate_kernel(
     choice = tl.arange(0, KP)
     z = tl.load(parts + at, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
-        z += tl.load(
-            parts + tl.cast(part, tl.int64) * tokens * EXPERTS + at, mask=inside, other=0.0
-        )
+        at_part = parts + tl.cast(part, tl.int64) * tokens * EXPERTS
+        z += tl.load(at_part + at, mask=inside, other=0.0)
     if logits is not None:
         tl.store(logits + at, z, mask=inside)
     p = probabilities(tl.where(known, z, float("-inf")))
@@ -157,9 +155,8 @@ def gate_backward_kernel(
     if given is not None:
         grad = tl.load(given + at, mask=inside, other=0.0)
     if dweights is not None:
-        p = probabilities(
-            tl.where(known, tl.load(logits + at, mask=inside, other=0.0), float("-inf"))
-        )
+        z = tl.load(logits + at, mask=inside, other=0.0)
+        p = probabilities(tl.where(known, z, float("-inf")))
         dw = row_tile(dweights + token * TOP_K, token < tokens, choice, TOP_K) * scale
         of_chosen = tl.zeros((BM, KP), dtype=tl.float32)
         for k in tl.static_range(TOP_K):
@@ -190,18 +187,17 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x weight^T [T, E]`` in parts ``[P, T, E]`` float32, which `gate` adds; P depends on the
     width alone. One launch for 16-bit tokens and a weight of their dtype, or bfloat16 ones and a
     float32 weight."""
-    tokens, width, experts = *x.shape, weight.shape[0]
-    if (
-        x.dtype == torch.float32
-        or weight.dtype not in (x.dtype, torch.float32)
-        or (
-            x.dtype == torch.float16
-            and weight.dtype == torch.float32  # whose last digits float16 cannot hold
-        )
-    ):
+    tokens, width = x.shape
+    experts = len(weight)
+    is_narrow = x.dtype != torch.float32 and weight.dtype == x.dtype
+    # Not of float16 tokens: float16 cannot hold the last digits of such a weight.
+    is_split = x.dtype == torch.bfloat16 and weight.dtype == torch.float32
+    if not is_narrow and not is_split:
         return torch.mm(x.float(), weight.float().t())[None]
     parts = x.new_empty(cdiv(width, PART_OF_WIDTH), tokens, experts, dtype=torch.float32)
-    tile = LOGITS_FEW if tokens <= FEW else LOGITS
+    tile = LOGITS
+    if tokens <= FEW:
+        tile = LOGITS_FEW
     start(
         logits_kernel,
         (cdiv(tokens, tile["BM"]), cdiv(experts, tile["BN"]), parts.shape[0]),
@@ -227,9 +223,9 @@ def _gated(tokens: int, experts: int, top_k: int) -> tuple[tuple[int], dict[str,
         "SCAN": scan,
         "KP": power_of_two(top_k),
         "BM": rows,
+        "num_warps": 4 if scan <= 1024 else 8,  # a row of thousands would spill on sm_80
     }
-    warps = 4 if scan <= 1024 else 8  # a row of thousands would spill on sm_80
-    return (cdiv(tokens, rows),), {**options, "num_warps": warps}
+    return (cdiv(tokens, rows),), options
 
 
 def gate(parts: Tensor, top_k: int, raw: bool, scale: float) -> Gating:
@@ -271,11 +267,9 @@ def gate_backward(
     index = decided.top_k_index
     tokens, experts = logits.shape
     top_k = index.shape[1]
-    gradient = (
-        logits.new_empty(tokens, 3 * experts, dtype=torch.bfloat16)
-        if in_parts
-        else logits.new_empty(tokens, experts)
-    )
+    gradient = logits.new_empty(tokens, experts)
+    if in_parts:
+        gradient = logits.new_empty(tokens, 3 * experts, dtype=torch.bfloat16)
     grid, options = _gated(tokens, experts, top_k)
     start(
         gate_backward_kernel,

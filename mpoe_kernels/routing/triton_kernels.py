@@ -24,7 +24,8 @@ def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constex
     expert = tl.load(index + pair, mask=inside, other=0)
     key = tl.where((expert >= 0) & (expert < EXPERTS), expert, EXPERTS).to(tl.int32)
     if mask is not None:
-        key = tl.where(tl.load(mask + pair // TOP_K, mask=inside, other=0) != 0, key, EXPERTS)
+        is_routed = tl.load(mask + pair // TOP_K, mask=inside, other=0) != 0
+        key = tl.where(is_routed, key, EXPERTS)
     return tl.where(inside, key, EXPERTS + 1)
 
 
@@ -56,9 +57,8 @@ def histogram_kernel(
     for first in tl.range(begin, begin + size, BLOCK):
         position = first + tl.arange(0, BLOCK)
         pair = pair_at(position, tokens, TOP_K, BY_CHOICE)
-        total += tl.histogram(
-            pair_key(pair, position < tokens * TOP_K, index, mask, EXPERTS, TOP_K), BINS
-        )
+        key = pair_key(pair, position < tokens * TOP_K, index, mask, EXPERTS, TOP_K)
+        total += tl.histogram(key, BINS)
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), total)
 
 
@@ -148,9 +148,8 @@ def scatter_kernel(
         token = (pair // TOP_K).to(token_of_slot.dtype.element_ty)
         tl.store(token_of_slot + slot, token, mask=inside)
         if slot_of_token is not None:
-            tl.store(
-                slot_of_token + pair, tl.where(key == EXPERTS, -1, slot).to(tl.int64), mask=inside
-            )
+            slot = tl.where(key == EXPERTS, -1, slot)
+            tl.store(slot_of_token + pair, slot.to(tl.int64), mask=inside)
         earlier += tl.histogram(key, BINS)
 
 
@@ -179,7 +178,8 @@ def route_few_kernel(
         key = tl.where(inside & (rank >= capacity), EXPERTS, key)
     slot = stable_rank(key, pair) + tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
     tl.store(token_of_slot + slot, (pair // TOP_K).to(tl.int64), mask=inside)
-    tl.store(slot_of_token + pair, tl.where(key == EXPERTS, -1, slot).to(tl.int64), mask=inside)
+    slot = tl.where(key == EXPERTS, -1, slot)
+    tl.store(slot_of_token + pair, slot.to(tl.int64), mask=inside)
     count = tl.histogram(key, BINS)
     bins = tl.arange(0, BINS)
     tl.store(offsets + bins, tl.cumsum(count, 0) - count, mask=bins <= EXPERTS)
@@ -210,7 +210,8 @@ def sort_kernel(
         key = tl.where((key >= 0) & (key < EXPERTS), key, EXPERTS)
         mine = inside & (key == e)
         count = mine.to(tl.int32)
-        tl.store(order + EXPERTS + 2 + place + tl.cumsum(count, 0) - 1, pair, mask=mine)
+        at = order + EXPERTS + 2 + place + tl.cumsum(count, 0) - 1
+        tl.store(at, pair, mask=mine)
         place += tl.sum(count, 0)
     if e == EXPERTS:
         tl.store(order + EXPERTS + 1, place)

@@ -103,14 +103,14 @@ def card_reasons(device: torch.device) -> tuple[str, ...]:
     MI300's."""
     if torch.version.hip is None or device.type != "cuda" or not gpu_available():
         return ()
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = device.index
+    if device.index is None:
+        index = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
     name = properties.gcnArchName.partition(":")[0]
-    return (
-        ()
-        if name == AMD
-        else (f"of AMD's cards it runs on {AMD}, not on {name} ({properties.name})",)
-    )
+    if name == AMD:
+        return ()
+    return (f"of AMD's cards it runs on {AMD}, not on {name} ({properties.name})",)
 
 
 OLDEST = (3, 6)

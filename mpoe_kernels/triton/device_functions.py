@@ -43,7 +43,8 @@ def part_ends(
     ``[SCAN]`` each; the empty slots are a segment if ``CLEAR``."""
     start, stop = segments(offsets, slots, EXPERTS, SCAN)
     wanted = tl.arange(0, SCAN) < (EXPERTS + 1 if CLEAR else EXPERTS)
-    return start, stop, tl.cumsum(tl.where(wanted, ((stop - start) * P + size - 1) // size, 0), 0)
+    parts = ((stop - start) * P + size - 1) // size
+    return start, stop, tl.cumsum(tl.where(wanted, parts, 0), 0)
 
 
 @triton.jit
@@ -61,9 +62,12 @@ def part_of_rows(
     its rows, and their
     number: none past the last part."""
     start, stop, ends = part_ends(offsets, slots, size, P, EXPERTS, SCAN, CLEAR)
-    e = tl.sum((ends <= part).to(tl.int32))
+    passed = ends <= part
+    e = tl.sum(passed.to(tl.int32))
     lo = pick(start, e)
-    return e, lo, (part - tl.max(tl.where(ends <= part, ends, 0))) * size, (pick(stop, e) - lo) * P
+    first = (part - tl.max(tl.where(passed, ends, 0))) * size
+    rows = (pick(stop, e) - lo) * P
+    return e, lo, first, rows
 
 
 @triton.jit
@@ -86,7 +90,8 @@ def expert_tile(order, tile, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.c
     place = first + tl.arange(0, BM)
     used = place < stop
     pair = tl.load(order + EXPERTS + 2 + place, mask=used, other=0)
-    return tl.where(first < stop, expert, EXPERTS + 1), place.to(tl.int64), pair.to(tl.int64), used
+    expert = tl.where(first < stop, expert, EXPERTS + 1)
+    return expert, place.to(tl.int64), pair.to(tl.int64), used
 
 
 @triton.jit
@@ -104,10 +109,10 @@ def slots_of_program(order, index, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM
     """`expert_tile`, or `pair_tile` where nothing is sorted (``order`` is None), of a program's
     number."""
     if order is None:
-        expert, place, pair, used = pair_tile(index, tl.program_id(0), EXPERTS, BM)
+        tile = pair_tile(index, tl.program_id(0), EXPERTS, BM)
     else:
-        expert, place, pair, used = expert_tile(order, tl.program_id(0), EXPERTS, SCAN, BM)
-    return expert, place, pair, used
+        tile = expert_tile(order, tl.program_id(0), EXPERTS, SCAN, BM)
+    return tile
 
 
 @triton.jit
@@ -128,9 +133,8 @@ def gates_of_pairs(gates, pair, used):
 def store_rows(out, rows, values, used, columns, last):
     """Values of rows, by their numbers, in columns of ``out [.., last]``."""
     at = rows[:, None] * last + columns[None, :]
-    tl.store(
-        out + at, values.to(out.dtype.element_ty), mask=used[:, None] & (columns < last)[None, :]
-    )
+    mask = used[:, None] & (columns < last)[None, :]
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -214,7 +218,8 @@ def finish(
 def row_tile(rows, used, k, size):
     """``[BM, BK]``: elements ``k`` of rows of a size, given by pointers; zero where not ``used``,
     whatever memory contains."""
-    return tl.load(rows[:, None] + k[None, :], mask=used[:, None] & (k < size)[None, :], other=0.0)
+    mask = used[:, None] & (k < size)[None, :]
+    return tl.load(rows[:, None] + k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -224,7 +229,8 @@ def matrix_tile(matrix, k, k_size, n, n_size, BY_COLUMN: tl.constexpr):
     at = k[:, None] * n_size + n[None, :]
     if BY_COLUMN:
         at = n[None, :] * k_size + k[:, None]
-    return tl.load(matrix + at, mask=(k < k_size)[:, None] & (n < n_size)[None, :], other=0.0)
+    mask = (k < k_size)[:, None] & (n < n_size)[None, :]
+    return tl.load(matrix + at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -245,7 +251,8 @@ def rows_times(
     for k0 in tl.range(0, k_size, BK):
         k = k0 + tl.arange(0, BK)
         tile = matrix_tile(matrix, k, k_size, n, n_size, BY_COLUMN)
-        acc = tl.dot(row_tile(rows, used, k, k_size), tile, acc, input_precision=PRECISION)
+        row = row_tile(rows, used, k, k_size)
+        acc = tl.dot(row, tile, acc, input_precision=PRECISION)
     return acc
 
 
@@ -274,14 +281,17 @@ def hidden_units(
     for k0 in tl.range(0, size, BK):
         k = k0 + tl.arange(0, BK)
         tile = matrix_tile(up + at, k, size, n, units, BY_COLUMN)
-        value = tl.dot(row_tile(rows, used, k, size), tile, value, input_precision=PRECISION)
+        row = row_tile(rows, used, k, size)
+        value = tl.dot(row, tile, value, input_precision=PRECISION)
         if gate_up is not None:
             tile = matrix_tile(gate_up + at, k, size, n, units, BY_COLUMN)
-            z = tl.dot(row_tile(rows_gate, used, k, size), tile, z, input_precision=PRECISION)
+            row = row_tile(rows_gate, used, k, size)
+            z = tl.dot(row, tile, z, input_precision=PRECISION)
     if gate_up is None:
         z = value
     if bias is not None:
-        z += tl.load(bias + at_bias + n, mask=n < units, other=0.0).to(tl.float32)[None, :]
+        of_units = tl.load(bias + at_bias + n, mask=n < units, other=0.0).to(tl.float32)
+        z += of_units[None, :]
     h = activate(z, ACTIVATION)
     if gate_up is not None:
         h = h * value

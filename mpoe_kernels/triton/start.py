@@ -25,6 +25,13 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def row_tiles(rows: int, tile_rows: int, experts: int) -> int:
+    """At most so many tiles of rows of one expert, or of none, are there; 0 without rows."""
+    if rows == 0:
+        return 0
+    return cdiv(rows, tile_rows) + experts + 1
+
+
 def power_of_two(n: int) -> int:
     """Smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
@@ -32,29 +39,32 @@ def power_of_two(n: int) -> int:
 
 def dense(tensor: Tensor | None) -> Tensor | None:
     """The tensor, or a contiguous copy; None for None, which kernels take for what is missing."""
-    return None if tensor is None else tensor.contiguous()
+    if tensor is None:
+        return None
+    return tensor.contiguous()
 
 
 def precision(dtype: torch.dtype) -> str:
     """The precision of float32 products, following PyTorch's setting."""
-    return "tf32" if may_round_to_tf32(dtype) else "ieee"
+    if may_round_to_tf32(dtype):
+        return "tf32"
+    return "ieee"
 
 
 def _on_device(index: int) -> AbstractContextManager[Any]:
     """Makes the GPU of the tensors the current one: Triton launches on the current one, wherever
     its arguments are."""
-    return (
-        nullcontext()
-        if index < 0 or index == torch.cuda.current_device()
-        else torch.cuda.device(index)
-    )
+    if index < 0 or index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(index)
 
 
 def _device_of(arguments: Mapping[str, Any]) -> int:
     """Number of the GPU; -1: the CPU."""
-    return next(
-        (value.get_device() for value in arguments.values() if isinstance(value, Tensor)), -1
-    )
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            return value.get_device()
+    return -1
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -74,21 +84,16 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         BackendError: the device has too little of a resource (shared memory or registers) for the
             kernel.
     """
-    _start(kernel, grid, arguments)
-
-
-def _start(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     if 0 in grid:
         return
     arguments["enable_fp_fusion"] = True
     try:
         _launch(kernel, grid, arguments)
     except OutOfResources as error:
-        blocks = {
-            name: value
-            for name, value in arguments.items()
-            if isinstance(value, int) and name.startswith("B")
-        }
+        blocks = {}
+        for name, value in arguments.items():
+            if isinstance(value, int) and name.startswith("B"):
+                blocks[name] = value
         raise BackendError(
             f"backend 'triton' cannot run {kernel.__name__} with {blocks}: it needs "
             f"{error.required} of {error.name}; this device has {error.limit}"
@@ -109,8 +114,11 @@ class Tile(NamedTuple):
 
     def within(self, columns: int, inner: int) -> Tile:
         """For products that may be smaller; 16 is the least that tensor cores take."""
-        least = [max(16, power_of_two(size)) for size in (columns, inner)]
-        return self._replace(columns=min(self.columns, least[0]), inner=min(self.inner, least[1]))
+        most_columns = max(16, power_of_two(columns))
+        most_inner = max(16, power_of_two(inner))
+        return self._replace(
+            columns=min(self.columns, most_columns), inner=min(self.inner, most_inner)
+        )
 
     def shared_bytes(self, dtype: torch.dtype) -> int:
         """Shared memory of the operands' blocks in all stages."""
@@ -169,7 +177,8 @@ def _milliseconds(run: Callable[[], None]) -> float:
     run()
     shortest = math.inf
     for _ in range(RUNS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(HOLD)
         begin.record()
         run()
@@ -196,7 +205,8 @@ def _fastest(
     with _on_device(_device_of(arguments)):
         for way in ways:
             try:
-                times.append(_milliseconds(partial(start, kernel, grid(way), **arguments, **way)))
+                launch = partial(start, kernel, grid(way), **arguments, **way)
+                times.append(_milliseconds(launch))
             except BackendError as error:
                 refused = error
                 times.append(math.inf)
@@ -231,5 +241,4 @@ def start_best(
         if fastest is None and not is_traced():
             fastest = _FASTEST[problem] = _fastest(kernel, grid, ways, arguments)
         chosen = fastest or chosen
-    arguments.update(chosen)
-    _start(kernel, grid(chosen), arguments)
+    start(kernel, grid(chosen), **arguments, **chosen)

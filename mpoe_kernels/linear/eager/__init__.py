@@ -67,14 +67,18 @@ def linear_forward(call: ForwardCall) -> Forward:
         z, h = _rows_forward(call, groups)
     if call.bias is not None:
         z[:last] += call.bias
-    for rows in (z, h):
-        if rows is not None and last < call.slots:
-            rows[last * len(rows) // call.slots :] = 0
+    is_filled = last == call.slots
+    if not is_filled:
+        z[last:] = 0
     y = ACTIVATION[call.activation](z)
-    if last < call.slots:
+    if not is_filled:
         y[last:] = 0  # the activation of zero need not be zero
+    if h is None:
+        h = z.new_empty(0)
+    elif not is_filled:
+        h[last * call.dims.jC :] = 0
     saved = z.contiguous() if call.saves_z else z.new_empty(0)
-    return y.contiguous(), z.new_empty(0) if h is None else h, saved
+    return y.contiguous(), h, saved
 
 
 def linear_backward(call: BackwardCall) -> Backward:
@@ -84,23 +88,28 @@ def linear_backward(call: BackwardCall) -> Backward:
     gradients: Gradients = (None,) * 4
     if not any(call.need_of_plan):
         upstream.rows(0, last)
+    elif call.strategy == "rebuild":
+        gradients = rebuild_backward(call, upstream, groups)
     else:
-        gradients = (rebuild_backward if call.strategy == "rebuild" else _rows_backward)(
-            call, upstream, groups
-        )
-    results = [*gradients, None if upstream.bias is None else upstream.bias.to(call.grad.dtype)]
+        gradients = _rows_backward(call, upstream, groups)
+    dbias = upstream.bias
+    if dbias is not None:
+        dbias = dbias.to(call.grad.dtype)
+    results = [*gradients, dbias]
     for place, needed in enumerate(call.need):
         if not needed:
             results[place] = None
     dx, dleft, _, dright, _ = results
-    idle = sorted(set(range(call.num_experts)) - {expert for expert, _, _ in groups})
+    busy = {expert for expert, _, _ in groups}
+    idle = [expert for expert in range(call.num_experts) if expert not in busy]
     for stacked in (dleft, dright):
         if stacked is not None and idle:  # an index, even an empty one, is copied to a GPU
             stacked[idle] = 0
     if dx is not None:
         dx[last:] = 0
         if call.row_index is not None:
-            results[0] = torch.zeros_like(call.x).index_add_(0, call.row_index, dx)
+            of_rows = torch.zeros_like(call.x)
+            results[0] = of_rows.index_add_(0, call.row_index, dx)
     return dense_gradients(call, results)
 
 
@@ -141,7 +150,9 @@ class Chunk(NamedTuple):
         """These experts of ``[E, ...]``: a view if they are consecutive."""
         first = self.experts[0]
         last = self.experts[-1]
-        return slice(first, last + 1) if last - first + 1 == len(self.experts) else self.experts
+        if last - first + 1 == len(self.experts):
+            return slice(first, last + 1)
+        return self.experts
 
     @property
     def slots(self) -> slice:
@@ -175,10 +186,8 @@ class Chunk(NamedTuple):
 def _chunks(call: LinearCall, groups: list[Group]) -> Iterator[Chunk]:
     """As many busy experts at once as the memory bounds for half-built weights and for rows
     allow."""
-    merges, order = recipe(call.dims, call.strategy)
-    most_experts, most_slots = most_at_once(
-        call.dims, tuple(merge[0] for merge in merges), order, call.x.element_size()
-    )
+    merges, _ = recipe(call.dims, call.strategy)
+    most_experts, most_slots = most_at_once(call.dims, call.strategy, call.x.element_size())
     first = 0
     while first < len(groups):
         start = groups[first][1]
@@ -193,19 +202,24 @@ def _chunks(call: LinearCall, groups: list[Group]) -> Iterator[Chunk]:
 
 def _chunk(groups: list[Group], builds: bool) -> Chunk:
     counts = {expert: stop - start for expert, start, stop in groups}
-    experts = list(counts) if builds else list(range(groups[0][0], groups[-1][0] + 1))
+    first, start, _ = groups[0]
+    last, _, stop = groups[-1]
+    experts = list(counts)
+    if not builds:
+        experts = list(range(first, last + 1))
     of_experts = [counts.get(expert, 0) for expert in experts]
-    return Chunk(experts, groups[0][1], groups[-1][2], of_experts)
+    return Chunk(experts, start, stop, of_experts)
 
 
 @lru_cache(maxsize=1024)
-def most_at_once(
-    dims: BlockDims, built: tuple[str, ...], order: tuple[str, ...], itemsize: int
-) -> tuple[int, int]:
+def most_at_once(dims: BlockDims, strategy: str, itemsize: int) -> tuple[int, int]:
     """Experts and slots of a chunk, within the memory bounds for half-built weights and for rows;
     separable's rows are no larger than its results."""
-    largest = max((dims.elements(INDICES[name]) for name in built), default=0)
-    experts = max(1, int(HALF_SHARE * dims.weight_elements / largest)) if largest else sys.maxsize
+    merges, order = recipe(dims, strategy)
+    experts = sys.maxsize
+    if merges:
+        largest = max(dims.elements(INDICES[built]) for built, _, _ in merges)
+        experts = max(1, int(HALF_SHARE * dims.weight_elements / largest))
     if dims.is_separable and order == SEPARABLE_ORDER:
         return experts, sys.maxsize
     widest = max(step.after for step in applications(dims, order))
@@ -291,7 +305,9 @@ class Upstream:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Those of slots ``start..stop``."""
-        saved = self._saved if self._activation == "none" else self._saved[start:stop]
+        saved = self._saved
+        if self._activation != "none":
+            saved = self._saved[start:stop]
         dz = ACTIVATION_GRADIENT[self._activation](self._grad[start:stop], saved)
         if self.bias is not None:
             self.bias += dz.sum(0)

@@ -21,16 +21,18 @@ class Library:
     def rows(self, product: RowsProduct) -> tuple[Tensor, None]:
         slots = product.slots
         out = product.out
-        _, p, _ = product.rows.shape
+        p = product.rows.shape[1]
         m = product.blocks.shape[2]
         a = _front(product.rows, product.row_index, slots).flatten(0, 1)
-        ends = _ends(slots) * p
-        y = F.grouped_mm(_aligned(a, 1), _aligned(product.blocks, 1, 2), offs=ends)
-        y = _back(y[:, :m].reshape(slots.count, p, m), slots)
+        b = _aligned(product.blocks, 1, 2)
+        y = F.grouped_mm(_aligned(a, 1), b, offs=_ends(slots) * p)
+        y = y[:, :m].reshape(slots.count, p, m)
+        y = _back(y, slots)
         owned = slots.owned[:, None, None]
         if out is None:
             return torch.where(owned, y, 0), None
-        return out.copy_(torch.where(owned, y, out)), None
+        out.copy_(torch.where(owned, y, out))
+        return out, None
 
     def blocks(self, product: BlocksProduct) -> Tensor:
         slots = product.slots
@@ -39,7 +41,8 @@ class Library:
         ends = _ends(slots) * product.rows.shape[1]
         d = F.grouped_mm(_aligned(a, 1).T, _aligned(g, 1), offs=ends)
         d = d[:, : a.shape[1], : g.shape[1]]
-        return torch.where(slots.busy[:, None, None], d, 0)
+        busy = slots.busy[:, None, None]
+        return torch.where(busy, d, 0)
 
 
 def forward(call: ForwardCall) -> Forward:
@@ -56,12 +59,10 @@ def is_able(plan: Contraction) -> bool:
     """Whether grouped_mm computes a contraction without reading the offsets on the CPU: it reads
     them for lack of a kernel, which PyTorch has for bfloat16 on NVIDIA's compute capabilities 9 and
     10."""
-    return (
-        plan.dtype == torch.bfloat16
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(plan.device)[0] in (9, 10)
-        and not grouped.counting_reasons(plan)
-    )
+    if plan.dtype != torch.bfloat16 or torch.version.hip is not None:
+        return False
+    major, _ = torch.cuda.get_device_capability(plan.device)
+    return major in (9, 10) and not grouped.counting_reasons(plan)
 
 
 def _front(rows: Tensor, row_index: Tensor | None, slots: Slots) -> Tensor:
@@ -69,8 +70,12 @@ def _front(rows: Tensor, row_index: Tensor | None, slots: Slots) -> Tensor:
     if slots.is_part:
         number = torch.arange(slots.count, device=rows.device)
         order = (number + slots.offsets[0]) % slots.count
-        row_index = order if row_index is None else row_index[order]
-    return rows if row_index is None else rows.index_select(0, row_index)
+        if row_index is not None:
+            order = row_index[order]
+        row_index = order
+    if row_index is None:
+        return rows
+    return rows.index_select(0, row_index)
 
 
 def _back(rows: Tensor, slots: Slots) -> Tensor:
@@ -92,9 +97,12 @@ def _aligned(t: Tensor, *dimensions: int) -> Tensor:
     padding = [0] * (2 * t.dim())
     multiple = 16 // t.element_size()
     for dimension in dimensions:
+        # Pairs of the sides before and after, from the last dimension on.
         after = 2 * (t.dim() - 1 - dimension) + 1
         padding[after] = -t.shape[dimension] % multiple
     if any(padding):
         return F.pad(t, padding)
     # Of blocks it takes both layouts.
-    return t if t.dim() == 3 and t.mT.is_contiguous() else t.contiguous()
+    if t.dim() == 3 and t.mT.is_contiguous():
+        return t
+    return t.contiguous()

@@ -40,7 +40,9 @@ class Weights:
         outer = dims.iL * dims.jL
         inner = dims.iR * dims.jR
         self._size = outer * core * inner
-        half = outer * core * dims.b if dims.left_first else dims.a * core * inner
+        half = dims.a * core * inner
+        if dims.left_first:
+            half = outer * core * dims.b
         self._memory = like.new_empty(2, max(self._size, half))
 
     def _product(self, place: int, first: Tensor, second: Tensor) -> Tensor:
@@ -66,12 +68,14 @@ class Weights:
         """``[I, F]`` of ``left [iL, jL, a]``, ``central [a, iC, jC, b]`` and ``right [b, iR, jR]``;
         for a while."""
         d = self.dims
+        left = left.reshape(-1, d.a)
+        right = right.reshape(d.b, -1)
         if d.left_first:
-            half = self._product(0, left.reshape(-1, d.a), central.reshape(d.a, -1))
-            self._product(1, half.view(-1, d.b), right.reshape(d.b, -1))
+            half = self._product(0, left, central.reshape(d.a, -1))
+            self._product(1, half.view(-1, d.b), right)
         else:
-            half = self._product(0, central.reshape(-1, d.b), right.reshape(d.b, -1))
-            self._product(1, left.reshape(-1, d.a), half.view(d.a, -1))
+            half = self._product(0, central.reshape(-1, d.b), right)
+            self._product(1, left, half.view(d.a, -1))
         weight, blocks = self._orders()
         return self._true(weight.copy_(blocks))
 
@@ -105,24 +109,32 @@ class Weights:
             whole = whole.view(-1, d.iR * d.jR)
             central = central.reshape(d.a, -1)
             if need_right:
-                dright = self._product(0, left, central).view(-1, d.b).T @ whole
+                half = self._product(0, left, central).view(-1, d.b)
+                dright = half.T @ whole
             if need_left or need_central:
                 dhalf = self._product(0, whole, right.T).view(len(left), -1)
-                dleft = dhalf @ central.T if need_left else None
-                dcentral = left.T @ dhalf if need_central else None
+                if need_left:
+                    dleft = dhalf @ central.T
+                if need_central:
+                    dcentral = left.T @ dhalf
         else:
             central = central.reshape(-1, d.b)
             if need_left:
-                dleft = whole @ self._product(0, central, right).view(d.a, -1).T
+                half = self._product(0, central, right).view(d.a, -1)
+                dleft = whole @ half.T
             if need_central or need_right:
                 dhalf = self._product(0, left.T, whole).view(len(central), -1)
-                dcentral = dhalf @ right.T if need_central else None
-                dright = central.T @ dhalf if need_right else None
+                if need_central:
+                    dcentral = dhalf @ right.T
+                if need_right:
+                    dright = central.T @ dhalf
         return dleft, dcentral, dright
 
 
 def _rows(x: Tensor, row_index: Tensor | None, start: int, stop: int) -> Tensor:
-    return x[start:stop] if row_index is None else x.index_select(0, row_index[start:stop])
+    if row_index is None:
+        return x[start:stop]
+    return x.index_select(0, row_index[start:stop])
 
 
 def rebuild_forward(call: ForwardCall, groups: list[Group]) -> Tensor:
@@ -131,7 +143,8 @@ def rebuild_forward(call: ForwardCall, groups: list[Group]) -> Tensor:
     weights = Weights(call.x, call.dims)
     for e, start, stop in groups:
         weight = weights.weight(call.left[e], call.central, call.right[e])
-        torch.mm(_rows(call.x, call.row_index, start, stop), weight, out=z[start:stop])
+        rows = _rows(call.x, call.row_index, start, stop)
+        torch.mm(rows, weight, out=z[start:stop])
     return z
 
 
@@ -145,15 +158,21 @@ def rebuild_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]
     need_x, *need = call.need_of_plan
     need_left, need_central, need_right = need
     weights = Weights(call.x, call.dims)
-    dx = call.x.new_empty(call.slots, call.in_features) if need_x else None
-    dleft = torch.empty_like(call.left, memory_format=DENSE) if need_left else None
-    dright = torch.empty_like(call.right, memory_format=DENSE) if need_right else None
-    dcentral = accumulator(call.central) if need_central else None
+    dx = dleft = dcentral = dright = None
+    if need_x:
+        dx = call.x.new_empty(call.slots, call.in_features)
+    if need_left:
+        dleft = torch.empty_like(call.left, memory_format=DENSE)
+    if need_right:
+        dright = torch.empty_like(call.right, memory_format=DENSE)
+    if need_central:
+        dcentral = accumulator(call.central)
     for e, start, stop in groups:
         grad = upstream.rows(start, stop)
         blocks = (call.left[e], call.central, call.right[e])
         if dx is not None:
-            torch.mm(grad, weights.weight(*blocks).T, out=dx[start:stop])
+            weight = weights.weight(*blocks)
+            torch.mm(grad, weight.T, out=dx[start:stop])
         if not any(need):
             continue
         rows = _rows(call.x, call.row_index, start, stop)
@@ -165,4 +184,6 @@ def rebuild_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]
             dright[e] = of_right.view(dright.shape[1:])
         if dcentral is not None and of_central is not None:
             dcentral += of_central.view(dcentral.shape)
-    return dx, dleft, None if dcentral is None else dcentral.to(call.central.dtype), dright
+    if dcentral is not None:
+        dcentral = dcentral.to(call.central.dtype)
+    return dx, dleft, dcentral, dright

@@ -21,15 +21,19 @@ class ByExpert:
         blocks = product.blocks
         busy, counts = _busy(product.slots)
         of_experts = blocks.unbind()
-        y = grouped_mm(rows.flatten(0, 1), [of_experts[expert] for expert in busy], counts)
-        return y.view(rows.shape[0], rows.shape[1], blocks.shape[2]), None
+        weights = [of_experts[expert] for expert in busy]
+        y = grouped_mm(rows.flatten(0, 1), weights, counts)
+        slots, p, _ = rows.shape
+        return y.view(slots, p, blocks.shape[2]), None
 
     def blocks(self, product: BlocksProduct) -> Tensor:
         rows = product.rows
         grads = product.grads
         busy, counts = _busy(product.slots)
         experts = product.slots.offsets.shape[0] - 1
-        new = rows.new_empty if len(busy) == experts else rows.new_zeros
+        new = rows.new_zeros
+        if len(busy) == experts:
+            new = rows.new_empty
         d = new(experts, rows.shape[2], grads.shape[2])
         of_experts = d.unbind()
         targets = [of_experts[expert] for expert in busy]
@@ -101,7 +105,8 @@ def grouped_outer(
     of_parts = torch.split_with_sizes(grads, sizes)
     for part, grad, target in zip(parts, of_parts, targets, strict=True):
         if narrow:
-            target.copy_((grad.T @ part).T.reshape(target.shape))
+            transposed = grad.T @ part
+            target.copy_(transposed.T.reshape(target.shape))
         elif target.is_contiguous():
             torch.mm(part.T, grad, out=target.view(part.shape[1], -1))
         else:

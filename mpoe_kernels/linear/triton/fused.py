@@ -36,8 +36,10 @@ from mpoe_kernels.triton.device_functions import COUNTS, finish, part_of_rows, r
 def row_digits(TK: tl.constexpr, TN: tl.constexpr, TNR: tl.constexpr):
     """``(k, n)`` of every row of a rebuilt tile: digits (k, low part of n, high part of n)."""
     LOW: tl.constexpr = min(TN, max(1, 32 // TNR))
+    HIGH: tl.constexpr = TN // LOW
     row = tl.arange(0, TK * TN)
-    return row // TN, (row % (TN // LOW)) * LOW + (row % TN) // (TN // LOW)
+    n = (row % HIGH) * LOW + (row % TN) // HIGH
+    return row // TN, n
 
 
 @triton.jit
@@ -46,10 +48,11 @@ def column_digits(TK: tl.constexpr, TN: tl.constexpr):
     (2))."""
     K_LOW: tl.constexpr = min(4, TK)
     N_LOW: tl.constexpr = min(2, TN)
-    column = tl.arange(0, TK * TN)
+    N_HIGH: tl.constexpr = TN // N_LOW
     low: tl.constexpr = K_LOW * N_LOW
-    k = (column // (low * (TN // N_LOW))) * K_LOW + (column // N_LOW) % K_LOW
-    n = ((column // low) % (TN // N_LOW)) * N_LOW + column % N_LOW
+    column = tl.arange(0, TK * TN)
+    k = (column // (low * N_HIGH)) * K_LOW + (column // N_LOW) % K_LOW
+    n = ((column // low) % N_HIGH) * N_LOW + column % N_LOW
     return k, n
 
 
@@ -61,7 +64,8 @@ def regroup(product, TKL: tl.constexpr, TNL: tl.constexpr, TKR: tl.constexpr, TN
     K_LOW: tl.constexpr = min(4, TKR)
     N_LOW: tl.constexpr = min(2, TNR)
     digits = tl.reshape(product, (TKL, LOW, TNL // LOW, TKR // K_LOW, TNR // N_LOW, K_LOW, N_LOW))
-    return tl.reshape(tl.permute(digits, 0, 3, 5, 2, 1, 4, 6), (TKL * TKR, TNL * TNR))
+    digits = tl.permute(digits, 0, 3, 5, 2, 1, 4, 6)
+    return tl.reshape(digits, (TKL * TKR, TNL * TNR))
 
 
 @triton.jit
@@ -79,10 +83,12 @@ def load_columns(
     """``[rows, columns]``: the columns that a tile's digits stand for, with zeros for
     padding; only rows are masked if nothing is padded."""
     position = tl.arange(0, TL * TR)
-    column = ((left + position // TR) * SIZES[1] + c) * SIZES[2] + right + position % TR
+    l = position // TR
+    r = position % TR
+    column = ((left + l) * SIZES[1] + c) * SIZES[2] + right + r
     mask = inside[:, None]
     if SIZES[0] % TL != 0 or SIZES[2] % TR != 0:
-        known = (position // TR < SIZES[0] - left) & (position % TR < SIZES[2] - right)
+        known = (l < SIZES[0] - left) & (r < SIZES[2] - right)
         mask = mask & known[None, :]
     if LIMIT > 0:
         mask = mask & (column < LIMIT)[None, :]
@@ -152,11 +158,11 @@ def fused_kernel(
     bond_b = tl.arange(0, DB)
     expert = e.to(tl.int64)
     x_rows = x + source * X_SLOT
-    left_at = left + expert * LEFT[0] + row_k[:, None] * LEFT[1] + (nl0 + row_n)[:, None] * LEFT[2]
+    left_at = left + expert * LEFT[0] + row_k[:, None] * LEFT[1]
+    left_at += (nl0 + row_n)[:, None] * LEFT[2]
     left_at += bond_a[None, :] * LEFT[3]
-    central_at = (
-        central + nc * CENTRAL[1] + bond_a[:, None] * CENTRAL[2] + bond_b[None, :] * CENTRAL[3]
-    )
+    central_at = central + nc * CENTRAL[1] + bond_a[:, None] * CENTRAL[2]
+    central_at += bond_b[None, :] * CENTRAL[3]
     right_at = right + expert * RIGHT[0] + bond_b[:, None] * RIGHT[3]
     right_at += column_k[None, :] * RIGHT[1] + (nr0 + column_n)[None, :] * RIGHT[2]
 
@@ -165,28 +171,30 @@ def fused_kernel(
     steps = tl.where(e == EXPERTS, 0, ((K_SIZES[0] + KL - 1) // KL) * K_SIZES[1])
     acc = tl.zeros((BM, NL * NR), dtype=tl.float32)
     for kr0 in tl.range(0, K_SIZES[2], KR, num_stages=1):
-        right_mask = (column_n < N_SIZES[2] - nr0)[None, :] & (column_k < K_SIZES[2] - kr0)[None, :]
+        right_mask = (column_n < N_SIZES[2] - nr0)[None, :]
+        right_mask = right_mask & (column_k < K_SIZES[2] - kr0)[None, :]
         right_mask = right_mask & (bond_b < tl.where(e == EXPERTS, 0, B))[:, None]
         rt = tl.load(right_at + kr0 * RIGHT[1], mask=right_mask, other=0.0)
         for step in tl.range(0, steps, num_stages=STAGES):
             kc = step % K_SIZES[1]
             kl0 = (step // K_SIZES[1]) * KL
-            left_mask = (
-                (row_k < K_SIZES[0] - kl0)[:, None]
-                & (row_n < N_SIZES[0] - nl0)[:, None]
-                & (bond_a < A)[None, :]
-            )
+            left_mask = (row_k < K_SIZES[0] - kl0)[:, None]
+            left_mask = left_mask & (row_n < N_SIZES[0] - nl0)[:, None]
+            left_mask = left_mask & (bond_a < A)[None, :]
             central_mask = (bond_a < A)[:, None] & (bond_b < B)[None, :]
             lt = tl.load(left_at + kl0 * LEFT[1], mask=left_mask, other=0.0)
             ct = tl.load(central_at + kc * CENTRAL[0], mask=central_mask, other=0.0)
             product = tl.dot(lt, ct, input_precision=PRECISION).to(x.dtype.element_ty)
             w = tl.dot(product, rt, input_precision=PRECISION).to(x.dtype.element_ty)
             xt = load_columns(x_rows, inside, kl0, kc, kr0, K_SIZES, X_LIMIT, KL, KR)
-            acc = tl.dot(xt, regroup(w, KL, NL, KR, NR), acc, input_precision=PRECISION)
+            wt = regroup(w, KL, NL, KR, NR)
+            acc = tl.dot(xt, wt, acc, input_precision=PRECISION)
 
     n = tl.arange(0, NL * NR)
-    column = ((nl0 + n // NR) * N_SIZES[1] + nc) * N_SIZES[2] + nr0 + n % NR
-    n_inside = (n // NR < N_SIZES[0] - nl0) & (n % NR < N_SIZES[2] - nr0)
+    nl = n // NR
+    nr = n % NR
+    column = ((nl0 + nl) * N_SIZES[1] + nc) * N_SIZES[2] + nr0 + nr
+    n_inside = (nl < N_SIZES[0] - nl0) & (nr < N_SIZES[2] - nr0)
     if OUT_LIMIT > 0:
         n_inside = n_inside & (column < OUT_LIMIT)
     mask = inside[:, None] & n_inside[None, :]

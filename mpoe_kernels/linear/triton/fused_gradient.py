@@ -66,11 +66,13 @@ def gradient_kernel(
     hi = tl.load(offsets + e + 1).to(tl.int32)
     bond = tl.arange(0, DB)
     position = tl.arange(0, SUM_K * SUM_N)
-    share = tl.cdiv(K_SIZES[1] * N_SIZES[1], tl.num_programs(1))
-    begin = tl.minimum(tl.program_id(1) * share, K_SIZES[1] * N_SIZES[1])
-    end = tl.minimum(begin + share, K_SIZES[1] * N_SIZES[1])
+    CENTRAL: tl.constexpr = K_SIZES[1] * N_SIZES[1]
+    share = tl.cdiv(CENTRAL, tl.num_programs(1))
+    begin = tl.minimum(tl.program_id(1) * share, CENTRAL)
+    end = tl.minimum(begin + share, CENTRAL)
+    end = tl.where(hi > lo, end, begin)
     acc = tl.zeros((OUT_K * OUT_N, DB), dtype=tl.float32)
-    for step in tl.range(begin * summed, tl.where(hi > lo, end, begin) * summed, num_stages=1):
+    for step in tl.range(begin * summed, end * summed, num_stages=1):
         kc = step // summed // N_SIZES[1]
         nc = step // summed % N_SIZES[1]
         left = step % summed if OF_RIGHT else tl.program_id(0)
@@ -91,25 +93,25 @@ def gradient_kernel(
             gt = load_columns(grad_rows, inside, nl0, nc, nr0, N_SIZES, GRAD_LIMIT, NL, NR)
             dw = tl.dot(tl.trans(xt), gt, dw, input_precision=PRECISION)
         digits = tl.reshape(dw.to(x.dtype.element_ty), (KL, KR, NL, NR))
-        factors = tl.reshape(tl.permute(digits, 0, 2, 1, 3), (KL * NL, KR * NR))
+        digits = tl.permute(digits, 0, 2, 1, 3)
+        factors = tl.reshape(digits, (KL * NL, KR * NR))
+        if OF_RIGHT:
+            factors = tl.trans(factors)
         k = (kl0 if OF_RIGHT else kr0) + position // SUM_N
         n = (nl0 if OF_RIGHT else nr0) + position % SUM_N
-        mask = (
-            (k < K_SIZES[2 - side])[:, None]
-            & (n < N_SIZES[2 - side])[:, None]
-            & (bond < BOND)[None, :]
-        )
+        mask = (k < K_SIZES[2 - side])[:, None] & (n < N_SIZES[2 - side])[:, None]
+        mask = mask & (bond < BOND)[None, :]
         at = other + expert * OTHER[0] + kc * OTHER[3] + nc * OTHER[4] + bond[None, :] * OTHER[5]
-        factor = tl.load(at + k[:, None] * OTHER[1] + n[:, None] * OTHER[2], mask=mask, other=0.0)
-        acc = tl.dot(
-            tl.trans(factors) if OF_RIGHT else factors, factor, acc, input_precision=PRECISION
-        )
+        at += k[:, None] * OTHER[1] + n[:, None] * OTHER[2]
+        factor = tl.load(at, mask=mask, other=0.0)
+        acc = tl.dot(factors, factor, acc, input_precision=PRECISION)
 
     row = tl.arange(0, OUT_K * OUT_N)
     n_tiles: tl.constexpr = right_n_tiles if OF_RIGHT else left_n_tiles
     k = (tl.program_id(0) // n_tiles) * OUT_K + row // OUT_N
     n = (tl.program_id(0) % n_tiles) * OUT_N + row % OUT_N
-    mask = (k < K_SIZES[side])[:, None] & (n < N_SIZES[side])[:, None] & (bond < BOND)[None, :]
+    mask = (k < K_SIZES[side])[:, None] & (n < N_SIZES[side])[:, None]
+    mask = mask & (bond < BOND)[None, :]
     to = out + tl.program_id(1).to(tl.int64) * OUT_PART + expert * OUT[0]
     at = k[:, None] * OUT[1] + n[:, None] * OUT[2] + bond[None, :] * OUT[3]
     tl.store(to + at, acc.to(out.dtype.element_ty), mask=mask)

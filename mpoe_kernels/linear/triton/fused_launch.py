@@ -7,7 +7,6 @@ library product each for left and central, one of it for right; none for what is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +25,15 @@ from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import gradient_kernel
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up, fused_choice
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.start import Options, cdiv, power_of_two, precision, start, start_best
+from mpoe_kernels.triton.start import (
+    Options,
+    cdiv,
+    power_of_two,
+    precision,
+    row_tiles,
+    start,
+    start_best,
+)
 
 MOST_PARTS = 32
 
@@ -44,7 +51,11 @@ def backward(call: BackwardCall) -> Backward:
 def _strides(call: LinearCall, transposed: bool = False) -> dict[str, tuple[int, ...]]:
     """Strides of the blocks along (expert, k, n, last axis) for ``x W``, or for ``dy W^T`` if
     ``transposed``."""
-    i, j = (2, 1) if transposed else (1, 2)
+    i = 1
+    j = 2
+    if transposed:
+        i = 2
+        j = 1
     left, central, right = (block.stride() for block in call.blocks)
     return {
         "LEFT": (left[0], left[i], left[j], left[3]),
@@ -63,13 +74,22 @@ def _common(sides: Sides, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _options(tile: FusedTile, extents: Cut) -> Options:
-    launched = {"STAGES": tile.stages, "num_warps": tile.warps, "num_stages": tile.stages}
-    return {"KL": extents.kl, "NL": extents.nl, "KR": extents.kr, "NR": extents.nr, **launched}
+    return {
+        "KL": extents.kl,
+        "NL": extents.nl,
+        "KR": extents.kr,
+        "NR": extents.nr,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def _limit(digits: tuple[int, int, int], true_columns: int) -> int:
     """True columns where the digits pad them, else 0."""
-    return true_columns if true_columns != math.prod(digits) else 0
+    if true_columns != math.prod(digits):
+        return true_columns
+    return 0
 
 
 def rows_times_weight(
@@ -87,17 +107,18 @@ def rows_times_weight(
     row_index, bias, activation, out_index, gates = call.around
     sides = Sides.of(call.dims, transposed)
 
-    def grid(way: Mapping[str, int]) -> tuple[int]:
-        extents = Cut(*(way[name] for name in ("KL", "NL", "KR", "NR")))
-        return ((cdiv(slots, way["BM"]) + experts + 1 if slots else 0) * extents.tiles(sides)[1],)
+    def grid(way: Options) -> tuple[int]:
+        extents = Cut(way["KL"], way["NL"], way["KR"], way["NR"])
+        _, column_tiles = extents.tiles(sides)
+        return (row_tiles(slots, way["BM"], experts) * column_tiles,)
 
+    ways = []
+    for tile, extents in fused_choice(rows, sides, slots / experts):
+        ways.append({"BM": tile.m, **_options(tile, extents)})
     start_best(
         fused_kernel,
         grid,
-        [
-            {"BM": tile.m, **_options(tile, extents)}
-            for tile, extents in fused_choice(rows, sides, slots / experts)
-        ],
+        ways,
         x=rows,
         left=call.left,
         central=call.central,
@@ -131,8 +152,7 @@ def weight_gradient_times(
     """See `mpoe_kernels.linear.gradients.block_gradients`. One launch."""
     x = call.x
     d = call.dims
-    row_index = call.row_index
-    sides = Sides.of(call.dims)
+    sides = Sides.of(d)
     experts = other.shape[0]
     ((tile, extents),) = fused_choice(x, sides, grad.shape[0] / call.num_experts, "gradient")
     if of_right:
@@ -155,7 +175,7 @@ def weight_gradient_times(
         grad=grad,
         other=other,
         out=out,
-        row_index=row_index,
+        row_index=call.row_index,
         offsets=slots.offsets,
         X_SLOT=x.stride(0),
         GRAD_SLOT=grad.stride(0),
@@ -170,13 +190,16 @@ def weight_gradient_times(
         **_common(sides, x.dtype),
         **_options(tile, extents),
     )
-    return out.sum(0) if of_right else out
+    if of_right:
+        return out.sum(0)
+    return out
 
 
 def parts_of(device: torch.device, programs: int, most: int) -> int:
     """Parts of a sum, a power of two: enough programs for half of the multiprocessors."""
     units = architecture.target_of(device).multiprocessors
+    most = min(most, MOST_PARTS)
     parts = 1
-    while 2 * programs * parts <= units and 2 * parts <= min(most, MOST_PARTS):
+    while 2 * programs * parts <= units and 2 * parts <= most:
         parts *= 2
     return parts

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.architecture import Target
+from mpoe_kernels.triton.architecture import INTERPRETER, Target
 
 MOST_BOND = 64  # larger bonds do not fit on chip next to the tokens
 LEAST = 16  # side of a tensor core's operand
@@ -47,10 +47,8 @@ class FusedTile:
     stages: int
 
 
-Table = dict[str, dict[int, tuple[FusedTile, ...]]]  # architecture -> bytes of an element -> tiles
+Table = dict[str, tuple[FusedTile, ...]]  # architecture -> tiles for elements of two bytes
 
-# None for float32: without tensor cores every tile took too many registers, so its weights are
-# rebuilt step by step.
 _ROWS_HOPPER = tuple(FusedTile(m, 64, 128, 16384, 4, 2) for m in (128, 64, 32, 16))
 _ROWS_BLACKWELL = (FusedTile(128, 64, 128, 12288, 4, 2), *_ROWS_HOPPER[1:])
 _ROWS_AMPERE = (
@@ -59,26 +57,32 @@ _ROWS_AMPERE = (
 )
 _ROWS_CDNA = tuple(FusedTile(m, 64, 64, 12288, 4, 1) for m in (64, 32, 16))
 ROWS_TILES: Table = {
-    "sm_80": {2: _ROWS_AMPERE, 4: ()},
-    "sm_90": {2: _ROWS_HOPPER, 4: ()},
-    "sm_100": {2: _ROWS_BLACKWELL, 4: ()},
-    "gfx942": {2: _ROWS_CDNA, 4: ()},
+    "sm_80": _ROWS_AMPERE,
+    "sm_90": _ROWS_HOPPER,
+    "sm_100": _ROWS_BLACKWELL,
+    "gfx942": _ROWS_CDNA,
 }
 GRADIENT_TILES: Table = {
-    "sm_80": {2: (FusedTile(32, 64, 64, 12288, 4, 3),), 4: ()},
-    "sm_90": {2: (FusedTile(64, 64, 128, 20480, 4, 3),), 4: ()},
-    "sm_100": {2: (FusedTile(32, 64, 128, 20480, 4, 3),), 4: ()},
-    "gfx942": {2: (FusedTile(32, 64, 64, 12288, 4, 1),), 4: ()},
+    "sm_80": (FusedTile(32, 64, 64, 12288, 4, 3),),
+    "sm_90": (FusedTile(64, 64, 128, 20480, 4, 3),),
+    "sm_100": (FusedTile(32, 64, 128, 20480, 4, 3),),
+    "gfx942": (FusedTile(32, 64, 64, 12288, 4, 1),),
 }
 # Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
 for _table in (ROWS_TILES, GRADIENT_TILES):
-    _table["interpreter"] = {size: (FusedTile(32, 128, 128, 1 << 20, 4, 1),) for size in (2, 4)}
+    _table[INTERPRETER] = (FusedTile(32, 128, 128, 1 << 20, 4, 1),)
 
 
 def shipped_fused(purpose: str, name: str, dtype: torch.dtype) -> tuple[FusedTile, ...]:
     """Tiles for rows times W (``"rows"``) or the blocks' gradients (``"gradient"``) on an
     architecture."""
-    return (GRADIENT_TILES if purpose == "gradient" else ROWS_TILES)[name][dtype.itemsize]
+    if dtype == torch.float32 and name != INTERPRETER:
+        # Without tensor cores every tile took too many registers, so weights are rebuilt step by
+        # step.
+        return ()
+    if purpose == "gradient":
+        return GRADIENT_TILES[name]
+    return ROWS_TILES[name]
 
 
 class Sides(NamedTuple):
@@ -95,7 +99,9 @@ class Sides(NamedTuple):
         """Of ``x W``, or of ``dy W^T`` if ``transposed``."""
         i = (dims.iL, dims.iC, dims.iR)
         j = (dims.jL, dims.jC, dims.jR)
-        return cls(j, i, dims.a, dims.b) if transposed else cls(i, j, dims.a, dims.b)
+        if transposed:
+            return cls(j, i, dims.a, dims.b)
+        return cls(i, j, dims.a, dims.b)
 
 
 class Cut(NamedTuple):
@@ -124,8 +130,11 @@ class Cut(NamedTuple):
 
     def tiles(self, sides: Sides) -> tuple[int, int]:
         """Tiles along k and along n."""
-        along_k = -(-sides.k[0] // self.kl) * sides.k[1] * -(-sides.k[2] // self.kr)
-        return along_k, -(-sides.n[0] // self.nl) * sides.n[1] * -(-sides.n[2] // self.nr)
+        left_k, central_k, right_k = sides.k
+        left_n, central_n, right_n = sides.n
+        along_k = -(-left_k // self.kl) * central_k * -(-right_k // self.kr)
+        along_n = -(-left_n // self.nl) * central_n * -(-right_n // self.nr)
+        return along_k, along_n
 
 
 def filled_up(bond: int) -> int:
@@ -196,7 +205,9 @@ def cut(sides: Sides, tile: FusedTile, itemsize: int, limit: int, purpose: str) 
         cost = (needs.work, -extents.nr, -extents.kr, -extents.nl)
         if cheapest is None or cost < cheapest[0]:
             cheapest = (cost, extents)
-    return None if cheapest is None else cheapest[1]
+    if cheapest is None:
+        return None
+    return cheapest[1]
 
 
 def best_tiles(
@@ -211,8 +222,9 @@ def best_tiles(
             able.append((tile, extents))
 
     def work(choice: tuple[FusedTile, Cut]) -> float:
-        row_tiles = max(1.0, rows / choice[0].m + 0.5)  # an expert's last one is half full
-        return row_tiles * Needs.of(sides, choice[1], choice[0], itemsize, purpose).work
+        tile, extents = choice
+        row_tiles = max(1.0, rows / tile.m + 0.5)  # an expert's last one is half full
+        return row_tiles * Needs.of(sides, extents, tile, itemsize, purpose).work
 
     if purpose == "gradient":
         return able[:1]

@@ -47,7 +47,16 @@ from mpoe_kernels.triton.device_functions import (
     rows_read,
     through_activation,
 )
-from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, precision, start, start_best
+from mpoe_kernels.triton.start import (
+    Options,
+    Tile,
+    cdiv,
+    power_of_two,
+    precision,
+    row_tiles,
+    start,
+    start_best,
+)
 
 LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth the sum that follows
 SUM_BLOCK = 256  # elements of a block that one program adds
@@ -76,16 +85,18 @@ TILES[INTERPRETER] = (Tile(64, 64, 64, 4, 1),)
 def _for_float32(tile: Tile) -> Tile:
     """A smaller tile: without tensor cores a thread holds its rows and columns of all k in
     registers."""
-    warps = (
-        8 if tile.rows >= 64 else tile.warps
-    )  # wide ones spill if there are few registers per thread
+    warps = tile.warps
+    if tile.rows >= 64:
+        warps = 8  # they spill if there are few registers per thread
     return Tile(min(tile.rows, 64), min(tile.columns, 64), 16, warps, tile.stages)
 
 
 def shipped_tiles(name: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """Tiles on an architecture, the widest first."""
     smaller = dtype == torch.float32 and name != INTERPRETER
-    return tuple(map(_for_float32, TILES[name])) if smaller else TILES[name]
+    if smaller:
+        return tuple(map(_for_float32, TILES[name]))
+    return TILES[name]
 
 
 def least_shared_bytes(name: str, dtype: torch.dtype) -> int:
@@ -115,12 +126,11 @@ def tiles_of(like: Tensor, m: float, n: float, k: float, interleaved: bool) -> l
         stages = tile.stages
         if k <= tile.inner and like.dtype == torch.float32:
             stages = 1  # one step has nothing to load ahead, and it would spill on sm_80
-        smaller = Tile(
-            min(tile.rows, rows),
-            min(tile.columns, columns),
-            min(tile.inner, inner),
-            tile.warps,
-            stages,
+        smaller = tile._replace(
+            rows=min(tile.rows, rows),
+            columns=min(tile.columns, columns),
+            inner=min(tile.inner, inner),
+            stages=stages,
         )
         if smaller not in tiles:
             tiles.append(smaller)
@@ -249,9 +259,8 @@ def grouped_blocks_kernel(
         last = rows
     if b is not None:
         at_b = e.to(tl.int64) * B[0] + m[:, None] * B[1] + n[None, :] * B[2]
-        bt = tl.load(
-            b + at_b, mask=(m < M)[:, None] & (n < tl.where(e < EXPERTS, N, 0))[None, :], other=0.0
-        )
+        b_mask = (m < M)[:, None] & (n < tl.where(e < EXPERTS, N, 0))[None, :]
+        bt = tl.load(b + at_b, mask=b_mask, other=0.0)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for r0 in tl.range(first, last, BK):
         r = r0 + tl.arange(0, BK)
@@ -269,22 +278,19 @@ def grouped_blocks_kernel(
             z = tl.dot(tl.trans(at), bt, input_precision=PRECISION)
         if again is not None:
             again_at = slot[:, None] * (P * N) + (r % P)[:, None] * RE[1] + (n * RE[2])[None, :]
-            tl.store(
-                again + again_at,
-                z.to(again.dtype.element_ty),
-                mask=inside[:, None] & (n < N)[None, :],
-            )
+            again_mask = inside[:, None] & (n < N)[None, :]
+            tl.store(again + again_at, z.to(again.dtype.element_ty), mask=again_mask)
         if ACTIVATION != "none":
             gt = through_activation(gt.to(tl.float32), z, ACTIVATION).to(g.dtype.element_ty)
         if b is not None:
             da_at = slot[:, None] * (P * M) + (r % P)[:, None] * DA[1] + (m * DA[2])[None, :]
+            da_mask = inside[:, None] & (m < M)[None, :]
             dat = tl.dot(gt, tl.trans(bt), input_precision=PRECISION)
-            tl.store(
-                da + da_at, dat.to(da.dtype.element_ty), mask=inside[:, None] & (m < M)[None, :]
-            )
+            tl.store(da + da_at, dat.to(da.dtype.element_ty), mask=da_mask)
         acc = tl.dot(at, gt, acc, input_precision=PRECISION)
     at_out = tl.program_id(1).to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
-    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    out_mask = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -317,16 +323,26 @@ def _loadable(rows: Tensor) -> Tensor:
     """Rows that can be loaded 8 elements at a time, as copies if need be: single ones load several
     times slower, except a few that lie beside each other (see `_interleaved`), which cost less than
     a copy."""
-    able = any(
-        stride == 1 and size % 8 == 0
-        for stride, size in zip(rows.stride()[1:], rows.shape[1:], strict=True)
-    )
-    return rows if able or _interleaved(rows) else rows.contiguous()
+    _, p, k = rows.shape
+    _, p_stride, k_stride = rows.stride()
+    if p_stride == 1 and p % 8 == 0:
+        return rows
+    if k_stride == 1 and k % 8 == 0:
+        return rows
+    if _interleaved(rows):
+        return rows
+    return rows.contiguous()
 
 
 def _interleaved(rows: Tensor) -> bool:
     """Whether the p elements of each k, fewer than 8, are beside each other."""
     return rows.stride(1) == 1 and 1 < rows.shape[1] == rows.stride(2) < 8
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    if tensor is None:
+        return None
+    return tensor.stride()
 
 
 def rows(product: RowsProduct) -> tuple[Tensor, Tensor | None]:
@@ -342,19 +358,22 @@ def rows(product: RowsProduct) -> tuple[Tensor, Tensor | None]:
     pre = bias = out_index = gates = None
     activation = "none"
     if last is not None:
-        pre = torch.empty_like(out) if last.saves_z else None
+        if last.saves_z:
+            pre = torch.empty_like(out)
         bias = last.bias
         out_index = last.out_index
         gates = last.gates
         activation = last.activation
     interleaved = _interleaved(a) or _interleaved(out)
-    tiles = tiles_of(a, slots.count * p / experts, n, k, interleaved)
+    gemm_rows = slots.count * p
+    tiles = tiles_of(a, gemm_rows / experts, n, k, interleaved)
+
+    def grid(tile: Options) -> tuple[int, int]:
+        return row_tiles(gemm_rows, tile["BM"], experts), cdiv(n, tile["BN"])
+
     start_best(
         grouped_rows_kernel,
-        lambda tile: (
-            cdiv(slots.count * p, tile["BM"]) + experts + 1 if slots.count else 0,
-            cdiv(n, tile["BN"]),
-        ),
+        grid,
         [tile.options for tile in tiles],
         a=a,
         b=blocks,
@@ -398,17 +417,29 @@ def blocks(product: BlocksProduct) -> Tensor:
     if b is None:  # what more parts would save, their sum would take
         programs = cdiv(programs, 2)
         # Its parts are memory, so nothing is timed.
-        tile = tiles_of(a, m, n, rows / max(experts, 1), _interleaved(a) or _interleaved(g))[0]
+        interleaved = _interleaved(a) or _interleaved(g)
+        tile = tiles_of(a, m, n, rows / max(experts, 1), interleaved)[0]
     else:
         tile = BOTH_TILES[target.architecture]._replace(rows=_side(m), columns=_side(n))
     tiles = cdiv(m, tile.rows) * cdiv(n, tile.columns)
-    size = max(LEAST_STEPS, cdiv(rows * tiles, programs * tile.inner)) * tile.inner
-    in_parts = b is not None or (tiles * experts <= programs and rows > size * experts)
+    steps = cdiv(rows * tiles, programs * tile.inner)
+    size = max(LEAST_STEPS, steps) * tile.inner
+    is_idle = tiles * experts <= programs
+    in_parts = b is not None or (is_idle and rows > size * experts)
     out = sums = a.new_empty(experts, m, n)
     if in_parts:
-        sums = a.new_empty(cdiv(rows, size) + experts + (b is not None), m, n, dtype=torch.float32)
-    where: dict[str, Any] = {"offsets": slots.offsets, "slots": slots.count, "size": size, "P": p}
-    where |= {"EXPERTS": experts, "SCAN": power_of_two(experts + 1)}
+        parts = cdiv(rows, size) + experts
+        if b is not None:  # the empty slots
+            parts += 1
+        sums = a.new_empty(parts, m, n, dtype=torch.float32)
+    where: dict[str, Any] = {
+        "offsets": slots.offsets,
+        "slots": slots.count,
+        "size": size,
+        "P": p,
+        "EXPERTS": experts,
+        "SCAN": power_of_two(experts + 1),
+    }
     start(
         grouped_blocks_kernel,
         (tiles, sums.shape[0]),
@@ -421,9 +452,9 @@ def blocks(product: BlocksProduct) -> Tensor:
         row_index=product.row_index,
         A=a.stride(),
         G=g.stride(),
-        B=None if b is None else b.stride(),
-        DA=None if product.drows is None else product.drows.stride(),
-        RE=None if product.again is None else product.again.stride(),
+        B=_strides(b),
+        DA=_strides(product.drows),
+        RE=_strides(product.again),
         M=m,
         N=n,
         IN_PARTS=in_parts,
@@ -433,10 +464,9 @@ def blocks(product: BlocksProduct) -> Tensor:
         **tile.options,
     )
     if in_parts:
-        grid = cdiv(m * n, SUM_BLOCK), experts
         start(
             grouped_sum_kernel,
-            grid,
+            (cdiv(m * n, SUM_BLOCK), experts),
             parts=sums,
             out=out,
             SIZE=m * n,

@@ -1,7 +1,5 @@
 """Named shapes, workloads and token distributions of benchmarks and tests."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, product
@@ -65,7 +63,9 @@ class Workload:
     @property
     def name(self) -> str:
         """E.g. ``paper_64-768x3072-E8-T2048-float32-training``."""
-        phase = "masked" if self.mask_central else "training" if self.training else "forward"
+        phase = "training" if self.training else "forward"
+        if self.mask_central:
+            phase = "masked"
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"{self.in_features}x{self.out_features}-E{self.num_experts}-T{self.num_tokens}"
         return f"{self.shape_name}-{sizes}-{dtype}-{phase}"

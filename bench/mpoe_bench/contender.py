@@ -1,8 +1,6 @@
 """A contender: something that computes a case's result, checked against float64 before it is timed,
 and its memory."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re
@@ -60,7 +58,7 @@ class Truth:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, results: Callable[[torch.dtype], Tensors], dtype: torch.dtype) -> Truth:
+    def of(cls, results: Callable[[torch.dtype], Tensors], dtype: torch.dtype) -> "Truth":
         """Of something that gives its results in any dtype; it is asked for float64 last."""
         same = {name: value.detach().cpu() for name, value in results(dtype).items()}
         exact = {name: value.detach().cpu() for name, value in results(torch.float64).items()}
@@ -184,22 +182,20 @@ def checked(name: str, kind: str, build: Build, context: Any, device: str = "cpu
         The contender if every result agrees with the truth, and its row, whose ``reason`` else says
         what is wrong.
     """
-    row: dict[str, Any] = {"name": name, "kind": kind, "reason": None}
-    memory: dict[str, dict[str, int]] = {}
-    results: dict[str, Tensor] = {}
+    row = {"name": name, "kind": kind, "reason": None}
+    memory = {}
+    results = {}
     try:
         contender, truth = build(context)
         row |= contender.facts
-        for phase, run in (
-            ("forward", torch.no_grad()(contender.function)),
-            ("train", contender.call("train")),
-        ):
-            if run is not None:
-                # a first call may time how it computes, or create an optimizer's state: not counted
-                run()
-                contender.release()
-                memory[phase], y = peak_memory(run, device, resident=phase == "train")
-                results |= {"y": y} if phase == "forward" else {}
+        forward = torch.no_grad()(contender.function)
+        forward()  # a first call may time how it computes: not counted
+        memory["forward"], results["y"] = peak_memory(forward, device)
+        train = contender.call("train")
+        if train is not None:
+            train()  # may create an optimizer's state
+            contender.release()
+            memory["train"], _ = peak_memory(train, device, resident=True)
         if contender.grad_y is not None:
             results |= gradients_of(contender.leaves)
         row["errors"], faults = truth.compare(results)
@@ -265,19 +261,18 @@ def peak_memory(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as record:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as record:
             result = function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    current = peak = 0
+    current = 0
+    peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         current += event.nbytes()
         peak = max(peak, current)
-    return {
-        "peak": max(peak, (resident_peak(function) or 0) if resident else 0),
-        "kept": current,
-    }, result
+    if resident:
+        peak = max(peak, resident_peak(function) or 0)
+    return {"peak": peak, "kept": current}, result
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], None]:

@@ -10,8 +10,6 @@ ones in float64. Few tokens pass through one layer, whose weights stay in the pr
 through twelve, as in a model.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +91,7 @@ class Case:
     ) -> nn.Module:
         """With random weights, also of experts that start adding nothing, so that every gradient is
         one of numbers."""
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        placed = {"device": device, "dtype": dtype}
         config = MPOEConfig(
             num_experts=self.experts,
             shape=self.shape,
@@ -105,9 +103,8 @@ class Case:
         if self.shape == "neurons":
             dense = Dense(self.model, activation, **placed)
             names = {"up": "up", "down": "down"}
-            made = NeuronFeedForward(*sizes, config, names=names, activation=activation, **placed)
-            made.around(dense, {"up": dense.up, "down": dense.down})
-            layer: Any = made
+            layer = NeuronFeedForward(*sizes, config, names=names, activation=activation, **placed)
+            layer.around(dense, {"up": dense.up, "down": dense.down})
         else:
             layer = MPOEFeedForward(*sizes, config, activation=activation, **placed)
         if self.shape in ("neurons", "hidden"):
@@ -239,7 +236,8 @@ def peer_layers(names: Iterable[str], experts: int, at: Place) -> Iterator[Layer
     """Those of `PEERS`."""
     sizes = at.model, 4 * at.model, experts
     for name in names:
-        yield Layer(name, "peer", partial(PEERS[name], sizes, at.device, at.dtype))
+        make = partial(PEERS[name], sizes, device=at.device, dtype=at.dtype)
+        yield Layer(name, "peer", lambda plain, make=make: make(plain=plain))
 
 
 def original_layer(shape: str, experts: int, at: Place) -> Layer:
@@ -343,11 +341,12 @@ def traced(run: Callable[[], object], folder: Path, name: str) -> None:
     """Print the kernels of a call by their time, and write its trace, which Chrome and Perfetto
     open."""
     activities = [ProfilerActivity.CPU]
+    order = "self_cpu_time_total"
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
+        order = "self_cuda_time_total"
     with profile(activities=activities) as record:
         run()
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     print(record.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=48))
     folder.mkdir(parents=True, exist_ok=True)
     record.export_chrome_trace(str(folder / f"{name}.json"))
@@ -361,7 +360,6 @@ def main(words: Sequence[str] | None = None) -> None:
         "--trace", type=Path, help="a folder for torch.profiler's traces, of a second call each"
     )
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--backend", help="of the layers; default: the choice")
     chosen = parser.parse_args(words)
     device = "cpu"
     sizes = (64, 32)
@@ -371,7 +369,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for case in cases(sizes[1:]):
         if case.masked or chosen.only not in case.name:
             continue
-        layer = case.layer(device, chosen.backend)
+        layer = case.layer(device)
         x = torch.randn(sizes, device=device, dtype=torch.bfloat16)
 
         def step(layer: nn.Module = layer, x: Tensor = x) -> None:

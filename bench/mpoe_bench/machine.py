@@ -1,12 +1,12 @@
 """What a run may measure on this machine, and what readers must know of it."""
 
-from __future__ import annotations
-
 import datetime
 import platform
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import torch
@@ -115,21 +115,14 @@ def check_options(
 def revision() -> str | None:
     """The measured commit, with ``+`` if files differ from it; ``None`` outside a checkout."""
     here = Path(__file__)
-    said = ""
-    inside = (
-        "ls-files",
-        "--error-unmatch",
-        here.name,
-    )  # an installed copy may be inside another checkout
-    for words in (inside, ("describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+")):
-        try:
-            command = ["git", "-C", str(here.parent), *words]
-            said = subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-    return said
+    git = partial(subprocess.check_output, text=True, cwd=here.parent, stderr=DEVNULL, timeout=10)
+    try:
+        # an installed copy may be inside another checkout
+        git(["git", "ls-files", "--error-unmatch", here.name])
+        described = git(["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"])
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.strip()
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:

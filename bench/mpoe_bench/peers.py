@@ -4,9 +4,8 @@ Dense experts in a loop and as grouped products, and the original's algorithm, w
 token; Transformers' own layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,24 +21,25 @@ Sizes = tuple[int, int, int]  # model I, hidden F, experts E
 # x [T, I], experts int64 [T], gates [T, 1], up [E, F, I] and down [E, I, F] (as in nn.Linear) ->
 # [T, I]
 Compute = Callable[[Tensor, Tensor, Tensor, Any, Any], Tensor]
-# Of the sizes, the device, the dtype; and whether in plain PyTorch, which gives the same.
-Make = Callable[[Sizes, str, torch.dtype, bool], nn.Module]
 
 
 class DenseExpertsLayer(nn.Module):
     """A router with one expert per token, and dense experts.
 
     Args:
-        sizes: model size I, hidden size F, experts E.
         compute: what computes the experts.
+        sizes: model size I, hidden size F, experts E.
         apart: every expert's weights are separate tensors, as in a module list: a backward pass
             touches only those.
+        plain: in plain PyTorch, which gives the same.
     """
 
-    def __init__(self, sizes: Sizes, compute: Compute, apart: bool = False, **placed: Any) -> None:
+    def __init__(
+        self, compute: Compute, apart: bool, sizes: Sizes, plain: bool, **placed: Any
+    ) -> None:
         super().__init__()
         model, hidden, experts = sizes
-        self.compute = compute
+        self.compute = loop if plain else compute
         self.router = nn.Linear(model, experts, bias=False, **placed)
 
         def weights(rows: int, columns: int) -> Any:
@@ -55,13 +55,6 @@ class DenseExpertsLayer(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         gates, index = self.router(x).softmax(-1, dtype=dtype).max(-1)
         return self.compute(x, index, gates[:, None], self.up, self.down)
-
-
-def dense_experts(compute: Compute, apart: bool = False) -> Make:
-    """`DenseExpertsLayer`."""
-    return lambda sizes, device, dtype, plain: DenseExpertsLayer(
-        sizes, loop if plain else compute, apart, device=device, dtype=dtype
-    )
 
 
 def loop(
@@ -164,7 +157,7 @@ def switch_layer(model: int, tokens: int) -> nn.Module:
         SwitchTransformersSparseMLP,
     )
 
-    sizes: Any = {"d_model": model, "d_ff": 4 * model, "num_experts": 8, "expert_capacity": tokens}
+    sizes = {"d_model": model, "d_ff": 4 * model, "num_experts": 8, "expert_capacity": tokens}
     config = SwitchTransformersConfig(**sizes, router_jitter_noise=0.0, dropout_rate=0.0)
     return _OfTokens(SwitchTransformersSparseMLP(config))
 
@@ -176,7 +169,7 @@ def granite_layer(model: int, _: int) -> nn.Module:
     from transformers import GraniteMoeSharedConfig
     from transformers.models.granitemoeshared import modeling_granitemoeshared as granite
 
-    config: Any = GraniteMoeSharedConfig(
+    config = GraniteMoeSharedConfig(
         hidden_size=model,
         shared_intermediate_size=8 * model // 3,
         intermediate_size=max(min(64, model // 12) * 2 // 3, 1),
@@ -195,7 +188,7 @@ STOCK_LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-PEERS: dict[str, Make] = {
-    LOOP: dense_experts(loop, apart=True),
-    GROUPED: dense_experts(grouped_mm),
+PEERS = {
+    LOOP: partial(DenseExpertsLayer, loop, True),
+    GROUPED: partial(DenseExpertsLayer, grouped_mm, False),
 }

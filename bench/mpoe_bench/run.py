@@ -6,8 +6,6 @@ pytest-benchmark in turn with its case's dense layer: ``extra_info`` holds ``x``
 of its time over the dense layer's), ``tokens_per_second``, errors and memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import io
@@ -125,12 +123,12 @@ class Run:
             self.budget = ON_GPU
         if not self.sizes.judged:
             self.budget = TINY
-        self.timer: Callable[[], float] = time.perf_counter
+        self.timer = time.perf_counter
         self.deadline = time.monotonic() + 60 * (self.minutes or math.inf)
         self.sections: list[dict[str, Any]] = []
-        self.skipped: list[str] = []
-        self._comparison: Comparison | None = None
-        self._context: Any = None
+        self.skipped = []
+        self._comparison = None
+        self._context = None
         # The baseline, and one more.
         self._held: dict[str, Checked] = {}
 
@@ -175,7 +173,7 @@ class Run:
                     yield name, phase
 
     @pytest.fixture
-    def bench_run(self) -> Run:
+    def bench_run(self) -> "Run":
         """What the tests measure with."""
         return self
 
@@ -300,7 +298,7 @@ def in_turn(
     The first is timed by pytest-benchmark, the others just before it. Each is called once more at
     the beginning.
     """
-    calls: dict[str, int] = {}
+    calls = {}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     first, *others = functions
 

@@ -1,8 +1,6 @@
 """What every suite measures: comparisons that run one after another, and cases that the autotuner
 is judged on."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +107,7 @@ def dense_model(name: str, model: int, layers: int, dtype: torch.dtype) -> Any:
     hidden = 4 * model
     if name == "T5":
         widths = {"d_model": model, "d_ff": hidden, "d_kv": max(8, model // 12), "num_heads": heads}
-        config: Any = transformers.T5Config(
+        config = transformers.T5Config(
             **widths, num_layers=layers, vocab_size=512, decoder_start_token_id=0
         )
         return transformers.T5ForConditionalGeneration(config).to(dtype).eval()

@@ -1,7 +1,5 @@
 """Results as rows of text: the terminal and the report show the same cells."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import NamedTuple

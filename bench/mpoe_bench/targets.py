@@ -3,8 +3,6 @@
 Numbers are x dense, forward / forward + backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +26,7 @@ class Target:
         experts, tokens: of the case; of mixtures around a dense network (suite ``layers``) the
             layers instead of the experts, which their names tell.
         forward, train: limits by phase; ``None`` = no limit.
-        key, sizes: of the section, and model and hidden size; T5-base's by default.
+        sizes: model and hidden size; T5-base's by default.
         peer: ``None``: the limits are the largest x dense allowed. Else a contender (`ORIGINAL`
             stands for the one on the same shape): the shape must be faster than the peer by at
             least these factors.
@@ -40,7 +38,6 @@ class Target:
     forward: float | None = None
     train: float | None = None
     peer: str | None = None
-    key: str = "ffn"
     sizes: tuple[int, int] = (768, 3072)
 
 
@@ -64,14 +61,14 @@ KERNEL_TARGETS = (
 # Mixtures around a dense network, router in; the last three read their weights from memory, as in
 # decoding.
 LAYER_TARGETS = (
-    Target("neurons 8 x 64, 2", 1, 2048, 1.12, 1.2, key="layers"),
-    Target("neurons 64 x 64, 8", 1, 2048, 1.35, 1.5, key="layers"),
-    Target("neurons 128 x 128, 8", 1, 2048, 1.55, 1.7, key="layers"),
-    Target("neurons 64 x 64, 8", 1, 2048, 1.15, 1.2, key="layers", sizes=(2048, 8192)),
-    Target("neurons 8 x 64, 2", 12, 64, 1.25, key="layers"),
-    Target("neurons 8 x 64, 2", 12, 1, 1.2, key="layers"),
-    Target("neurons 64 x 64, 8", 12, 1, 1.35, key="layers"),
-    Target("neurons 128 x 128, 8", 12, 1, 1.55, key="layers"),
+    Target("neurons 8 x 64, 2", 1, 2048, 1.12, 1.2),
+    Target("neurons 64 x 64, 8", 1, 2048, 1.35, 1.5),
+    Target("neurons 128 x 128, 8", 1, 2048, 1.55, 1.7),
+    Target("neurons 64 x 64, 8", 1, 2048, 1.15, 1.2, sizes=(2048, 8192)),
+    Target("neurons 8 x 64, 2", 12, 64, 1.25),
+    Target("neurons 8 x 64, 2", 12, 1, 1.2),
+    Target("neurons 64 x 64, 8", 12, 1, 1.35),
+    Target("neurons 128 x 128, 8", 12, 1, 1.55),
 )
 # On an H100, in bfloat16; eager has no targets there.
 GPU_TARGETS = (
@@ -87,7 +84,7 @@ GPU_TARGETS = (
 def of_layer(case: Case) -> Target:
     """The target of a layer with its router."""
     sizes = (case.model, 4 * case.model)
-    return Target(case.name, 1, TOKENS, *case.limits, key="layers", sizes=sizes)
+    return Target(case.name, 1, TOKENS, *case.limits, sizes=sizes)
 
 
 def targets_of(backend: str, device: str = "cpu") -> tuple[Target, ...]:
@@ -111,18 +108,16 @@ Judged = Iterator[tuple[str, str, str, bool]]  # what, wanted, found, reached
 
 def _against_limits(section: Facts, row: Facts, device: str) -> Judged:
     case = section["case"]
-    number = case.get("experts" if section["key"] == "ffn" else "layers")
-    sizes = case.get("model"), case.get("hidden")
-    place = section["key"], row.get("shape"), number, case["tokens"], sizes
+    counted = "E" if section["key"] == "ffn" else "layers"
+    number = case.get("experts" if counted == "E" else "layers")
+    place = row.get("shape"), number, case["tokens"], (case.get("model"), case.get("hidden"))
     if row.get("masked"):
         return
     for target in targets_of(row["backend"], device):
-        of_target = target.key, target.shape, target.experts, target.tokens, target.sizes
-        if of_target != place:
+        if (target.shape, target.experts, target.tokens, target.sizes) != place:
             continue
         model, hidden = target.sizes
         wide = "" if target.sizes == Target.sizes else f" {model}x{hidden}"
-        counted = "E" if target.key == "ffn" else "layers"
         what = f"{target.shape}{wide}, {counted}={number} T={target.tokens}"
         peer = f"{ORIGINAL} ({target.shape})" if target.peer == ORIGINAL else target.peer
         for phase, words in PHASES.items():

@@ -4,8 +4,6 @@ autotuner's choices.
 A choice, made by one timing, is judged against every strategy on every backend in another timing.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

@@ -1,8 +1,6 @@
 """`python -m mpoe_bench.study STUDY.toml`: make the runs that are missing, one after another, and
 write the table."""
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import json
@@ -80,7 +78,7 @@ def store(study_file: Path, runner: Runner, made: dict[str, Record]) -> None:
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     torch.set_num_threads(1)
-    file: Path = arguments.study
+    file = arguments.study
     results = file.with_suffix(".json")
     try:
         runner = open_study(file)

@@ -3,8 +3,6 @@
 Within a seed every arm has the same start and the same data in the same order.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools
@@ -93,20 +91,21 @@ def costs(study: Study, key: str, model: int, layers: int = LAYERS) -> Costs:
 
 def costs_of(arm: Arm, model: int, hidden: int, layers: int = LAYERS) -> Costs:
     """Those of an arm whose dense network has ``hidden`` hidden units."""
-    made: Any = dense_model(model, hidden, 0, layers=1)
+    made = dense_model(model, hidden, 0, layers=1)
     dense = 2 * model * hidden
     flops = float(dense)
     if arm.experts is not None:
         made = convert(made, arm, model, 0)
-        config: MPOEConfig = made.mpoe_config
-        kept = made.transformer.h[0].mlp
+    network = made.transformer.h[0].mlp
+    if arm.experts is not None:
+        config = made.mpoe_config
         relative = config.top_k
         if config.keeps_network:
-            relative = kept.relative_flops(config.top_k)
+            relative = network.relative_flops(config.top_k)
         flops = relative * dense + model * config.num_experts
     weights = 0
     parameters = 0
-    for name, parameter in made.transformer.h[0].mlp.named_parameters():
+    for name, parameter in network.named_parameters():
         parameters += parameter.numel()
         if parameter.ndim > 1 and "router" not in name and "bias" not in name:
             weights += parameter.numel()
@@ -234,9 +233,8 @@ def train_steps(
     steps: int,
     numbered: Iterable[tuple[int, Tensor]],
     loss_of: Callable[[Any, Tensor], Tensor] | None = None,
-) -> list[tuple[int, float]]:
-    """Train in some of the ``steps`` of a run, at most at ``adam``'s rates; returns losses along
-    the way.
+) -> None:
+    """Train in some of the ``steps`` of a run, at most at ``adam``'s rates.
 
     ``loss_of``: the model and token ids -> the loss; default: the model's own.
 
@@ -245,13 +243,10 @@ def train_steps(
     """
     parameters = list(model.parameters())
     rates = [group["lr"] for group in adam.param_groups]
-    history: list[tuple[int, float]] = []
     for step, ids in numbered:
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step, steps)
-        loss: Tensor = (
-            model(input_ids=ids, labels=ids).loss if loss_of is None else loss_of(model, ids)
-        )
+        loss = loss_of(model, ids) if loss_of else model(input_ids=ids, labels=ids).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()
@@ -259,16 +254,12 @@ def train_steps(
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"is {value} in step {step}")
-        if step % max(1, steps // 20) == 0:
-            history.append((step, round(value, 4)))
-    return history
 
 
 class Trained(NamedTuple):
-    """A run's model, its training loss along the way, and the CPU time of its training."""
+    """A run's model, and the CPU time of its training."""
 
     model: Any
-    history: list[tuple[int, float]]
     seconds: float
 
 
@@ -292,8 +283,8 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Tr
     def trained(model: Any, drawn: Iterable[tuple[int, Tensor]]) -> Trained:
         begin = time.process_time()
         adam = optimiser(model, run.rate)
-        history = train_steps(model.train(), adam, steps, drawn)
-        return Trained(model, history, time.process_time() - begin)
+        train_steps(model.train(), adam, steps, drawn)
+        return Trained(model, time.process_time() - begin)
 
     dense = dense_model(size, hidden, run.seed, layers)
     if arm.experts is None:
@@ -306,14 +297,13 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Tr
     start = starts[key]
     mixture = convert(copy.deepcopy(start.model), arm, size, run.seed)
     end = trained(mixture, numbered)
-    seconds = start.seconds + end.seconds
-    return Trained(end.model, start.history + end.history, seconds)
+    return Trained(mixture, start.seconds + end.seconds)
 
 
 @torch.no_grad()
 def evaluate(model: Any, blocks: Blocks, routed: bool) -> tuple[dict[str, float], dict[str, float]]:
     """Loss per byte of every domain, and `router_facts` if ``routed``."""
-    losses: dict[str, float] = {}
+    losses = {}
     logits = []
     for domain, ids in blocks.items():
         total = 0.0
@@ -340,7 +330,7 @@ def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) ->
     in nats per byte.
     """
     try:
-        model, history, seconds = train(study, run, data, starts)
+        model, seconds = train(study, run, data, starts)
     except FloatingPointError as error:
         return {
             "diverged": f"the loss of {run.key} {error}",
@@ -366,7 +356,6 @@ def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) ->
         "whole_flops": round(mixture.whole / dense.whole, 3),
         "router": router,
         "cpu_seconds": round(seconds, 1),
-        "loss": history,
     }
 
 

@@ -1,7 +1,5 @@
 """What training and serving cost beside other ways: speed and memory of one thread."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,24 +1,18 @@
-"""Experts and LoRA adapters beside one base model: how they are trained and opened, and losses on
-pieces of texts."""
-
-from __future__ import annotations
+"""What experts and LoRA adapters beside one base model are trained on, how adapters are opened, and
+losses on pieces of texts."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
-
-from mpoe.models import start_expert
-from mpoe_bench.study.arms import BETAS, train_steps
 
 BATCH = 4
 SAMPLED = 64  # pieces for an expert's statistics
-PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 PROMPTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
@@ -57,34 +51,6 @@ def drawn(text: Tensor, steps: int, seed: int) -> list[Tensor]:
     return batches
 
 
-def trained(
-    kind: str,
-    base: Any,
-    size: int,
-    batches: Sequence[Tensor],
-    rate: float,
-    seed: int,
-    targets: str | list[str] = PROJECTIONS,
-    loss_of: Callable[[Any, Tensor], Tensor] | None = None,
-) -> Any:
-    """An expert (``kind`` "neurons") or a LoRA adapter beside ``base``, on its feed-forward
-    networks or on PEFT's ``targets``, trained by AdamW; ``loss_of``: see `train_steps`.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
-    torch.manual_seed(seed)
-    config = LoraConfig(r=size, lora_alpha=2 * size, target_modules=targets, task_type="CAUSAL_LM")
-    if kind == "neurons":
-        model = start_expert(base, size)
-    else:
-        model = get_peft_model(copy.deepcopy(base), config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
-    train_steps(model.train(), adam, len(batches), enumerate(batches), loss_of)
-    return model.eval()
-
-
 @torch.inference_mode()
 def mean_loss(model: Any, ids: Tensor) -> float:
     """Nats per token that is predicted of the pieces ``ids [N, T]``."""
@@ -108,20 +74,3 @@ def adapters(base: Any, places: Mapping[str, Path]) -> Any:
 
 def batched(ids: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": part} for part in ids.split(8)]
-
-
-@torch.inference_mode()
-def mean_inputs(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """The mean input ``[I]`` of every layer's feed-forward network."""
-    networks = [layer.mlp for layer in model.model.layers]
-    means: dict[Any, Tensor | int] = dict.fromkeys(networks, 0)
-
-    def add(network: Any, inputs: tuple[Tensor, ...]) -> None:
-        means[network] += inputs[0].flatten(0, -2).mean(0) / len(batches)
-
-    handles = [network.register_forward_pre_hook(add) for network in networks]
-    for batch in batches:
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    return [means[network] for network in networks]

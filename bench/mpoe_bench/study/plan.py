@@ -1,7 +1,5 @@
 """A study's file: what is trained and compared, written down before the first run."""
 
-from __future__ import annotations
-
 import dataclasses
 import tomllib
 from collections.abc import Mapping
@@ -119,7 +117,7 @@ class Run(NamedTuple):
         return f"{self.corner} {self.arm} {self.rate:g} {self.seed}"
 
     @classmethod
-    def of(cls, key: str) -> Run:
+    def of(cls, key: str) -> "Run":
         """The run with this key."""
         sizes, arm, rate, seed = key.split()
         corner = Corner(*map(int, sizes.split("/")))
@@ -280,8 +278,8 @@ def read_study(path: Path) -> Study:
     values["comparisons"] = [
         made(Comparison, "comparisons", one) for one in values.get("comparisons", [])
     ]
-    study: Study = made(Study, "the study", values)
-    named: list[str | None] = [study.reference]
+    study = made(Study, "the study", values)
+    named = [study.reference]
     for stage in study.stages:
         named += stage.arms
     for one in study.comparisons:

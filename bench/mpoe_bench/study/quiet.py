@@ -1,8 +1,6 @@
 """The study of quiet experts: a domain is added to a chat model, and what else has changed; see
 quiet.toml."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import time
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
@@ -24,6 +23,7 @@ from mpoe.models.background import background_parts, pooled_background, token_ba
 from mpoe.models.composition import compose
 from mpoe.models.lora_fit import check_adapter, fit_adapter
 from mpoe.models.walk import routed_layers
+from mpoe_bench.study.arms import BETAS, train_steps
 from mpoe_bench.study.costs import ANSWER_TOKENS, costs
 from mpoe_bench.study.experts import (
     BATCH,
@@ -32,9 +32,7 @@ from mpoe_bench.study.experts import (
     adapters,
     batched,
     drawn,
-    mean_inputs,
     mean_loss,
-    trained,
 )
 from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Record, Records, made, values_of
 from mpoe_bench.study.quiet_picture import draw
@@ -52,6 +50,7 @@ from mpoe_bench.study.texts import (
 SHOWN = 8  # pieces of a text that is not the domain's own
 FITTED = 256  # pieces that neurons are fitted to an adapter on, one batch in five held out
 REPLAY_SEED = 5
+PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 Maker = Callable[[], Record]
 
 
@@ -65,20 +64,20 @@ class QuietStudy:
     """Makes the runs; its methods are those of `ArmsStudy`."""
 
     def __init__(self, file: Path) -> None:
-        self.plan: QuietPlan = made(QuietPlan, "the study", values_of(file))
+        self.plan = made(QuietPlan, "the study", values_of(file))
 
     def prepare(self, arguments: argparse.Namespace) -> None:
         """See `ArmsStudy.prepare`."""
         for name in ("data_dir", "model", "work_dir"):
             if getattr(arguments, name) is None:
                 raise ValueError(f"{name} must be given for quiet experts; got none")
-        self.folder: Path = arguments.work_dir
+        self.folder = arguments.work_dir
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
-        base: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
         base.generation_config.pad_token_id = self.tokenizer.eos_token_id
         self.base = base.eval()
-        data: Path = arguments.data_dir
+        data = arguments.data_dir
         self.splits: dict[str, Split] = {}
         for domain in self.plan.domains:
             texts = [domain_texts(data, domain, split) for split in SPLITS]
@@ -223,29 +222,37 @@ class QuietStudy:
             name = f"{name}.expert"
         return self.folder / name
 
-    def trained(
-        self,
-        kind: str,
-        pieces_of_domain: Sequence[Tensor] = (),
-        rate: float = 0.0,
-        seed: int = 0,
-        **options: Any,
-    ) -> Any:
-        """An expert or a LoRA of the plan's size beside the base; see `experts.trained`."""
-        size = self.plan.neurons if kind == "neurons" else self.plan.rank
-        return trained(kind, self.base, size, pieces_of_domain, rate, seed, **options)
+    def started(self, kind: str, targets: str | list[str] = PROJECTIONS, seed: int = 0) -> Any:
+        """An expert (``kind`` "neurons") or a LoRA of the plan's size beside the base, on its
+        feed-forward networks or on PEFT's ``targets``."""
+        torch.manual_seed(seed)
+        if kind == "neurons":
+            return start_expert(self.base, self.plan.neurons).train()
+        rank = self.plan.rank
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"
+        )
+        return get_peft_model(copy.deepcopy(self.base), config).train()
+
+    def trained(self, expert: Expert, targets: str | list[str] = PROJECTIONS) -> Any:
+        """What `started` makes, trained by AdamW; see `train_steps` for errors."""
+        model = self.started(expert.kind, targets, expert.seed)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(
+            parameters, lr=expert.rate, betas=BETAS, weight_decay=0.0, fused=True
+        )
+        text = self.split(expert.domain)[0]
+        batches = drawn(text, expert.steps, expert.seed)
+        loss_of = self.loss_with_replay() if expert.kind == "replay" else None
+        train_steps(model, adam, expert.steps, enumerate(batches), loss_of)
+        return model.eval()
 
     def train(self, expert: Expert) -> Any:
         """Train an expert or an adapter, keep its file, and return the model."""
-        text = self.split(expert.domain)[0]
-        is_neurons = expert.kind == "neurons"
-        loss_of = self.loss_with_replay() if expert.kind == "replay" else None
-        pieces_of_domain = drawn(text, expert.steps, expert.seed)
-        model = self.trained(
-            expert.kind, pieces_of_domain, expert.rate, expert.seed, loss_of=loss_of
-        )
+        model = self.trained(expert)
         place = self.place(expert)
-        if is_neurons:
+        if expert.kind == "neurons":
+            text = self.split(expert.domain)[0]
             statistics = collect_statistics(model, batched(text[:SAMPLED]))
             save_expert(model, place, statistics=statistics)
         else:
@@ -276,7 +283,7 @@ class QuietStudy:
 
         def loss(model: Any, ids: Tensor) -> Tensor:
             chosen = torch.randint(len(self.replayed), (len(ids),), generator=generator)
-            of_pieces: Tensor = model(input_ids=ids, labels=ids).loss
+            of_pieces = model(input_ids=ids, labels=ids).loss
             return of_pieces + self.divergence(model, self.replayed[chosen])
 
         return loss
@@ -292,7 +299,7 @@ class QuietStudy:
         """An expert or an adapter by itself, always on."""
         place = self.place(expert)
         model = self.opened(place) if place.exists() else self.train(expert)
-        record: Record = self.tests(model, [expert.domain])
+        record = self.tests(model, [expert.domain])
         if expert.kind == "replay":
             validation = mean_loss(model, self.split(expert.domain)[1])
             with torch.inference_mode():
@@ -379,11 +386,12 @@ class QuietStudy:
         for path in files.values():
             merged.append(self.opened(path).merge_and_unload().eval())
         mixture = compose(self.base, merged, None, RouterConfig(top_k=2))
+        seeing = start_expert(self.base, 1)
         for number, (_, validation, _) in enumerate(self.splits.values()):
-            inputs = mean_inputs(self.base, batched(validation))
-            for (_, layer), row in zip(routed_layers(mixture), inputs, strict=True):
-                weight = layer.router.weight.data
-                weight[number] = F.normalize(row, dim=0)
+            statistics = collect_statistics(seeing, batched(validation), 0)
+            for name, layer in routed_layers(mixture):
+                mean = statistics[f"{name}.mean"]
+                layer.router.weight.data[number] = F.normalize(mean, dim=0)
         return mixture
 
     def tenants(self, number: int) -> Record:
@@ -392,7 +400,7 @@ class QuietStudy:
         names = [*self.plan.domains, *self.plan.tenants][:number]
         seed = self.plan.seeds[0]
         mixture = self.mixture(names, seed)
-        record: Record = {"mixture": self.tests(mixture)}
+        record = {"mixture": self.tests(mixture)}
         for name in names:
             test = self.split(name)[2]
             alone = self.opened(self.file("neurons", name, seed))
@@ -406,16 +414,14 @@ class QuietStudy:
         train, _, test = self.split(domain)
         seed = self.plan.seeds[0]
         place = self.folder / f"adapter {adapted} {domain}".replace(" ", "-")
-        pieces_of_domain = drawn(train, self.plan.steps, seed)
-        targets = self.plan.adapters[adapted]
-        rate = self.plan.rates["lora"]
-        model = self.trained("lora", pieces_of_domain, rate, seed, targets=targets)
+        lora = Expert("lora", domain, self.plan.steps, self.plan.rates["lora"], seed)
+        model = self.trained(lora, self.plan.adapters[adapted])
         model.save_pretrained(str(place))
         merged = model.merge_and_unload().eval()
         neurons = check_adapter(self.base, place)
         texts = [{"input_ids": rows, "labels": rows} for rows in train[:FITTED].split(BATCH)]
         losses_of = [mean_loss(model, test) for model in (self.base, merged)]
-        record: Record = {"neurons": neurons, "losses": losses_of}
+        record = {"neurons": neurons, "losses": losses_of}
         try:
             fitted = fit_adapter(self.base, merged, texts, domain, neurons=neurons)
         except ValueError as error:
@@ -443,8 +449,8 @@ class QuietStudy:
         ids = self.split(domain)[0][:BATCH]
         learning = {
             "all weights": copy.deepcopy(self.base).train().requires_grad_(True),
-            "LoRA": self.trained("lora").train(),
-            "an expert": self.trained("neurons").train(),
+            "LoRA": self.started("lora"),
+            "an expert": self.started("neurons"),
         }
         serving = {
             "base, or a merged LoRA": self.base,

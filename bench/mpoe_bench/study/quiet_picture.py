@@ -1,8 +1,6 @@
 """The picture of the study of quiet experts: what a domain's training teaches against what it
 changes elsewhere."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from matplotlib import rc_context

@@ -1,13 +1,11 @@
 """The table of the study of quiet experts, and which lines of its success hold so far."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Record, Records
-from mpoe_bench.study.tables import Section, page
+from mpoe_bench.study.tables import page
 
 NAMES = {
     "neurons": "own neurons, always on",
@@ -41,9 +39,9 @@ class Case:
         self.others = [record[other] - base[other] for other in others]
         self.probes = [record[probe] - base[probe] for probe in plan.probes]
         self.elsewhere = fmean([*self.others, *self.probes])
-        self.answers: float = record["answers"]
-        self.same: float = record["same"]
-        self.prefix: float = record["prefix"]
+        self.answers = record["answers"]
+        self.same = record["same"]
+        self.prefix = record["prefix"]
 
     def share_text(self) -> str:
         return "" if self.share is None else f"{self.share:.1%}"
@@ -184,7 +182,7 @@ class QuietResults:
 
     def of_methods(self) -> Rows:
         """A row a method: means over the finished cases."""
-        rows: Rows = []
+        rows = []
         for method, name in NAMES.items():
             finished = list(self.cases(method).values())
             if not finished:
@@ -202,7 +200,7 @@ class QuietResults:
 
     def of_cases(self) -> Rows:
         """A row for every finished case of every method."""
-        rows: Rows = []
+        rows = []
         for method, name in NAMES.items():
             for place, case in self.cases(method).items():
                 probes = ", ".join(f"{change:+.3f}" for change in case.probes)
@@ -214,14 +212,14 @@ class QuietResults:
     def of_many(self) -> Rows:
         """Mixtures of four and their rivals."""
         named = {f"quiet experts, seed {seed}": case for seed, case in self.mixtures().items()}
-        rows: Rows = []
+        rows = []
         for name, case in (named | self.rivals()).items():
             rows.append([name, case.gain, f"{fmean(case.probes):+.3f}", *case.kept()])
         return rows
 
     def of_adapters(self) -> Rows:
         """What neurons keep of a LoRA of attention, or of all linear layers, on the test text."""
-        rows: Rows = []
+        rows = []
         for adapted in self.plan.adapters:
             for domain in self.plan.domains:
                 record = self.records.get(f"adapter {adapted}: {domain}")
@@ -235,7 +233,7 @@ class QuietResults:
     def of_costs(self) -> Rows:
         """Tokens per second and memory beside the first contender's."""
         record = self.records.get("costs", {})
-        rows: Rows = []
+        rows = []
         for phase in ("training", "reading", "answering"):
             contenders = record.get(phase, {})
             speeds = [speed for speed, _ in contenders.values()]
@@ -247,7 +245,7 @@ class QuietResults:
 
     def of_lengths(self, lengths: Sequence[int]) -> Rows:
         """What one domain gains and what everything else loses, by steps."""
-        rows: Rows = []
+        rows = []
         for method in ("neurons", "quiet", "lora", "replay"):
             row = [method]
             for steps in lengths:
@@ -272,7 +270,7 @@ class QuietResults:
             for name, share in self.kept_of_tenants(number).items()
         ]
         losses = plan.losses_of_replay(self.records)
-        sections: list[Section] = [
+        sections = [
             (
                 "Success, written down before the first run",
                 "",

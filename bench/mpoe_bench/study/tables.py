@@ -1,8 +1,6 @@
 """Studies' tables in Markdown: what is finished, gains, paired t-tests; and which lines of a
 success hold so far."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -136,7 +134,7 @@ class ArmsResults:
         header = ["arm", "rate", "seeds", "steps", "FFN weights, x dense"]
         header += ["with router and biases", "FFN FLOPs, x dense", "test loss"]
         header.append(f"gain over {study.arms[study.reference].name}")
-        rows: list[Sequence[str]] = []
+        rows = []
         for arm in arms:
             done = list(self.finished(corner, arm).values())
             seeds = f"{len(done)} of {len(study.seeds)}"
@@ -203,7 +201,7 @@ class ArmsResults:
         study = self.study
         title = "Rates"
         words = f"Validation loss after {study.rate_steps:,} steps, seed {study.seeds[0]}."
-        sections: list[Section] = []
+        sections = []
         for model, rates in study.rates.items():
             rows = []
             for arm in study.arms:

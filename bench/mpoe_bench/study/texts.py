@@ -1,7 +1,5 @@
 """Texts of studies: domains with held-out texts, as bytes or as tokens; tenants and probes."""
 
-from __future__ import annotations
-
 import ast
 import math
 from collections.abc import Iterator, Sequence
@@ -88,7 +86,7 @@ def read_blocks(folder: Path) -> dict[str, Blocks]:
     Raises:
         FileNotFoundError: see `domain_texts`.
     """
-    blocks: dict[str, Blocks] = {}
+    blocks = {}
     for split in SPLITS:
         most = None if split == "train" else HELD_OUT
         blocks[split] = {}
@@ -147,7 +145,7 @@ def docstrings(package: str) -> Iterator[str]:
 
 def tenant_texts(tokenizer: Any, package: str) -> Split:
     """Train, validation and test of a package's docstrings, cut where a docstring ends."""
-    texts: list[str] = []
+    texts = []
     for text in docstrings(package):
         texts.append(text)
         if sum(map(len, texts)) > 1_500_000:

@@ -81,11 +81,17 @@ def test_the_parts_on_a_gpu():
     assert "build_ext" not in " ".join(parts.values())
 
 
+def program(folder, code):
+    """A shell script in place of Python."""
+    file = folder / "python"
+    file.write_text(f"#!/usr/bin/env bash\n{code}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
 def test_the_library_is_built_beforehand(tmp_path):
-    program = tmp_path / "python"
-    program.write_text('#!/usr/bin/env bash\necho "$MPOE_BUILD $TORCH_CUDA_ARCH_LIST $*"\n')
-    program.chmod(0o755)
-    done = script("--build", PYTHON=str(program))
+    python = program(tmp_path, 'echo "$MPOE_BUILD $TORCH_CUDA_ARCH_LIST $*"')
+    done = script("--build", PYTHON=python)
     assert done.stdout == "cuda 9.0a setup.py -q build_ext --inplace\n"
 
 
@@ -147,10 +153,8 @@ def test_a_visit_tries_every_part_without_a_gpu(tmp_path):
 
 def trial(tmp_path, code, *words):
     """Status and report of the script with a program in place of Python, for a part each."""
-    program = tmp_path / "python"
-    program.write_text(f"#!/usr/bin/env bash\n{code}\n")
-    program.chmod(0o755)
-    done = script("--device", "cpu", "--out", str(tmp_path / "out"), *words, PYTHON=str(program))
+    python = program(tmp_path, code)
+    done = script("--device", "cpu", "--out", str(tmp_path / "out"), *words, PYTHON=python)
     return done.returncode, (tmp_path / "out/visit.md").read_text()
 
 

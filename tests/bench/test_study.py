@@ -429,6 +429,10 @@ def short_texts(monkeypatch):
         monkeypatch.setattr(background, name, value)
 
 
+def verdicts_of(plan, records):
+    return {what: holds for what, _, holds in QuietResults(plan, records).criteria()}
+
+
 def test_runs_and_success_of_quiet_experts():
     study = open_study(QUIET)
     plan = study.plan
@@ -461,12 +465,12 @@ def test_runs_and_success_of_quiet_experts():
     for domain in plan.domains:
         others = {other: 4.02 for other in plan.domains if other != domain}
         records[f"quiet {domain} 0"] = holding | others
-    verdicts = {what: holds for what, _, holds in QuietResults(plan, records).criteria()}
+    verdicts = verdicts_of(plan, records)
     of_one = [holds for what, holds in verdicts.items() if what.startswith("one")]
     assert of_one == ["yes"] * 6
     assert verdicts["four experts: share of their own gains"] == ""
     records["quiet novels 0"] = holding | {"messages": 4.2, "novels, all": 3.9}
-    verdicts = {what: holds for what, _, holds in QuietResults(plan, records).criteria()}
+    verdicts = verdicts_of(plan, records)
     assert verdicts["one: worst other domain"] == "**no**"
     assert verdicts["one expert: share of its own gain"] == "**no**"
     records["mixture 0"] = record(3.04, answers=0.01)
@@ -490,7 +494,7 @@ def test_runs_and_success_of_quiet_experts():
         "background": {"sampling": 99, "statistics": 77},
         "reading": {"base": [200.0, 600], "one quiet expert": [150.0, 620]},
     }
-    verdicts = {what: holds for what, _, holds in QuietResults(plan, records).criteria()}
+    verdicts = verdicts_of(plan, records)
     assert verdicts["four: nats ahead of Arrow, top 1"] == "**no**"
     assert verdicts["four: nats ahead of mean of LoRAs"] == "yes"
     assert verdicts["10 tenants: share of their own gains"] == "**no**"

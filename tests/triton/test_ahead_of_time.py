@@ -45,6 +45,10 @@ def kernels_of_the_backend():
     return found
 
 
+def launches_of(problems, architecture):
+    return [launch for problem in problems for launch in problem.launches(architecture)]
+
+
 on_architectures = pytest.mark.parametrize(
     "architecture",
     [pytest.param(a, marks=[pytest.mark.slow] * (a in ("sm_80", "sm_100"))) for a in ARCHITECTURES],
@@ -81,13 +85,11 @@ def test_every_shipped_tile_is_compiled():
 def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(architecture):
     problems = list(shipped.FAMILIES["linear"](torch.bfloat16, False, shipped.T5_BASE))
     chosen = [
-        each for each in problems if each.name.startswith("separable") and "E=8 T=4096" in each.name
+        problem._replace(every_tile=False)
+        for problem in problems
+        if problem.name.startswith("separable") and "E=8 T=4096" in problem.name
     ]
-    started = [
-        launch
-        for each in chosen
-        for launch in each._replace(every_tile=False).launches(architecture)
-    ]
+    started = launches_of(chosen, architecture)
     shared = [launch.arguments for launch in started if launch.arguments.get("da") is not None]
     tile = grouped.BOTH_TILES[architecture]
     assert {(a["BK"], a["num_warps"], a["num_stages"]) for a in shared} == {
@@ -104,7 +106,7 @@ def test_every_tile_of_experts_is_compiled(architecture, dtype):
     tables = {"hidden": (hidden.TILES, hidden.LARGE_TILES), "neurons": (neurons.TILES,)}
     for family in tables:
         problems = shipped.FAMILIES[family](dtype, False, shipped.T5_BASE)
-        started = [launch for problem in problems for launch in problem.launches(architecture)]
+        started = launches_of(problems, architecture)
         found = {
             (x.name, x.arguments["BM"], x.arguments["num_warps"])
             for x in started
@@ -144,11 +146,8 @@ def test_kernels_of_experts_fit_smaller_cards(dtype):
 
 
 def test_every_number_of_pairs_that_one_program_sorts_is_compiled():
-    started = [
-        launch
-        for each in shipped.FAMILIES["routing"](torch.bfloat16, True, shipped.T5_BASE)
-        for launch in each.launches("sm_90")
-    ]
+    problems = shipped.FAMILIES["routing"](torch.bfloat16, True, shipped.T5_BASE)
+    started = launches_of(problems, "sm_90")
     wanted = {max(16, 1 << (pairs - 1).bit_length()) for pairs in range(1, routing.FEW + 1)}
     assert {
         launch.arguments["BLOCK"] for launch in started if launch.name == "route_few_kernel"
@@ -159,7 +158,7 @@ def test_every_number_of_pairs_that_one_program_sorts_is_compiled():
 def test_other_sizes_start_the_same_kernels(sizes):
     problems = list(shipped.problems(torch.bfloat16, few=True, sizes=sizes))
     assert not any(problem.every_tile for problem in problems)
-    started = [launch for problem in problems for launch in problem.launches("sm_90")]
+    started = launches_of(problems, "sm_90")
     wanted = kernels_of_the_backend()
     if sizes.experts == (1024,):  # few slots of an expert take two kernels instead
         wanted.remove("neurons_fused_kernel")

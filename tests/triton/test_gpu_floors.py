@@ -53,22 +53,26 @@ def code_of(*lines):
     )
 
 
+def loads_of(lines, *trips):
+    return machine_code.executed("some_kernel", code_of(*lines), trips).loads
+
+
 def test_loads_count_where_their_results_are_first_used():
     """Together once, and in a chain each; what is overwritten or never used not at all."""
     ahead = ["LDG.E R2, desc[UR4][R8.64]", "LDG.E.128 R4, desc[UR4][R8.64+0x10]"]
     together = [*ahead, "FADD R0, R7, R1", "FADD R0, R2, R0", "EXIT"]  # R7 is the last of four
-    assert machine_code.executed("some_kernel", code_of(*together), ()).loads == 1
+    assert loads_of(together) == 1
     chain = [
         "LDG.E.64 R2, desc[UR4][R8.64]",
         "LDG.E R6, desc[UR4][R2.64]",
         "STG.E desc[UR4][R8.64], R6",
         "EXIT",
     ]
-    assert machine_code.executed("some_kernel", code_of(*chain), ()).loads == 2
+    assert loads_of(chain) == 2
     unused = [*ahead, "MOV R2, R1", "EXIT"]
-    assert machine_code.executed("some_kernel", code_of(*unused), ()).loads == 0
+    assert loads_of(unused) == 0
     loop = [*["MOV R1, R3"] * 8, *chain[:3], "@!P0 BRA 0x80", "EXIT"]
-    assert machine_code.executed("some_kernel", code_of(*loop), (5,)).loads == 10
+    assert loads_of(loop, 5) == 10
 
 
 @pytest.mark.parametrize("ahead, loads", [("0x0", 6), ("0x1", 3), ("0x2", 2)])
@@ -81,7 +85,7 @@ def test_asynchronous_copies_that_were_issued_turns_ahead_wait_for_a_part(ahead,
         "@!P5 BRA 0x0",
         "EXIT",
     ]
-    assert machine_code.executed("some_kernel", code_of(*turn), (6,)).loads == loads
+    assert loads_of(turn, 6) == loads
 
 
 def test_what_waits_and_what_returns_from_behind_the_end_are_no_loops():

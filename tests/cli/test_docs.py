@@ -70,6 +70,14 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
+def folders_of_the_pages(sentiment, folder):
+    """What readers have: ``my_folder`` and ``law``."""
+    sentiment.rename(folder / "my_folder")
+    (folder / "law").mkdir()
+    sentence = "In case {} the court found for the plaintiff.\n"
+    (folder / "law/train.txt").write_text("".join(map(sentence.format, range(900))))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page(cli, page, sentiment, tmp_path, monkeypatch):
     text = page.read_text(encoding="utf-8")
@@ -80,10 +88,7 @@ def test_page(cli, page, sentiment, tmp_path, monkeypatch):
         len(blocks(text, language)) for language in ("python", "bash", "text", "yaml")
     ), "a block nobody runs"
     monkeypatch.chdir(tmp_path)
-    sentiment.rename(tmp_path / "my_folder")
-    (tmp_path / "law").mkdir()
-    sentence = "In case {} the court found for the plaintiff.\n"
-    (tmp_path / "law/train.txt").write_text("".join(map(sentence.format, range(900))))
+    folders_of_the_pages(sentiment, tmp_path)
     write_files(text, tmp_path)
     run_blocks(text)
     ran = run_commands(cli, text)
@@ -207,10 +212,7 @@ def launch(folder, example):
 
 @pytest.mark.slow
 def test_the_launch_line_runs(sentiment, tmp_path):
-    sentiment.rename(tmp_path / "my_folder")
-    (tmp_path / "law").mkdir()
-    sentence = "In case {} the court found for the plaintiff.\n"
-    (tmp_path / "law/train.txt").write_text("".join(map(sentence.format, range(900))))
+    folders_of_the_pages(sentiment, tmp_path)
     launch(tmp_path, example=False)
     assert (tmp_path / "runs/two" / "results.json").is_file()
 

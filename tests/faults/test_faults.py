@@ -114,14 +114,20 @@ ENDS = {  # of a run that replaces another, in their order: where it is killed
 }
 
 
+def folder_of_a_run(folder):
+    """Beside texts to train on."""
+    for split in ("train", "validation"):
+        (folder / f"{split}.txt").write_text("A list holds its items in their order.\n\n" * 12)
+    run = folder / "out"
+    run.mkdir()
+    return run
+
+
 @pytest.mark.parametrize(
     "point", [name if name == "the exchange" else pytest.param(name, marks=slow) for name in ENDS]
 )
 def test_a_killed_run_leaves_the_earlier_expert_or_its_own(tmp_path, monkeypatch, point):
-    run = tmp_path / "out"
-    run.mkdir()
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.txt").write_text("A list holds its items in their order.\n\n" * 12)
+    run = folder_of_a_run(tmp_path)
     save_expert(start_expert(load_stand_in("gpt2")[0], 8), run / "a.expert")
     for name, text in {
         "background.safetensors": "old",
@@ -150,10 +156,7 @@ def test_a_killed_run_leaves_the_earlier_expert_or_its_own(tmp_path, monkeypatch
 
 
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
-    run = tmp_path / "out"
-    run.mkdir()
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.txt").write_text("A list holds its items in their order.\n\n" * 12)
+    run = folder_of_a_run(tmp_path)
     (run / "mpoe_files.json").write_text('{"files": ["b.expert"]}')
     (run / "b.expert").write_text("earlier")
     make = train.make_trainer

@@ -68,22 +68,23 @@ def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) 
         stream_layers = [k for k, (_, layer) in enumerate(layers) if layer.stream == stream]
         if not stream_layers:
             continue
-        routed = [(layers[k][1].router, logits[k].float()) for k in stream_layers]
-        best = [router.scores(scored)[1].topk(router.top_k).indices for router, scored in routed]
-        shares = [
-            torch.softmax(scored, -1).gather(-1, index)
-            for (_, scored), index in zip(routed, best, strict=True)
-        ]
+        chosen = [_chosen(layers[k][1].router, logits[k].float()) for k in stream_layers]
         routes.append(
             Route(
                 stream,
                 [_as_text(tokenizer, token) for token in stream_ids.tolist()],
                 [layers[k][0] for k in stream_layers],
-                [scored.tolist() for scored in best],
-                [scored.tolist() for scored in shares],
+                [index.tolist() for index, _ in chosen],
+                [probabilities.tolist() for _, probabilities in chosen],
             )
         )
     return routes
+
+
+def _chosen(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts of every token, best first, and their probabilities, ``[T, K]``."""
+    index = router.scores(logits)[1].topk(router.top_k).indices
+    return index, torch.softmax(logits, -1).gather(-1, index)
 
 
 def _as_text(tokenizer: Any, token: int) -> str:
@@ -271,7 +272,6 @@ def _counted_losses(mixture: Any, batches: Batches) -> tuple[Tensor, Tensor, Ten
 
 def _gates(router: Any, logits: Tensor) -> Tensor:
     """Of the chosen experts, 0 for the others; they add up to 1, ``[T, E]``."""
-    index = router.scores(logits)[1].topk(router.top_k).indices
-    probabilities = torch.softmax(logits, -1).gather(-1, index)
+    index, probabilities = _chosen(router, logits)
     gates = probabilities / probabilities.sum(-1, keepdim=True)
     return torch.zeros_like(logits).scatter(-1, index, gates)

@@ -138,7 +138,7 @@ def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) ->
         for name in aliases
         for spelling in dict.fromkeys((name, name.replace("_", "-")))
     ]
-    metadata = {"help": text, **argparse_arguments, **({"aliases": spelled} if spelled else {})}
+    metadata = {"help": text, "aliases": spelled, **argparse_arguments}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

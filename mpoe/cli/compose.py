@@ -114,9 +114,9 @@ def recipe_words(file: str) -> list[str]:
         raise CommandError(f"{file}: base must name the model of the experts; it is missing")
     tree: Any = yaml.compose(read_utf8(file, Path(file)), yaml.SafeLoader)
     keys = [key.value for key, _ in tree.value]
-    twice = next((key for key in keys if keys.count(key) > 1), None)
-    if twice is not None:  # of which the last would count
-        raise CommandError(f"{file}: {twice} must be there once; got it {keys.count(twice)} times")
+    for key in keys:
+        if keys.count(key) > 1:  # of which the last would count
+            raise CommandError(f"{file}: {key} must be there once; got it {keys.count(key)} times")
     words = [str(recipe["base"]), *recipe.get("experts", [])]
     for word in [*words, *(part for key in lists[1:] for part in recipe.get(key, []))]:
         if word.startswith("-"):

@@ -122,9 +122,9 @@ SETTINGS = {
 }
 _ALIKE = (
     "--lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.01 --logging_steps 5 "
-    "--eval_strategy no"
+    "--eval_strategy no --save_strategy no --use_cpu --disable_tqdm true --report_to none "
+    "--overwrite"
 )
-_ALIKE += " --save_strategy no --use_cpu --disable_tqdm true --report_to none --overwrite"
 _COMPARED = (
     "The same start, the same items in the same order, one seed. So short a training from a "
     "pretrained start hardly needs experts, and seeds differ by a point or so: larger models, "

@@ -66,8 +66,8 @@ def expert_load(model: Any, items: Sequence[Item], tokenizer: Any) -> list[list[
     with torch.inference_mode(), evaluation_mode(model):
         for batch in padded_batches(model, items, tokenizer):
             # encoders have no labels
-            given = {name: value for name, value in batch.items() if value is not None}
-            output = model(**{name: value.to(model.device) for name, value in given.items()})
+            given = {n: value.to(model.device) for n, value in batch.items() if value is not None}
+            output = model(**given)
             if getattr(output, "expert_load", None) is None:
                 return []
             parts.append(output.expert_load)

@@ -78,19 +78,16 @@ def run(words: list[str]) -> None:
         )
 
 
-def _not_of_torchao(record: logging.LogRecord) -> bool:
-    """torchao registers two Enums, of which torch would warn whenever a command imports
-    Transformers."""
-    return "is an Enum subclass" not in str(record.msg)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line on ``arguments`` (default: the process's) and exit.
 
     Exit codes: 0 success, 1 a bug (with traceback), 2 a refusal (one line on stderr), 130
     interrupted.
     """
-    logging.getLogger("torch.utils._pytree").addFilter(_not_of_torchao)
+    # torchao registers two Enums, of which torch would warn when a command imports Transformers.
+    logging.getLogger("torch.utils._pytree").addFilter(
+        lambda record: "is an Enum subclass" not in str(record.msg)
+    )
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
     code = 0

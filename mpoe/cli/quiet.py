@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mpoe.cli.report import Table
 from mpoe.data.predict import Batch
 from mpoe.models.background import collect_background, load_background, save_background, start_token
@@ -15,7 +13,7 @@ from mpoe.models.composition import Statistics
 from mpoe.models.expert_files import WAYS, Expert, kept
 from mpoe.models.expert_mixture import BACKGROUND_FILE, compose_experts
 from mpoe.models.quiet import Change, measure_change, sample_own_words
-from mpoe.models.weight_files import check_link
+from mpoe.models.weight_files import Tensors, check_link
 
 HEADER = ("", "the domain", "the base's own texts", "KL on its own answers", "first choice equal")
 WORDS = (
@@ -31,7 +29,7 @@ def speaks(base: Any, tokenizer: Any) -> bool:
     return is_causal and start_token(tokenizer) is not None
 
 
-def background_beside(base: Any, folders: Iterable[Path]) -> dict[str, Tensor] | None:
+def background_beside(base: Any, folders: Iterable[Path]) -> Tensors | None:
     """The background that one of the folders keeps for this base; ``None`` if none does."""
     for folder in folders:
         file = folder / BACKGROUND_FILE
@@ -45,7 +43,7 @@ def background_beside(base: Any, folders: Iterable[Path]) -> dict[str, Tensor] |
     return None
 
 
-def made_background(base: Any, tokenizer: Any, folder: Path) -> dict[str, Tensor]:
+def made_background(base: Any, tokenizer: Any, folder: Path) -> Tensors:
     """The background that a folder keeps for this base, made now if it does not."""
     known = background_beside(base, [folder])
     if known is not None:

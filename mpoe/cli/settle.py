@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Subset
 from transformers import AutoConfig
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy
 
 from mpoe.cli.command import CommandError
 from mpoe.cli.models import Source
@@ -186,11 +186,8 @@ def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: froze
         arguments.eval_strategy = IntervalStrategy.STEPS
         arguments.do_eval = True
         arguments.eval_steps = arguments.eval_steps or quarter
-    for kind, enum in (
-        ("logging", IntervalStrategy),
-        ("save", SaveStrategy),
-        ("eval", IntervalStrategy),
-    ):
-        if getattr(arguments, f"{kind}_strategy") == "epoch":
-            setattr(arguments, f"{kind}_strategy", enum("steps"))
+    for kind in ("logging", "save", "eval"):
+        strategy = getattr(arguments, f"{kind}_strategy")
+        if strategy == "epoch":
+            setattr(arguments, f"{kind}_strategy", type(strategy)("steps"))
             setattr(arguments, f"{kind}_steps", per_epoch)

@@ -101,13 +101,8 @@ def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
 
     @functools.wraps(construct)
     def __init__(self: Any, *values: Any, **named: Any) -> None:
+        check_fields(cls, named, cls.__name__, TypeError)
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for name in named:
-            if name not in known:
-                raise TypeError(
-                    f"{cls.__name__} has no field {quoted(name)}{hint(name, known)}; it has "
-                    f"{', '.join(known)}"
-                )
         given = {**dict(zip(known, values, strict=False)), **named}
         self._given = frozenset(name for name, value in given.items() if value is not None)
         construct(self, *values, **named)
@@ -116,12 +111,14 @@ def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
     return cls
 
 
-def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
+def check_fields(
+    cls: type, values: Mapping[str, Any], what: str, error: type[Exception] = ValueError
+) -> None:
     check_type(what, values, Mapping, "a mapping")
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            raise ValueError(
+            raise error(
                 f"{what} has no field {quoted(name)}{hint(name, known)}; it has {', '.join(known)}"
             )
 

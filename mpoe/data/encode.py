@@ -158,11 +158,12 @@ def encode_labels(
     encoded = tokenizer([e.source for e in examples], truncation=True, max_length=max_length)[
         "input_ids"
     ]
-    odd = next((e.target for e in examples if labels and e.target not in labels), None)
-    if odd is not None:
-        raise ValueError(
-            f"targets must be among {', '.join(labels)}, which the model tells apart; got {odd!r}"
-        )
+    for e in examples:
+        if labels and e.target not in labels:
+            raise ValueError(
+                f"targets must be among {', '.join(labels)}, which the model tells apart; got "
+                f"{e.target!r}"
+            )
     answers = [
         labels.index(e.target) if labels else float(e.target if e.number is None else e.number)
         for e in examples

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mpoe.config.checks import check_choice, check_integer
+from mpoe.config.checks import check_choice, check_integer, check_type
 from mpoe.data.metrics import METRICS, get_metric
 
 SPLITS = ("train", "validation", "test")
@@ -84,10 +84,7 @@ class Task:
         rows = self.rows(split)
         examples = tuple(rows if self.to_text is None else map(self.to_text, rows))
         for row in examples:
-            if not isinstance(row, Example):
-                raise TypeError(
-                    f"rows must be Example, or to_text make them so; got {type(row).__name__}"
-                )
+            check_type("rows", row, Example, "Example, or to_text make them so")
         return examples
 
     def train(self) -> tuple[Example, ...]:

@@ -183,6 +183,10 @@ class RoutedFeedForward(nn.Module):
             return False
         return type(self.experts) is kind and not is_observed(router, self.experts)
 
+    def cast(self, x: Tensor) -> Tensor:
+        """``x`` in the experts' dtype; under autocast as it is."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.experts.dtype)
+
     def dropped(self, y: Tensor) -> Tensor:
         """``y`` after the output dropout; a module that does nothing is not called, because that
         costs time while decoding."""
@@ -258,8 +262,7 @@ class MPOEFeedForward(RoutedFeedForward):
             if y is not None:
                 return self.dropped(y).view(hidden_states.shape)
         routing, gates = self._route(x, token_mask)
-        if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.experts.dtype)
+        x = self.cast(x)
         rate = self.expert_dropout if self.training else 0.0
         return self.dropped(self.experts(x, routing, gates, rate)).view(hidden_states.shape)
 

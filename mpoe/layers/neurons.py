@@ -287,9 +287,7 @@ class NeuronFeedForward(KeptFeedForward):
             if routed is not None:
                 return routed.view(hidden_states.shape).to(like.dtype)
         gates, index = self._decision(x, token_mask)
-        if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.experts.dtype)
-        o = self.experts(x, gates, index)
+        o = self.experts(self.cast(x), gates, index)
         for rate in (self.expert_dropout, self.output_dropout):
             if self.training and rate:
                 o = nn.functional.dropout(o, rate)

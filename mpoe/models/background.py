@@ -26,7 +26,7 @@ from mpoe.models.composition import (
     pooled_statistics,
 )
 from mpoe.models.expert_files import base_identity, places_for_neurons, start_expert
-from mpoe.models.weight_files import read_with_metadata, write_tensors
+from mpoe.models.weight_files import Tensors, read_with_metadata, write_tensors
 
 SAMPLES = 32  # of the model's own texts, and of its own chats
 TEXT_LENGTH = 128  # tokens of a text, the start token among them
@@ -154,7 +154,7 @@ def packaged_text(model: Any, tokenizer: Any, text: str) -> Tensor:
     return ids
 
 
-def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Tensor]:
+def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> Tensors:
     """What `collect_background` pools, by name: token ids ``[N, length]`` of ``texts``, ``chats``
     and ``general``, as far as there are some."""
     parts = {}
@@ -170,7 +170,7 @@ def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Ten
     return parts
 
 
-def pooled_background(model: Any, parts: Sequence[Iterable[Batch]]) -> dict[str, Tensor]:
+def pooled_background(model: Any, parts: Sequence[Iterable[Batch]]) -> Tensors:
     """The statistics of several texts as one class, each of equal weight however long it is.
 
     Args:
@@ -181,7 +181,7 @@ def pooled_background(model: Any, parts: Sequence[Iterable[Batch]]) -> dict[str,
     return pooled_statistics([collect_statistics(started, batches, RANK) for batches in parts])
 
 
-def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Tensor]:
+def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> Tensors:
     """The default background of a causal model: statistics of its own texts, its own chats and the
     general text.
 
@@ -201,7 +201,7 @@ def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, T
     return pooled_background(model, [token_batches(ids) for ids in parts.values()])
 
 
-def token_batches(ids: Tensor) -> list[dict[str, Tensor]]:
+def token_batches(ids: Tensor) -> list[Tensors]:
     """Token ids ``[N, length]`` as batches of a few rows."""
     return [
         {"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(AT_ONCE)
@@ -214,7 +214,7 @@ def save_background(statistics: Statistics, base: Any, file: Path) -> None:
     write_tensors(file, statistics, {"base": base_identity(base)})
 
 
-def load_background(file: Path, base: Any) -> dict[str, Tensor]:
+def load_background(file: Path, base: Any) -> Tensors:
     """Read what `save_background` wrote.
 
     Raises:

@@ -64,15 +64,6 @@ def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> 
     return mask.bool() if tokens is None else mask[:, -tokens.shape[1] :].bool()
 
 
-def _without_padding(masks: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The masks, None where nothing is padding: a prompt may have padding, the tokens after it have
-    none. Only on the CPU, as a GPU would have to be waited for."""
-    return {
-        stream: None if mask is None or (mask.device.type == "cpu" and bool(mask.all())) else mask
-        for stream, mask in masks.items()
-    }
-
-
 def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight: float) -> Tensor:
     """``sum over layers of balance_weight * balancing loss + z_weight * z-loss``, float32 scalar.
 
@@ -244,7 +235,11 @@ class MPOEModelMixin(_Model):
         is_generating = outer is not None and outer.is_generating
         masks = self.token_masks(kwargs)
         if is_generating and not torch.compiler.is_compiling():
-            masks = _without_padding(masks)
+            # A prompt may have padding, the tokens after it have none. Only on the CPU, as a GPU
+            # would have to be waited for.
+            for stream, mask in masks.items():
+                if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
+                    masks[stream] = None
         context = RoutingContext(masks, None if is_generating else [])
         with Entered(context):
             output = forward(**kwargs, return_dict=True)

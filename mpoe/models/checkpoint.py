@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
@@ -26,6 +26,7 @@ from mpoe.models.walk import modules_of, mpo_modules
 from mpoe.models.weight_files import (
     BASE_FILE,
     ONLY_FILE,
+    Tensors,
     check_repeats,
     check_shapes,
     declared_shapes,
@@ -219,7 +220,7 @@ def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
     return base, str(getattr(base.config, "_name_or_path", "") or "")
 
 
-def _base_of(folder: Path, cls: type[Any], base: Any) -> tuple[dict[str, Tensor], str]:
+def _base_of(folder: Path, cls: type[Any], base: Any) -> tuple[Tensors, str]:
     """The dense model's parameters, and the hash that an MPOE-only save has of those that it
     needs."""
     if not (folder / BASE_FILE).is_file():
@@ -233,9 +234,7 @@ def _base_of(folder: Path, cls: type[Any], base: Any) -> tuple[dict[str, Tensor]
     return _base_model(base, cls)[0].state_dict(), str(identity.get("sha256"))
 
 
-def _joined(
-    skeleton: nn.Module, files: list[Path], theirs: dict[str, Tensor], digest: str
-) -> dict[str, Tensor]:
+def _joined(skeleton: nn.Module, files: list[Path], theirs: Tensors, digest: str) -> Tensors:
     """All parameters of an MPOE-only save's model: those in its file, and copies of the base's."""
     wanted = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     mpoe_names = {name for name in wanted if _is_mpoe(name)}

@@ -39,6 +39,7 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.find import dense_networks
 from mpoe.models.walk import neuron_modules, routed_layers
+from mpoe.models.weight_files import Tensors
 
 Statistics = Mapping[str, Tensor]
 NONE = "none"  # name of the expert that adds nothing
@@ -108,7 +109,7 @@ def without(
     return _routed_to(mixture, known, weights, top_k=min(config.top_k, len(known)))
 
 
-def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> dict[str, Tensor]:
+def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> Tensors:
     mean = total / tokens
     covariance = outer / tokens - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(covariance)  # ascending
@@ -121,9 +122,7 @@ def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> dict[str, T
     return {name: part.contiguous().cpu() for name, part in zip(PARTS, parts, strict=True)}
 
 
-def _statistics(
-    model: Any, layers: Mapping, batches: Iterable[Batch], rank: int | None
-) -> dict[str, Tensor]:
+def _statistics(model: Any, layers: Mapping, batches: Iterable[Batch], rank: int | None) -> Tensors:
     # Sums over tokens of the outer products [I, I] of a router's inputs and of these, [I], float64;
     # and their number.
     sums: dict[str, tuple[Any, Any, int]] = dict.fromkeys(layers, (0.0, 0.0, 0))
@@ -153,7 +152,7 @@ def _statistics(
                     f"{type(batch).__name__}"
                 )
             model(**{name: value.to(model.device) for name, value in batch.items()})
-    statistics: dict[str, Tensor] = {}
+    statistics: Tensors = {}
     for name, layer in layers.items():
         outer, total, tokens = sums[name]
         if not tokens:
@@ -172,9 +171,7 @@ def _statistics(
 
 
 @torch.no_grad()
-def collect_statistics(
-    model: Any, batches: Iterable[Batch], rank: int | None = None
-) -> dict[str, Tensor]:
+def collect_statistics(model: Any, batches: Iterable[Batch], rank: int | None = None) -> Tensors:
     """The statistics of a domain for the routers of a later mixture, from one pass over texts of
     it.
 
@@ -240,13 +237,13 @@ def _second_moment(statistics: Statistics, layer: str) -> Tensor:
     return torch.outer(mean, mean) + torch.diag(rest) + vectors.mT @ (values[:, None] * vectors)
 
 
-def pooled_statistics(texts: Sequence[Statistics], rank: int = RANK) -> dict[str, Tensor]:
+def pooled_statistics(texts: Sequence[Statistics], rank: int = RANK) -> Tensors:
     """The statistics of several texts as one class: the mean of their means, and of their second
     moments.
 
     Every text has the same weight, however many tokens it had.
     """
-    pooled: dict[str, Tensor] = {}
+    pooled: Tensors = {}
     for layer in [key.removesuffix(".mean") for key in texts[0] if key.endswith(".mean")]:
         means = torch.stack([statistics[f"{layer}.mean"].double() for statistics in texts])
         moment = torch.stack([_second_moment(statistics, layer) for statistics in texts]).mean(0)
@@ -286,7 +283,7 @@ def solve_routers(
     none: bool,
     sharpness: float | None = None,
     preference: float | None = None,
-) -> dict[str, Tensor]:
+) -> Tensors:
     """The routers of several layers, see `router_weight`.
 
     Args:

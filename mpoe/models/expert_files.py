@@ -31,6 +31,7 @@ from mpoe.models.find import dense_networks, widened
 from mpoe.models.sites import FFNSite
 from mpoe.models.walk import neuron_modules
 from mpoe.models.weight_files import (
+    Tensors,
     check_links,
     first_line,
     read_with_metadata,
@@ -96,8 +97,8 @@ class Expert:
     """
 
     facts: dict[str, Any]
-    weights: dict[str, Tensor]
-    statistics: dict[str, Tensor]
+    weights: Tensors
+    statistics: Tensors
 
     @property
     def name(self) -> str:
@@ -131,7 +132,7 @@ def vocabulary_identity(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def _values(experts: NeuronExperts) -> dict[str, Tensor]:
+def _values(experts: NeuronExperts) -> Tensors:
     return {name: parameter.detach()[0] for name, parameter in experts.named_parameters()}
 
 
@@ -332,7 +333,7 @@ def load_expert(path: str | Path) -> Expert:
         raise ValueError(
             f"{file} must be of format {FORMAT}; got {metadata['expert'][:60]} (of a newer mpoe?)"
         )
-    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "statistics": {}}
+    parts: dict[str, Tensors] = {"weights": {}, "statistics": {}}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
         if kind not in parts:

@@ -43,7 +43,7 @@ from mpoe.models.expert_files import (
     write_expert,
 )
 from mpoe.models.walk import neuron_modules
-from mpoe.models.weight_files import check_links, read_tensors, tensors_hash
+from mpoe.models.weight_files import Tensors, check_links, read_tensors, tensors_hash
 
 # In the folder of a mixture, next to the model: what it was composed of.
 EXPERTS_FOLDER = "experts"
@@ -56,12 +56,12 @@ def default_top_k(experts: int) -> int:
     return min(experts, MOST_PER_TOKEN)
 
 
-def batches(rows: Tensor) -> list[dict[str, Tensor]]:
+def batches(rows: Tensor) -> list[Tensors]:
     """Token ids [pieces, tokens] as batches for a language model."""
     return [{"input_ids": part, "labels": part} for part in rows.split(AT_ONCE)]
 
 
-def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
+def documentation_batches(model: Any, tokenizer: Any) -> list[Tensors]:
     """The start of the packaged text, documentation of Python, for `collect_statistics`.
 
     Raises:
@@ -79,7 +79,7 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
     return [dict.fromkeys(names, part) for part in rows.split(AT_ONCE)]
 
 
-def background_batches(base: Any, tokenizer: Any) -> list[list[dict[str, Tensor]]]:
+def background_batches(base: Any, tokenizer: Any) -> list[list[Tensors]]:
     """Batches of every text of the default background: what a causal model itself says and a
     general text (`mpoe.models.background`); of other models Python's documentation.
 
@@ -280,7 +280,7 @@ def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, dict[str, Any]]
     return names, config, {name: routing.get(name) for name in ("sharpness", "preference")}
 
 
-def experts_in(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:
+def experts_in(folder: Path) -> tuple[list[Expert], Tensors | None]:
     """The experts of a mixture in their order, without *none*, and its background's statistics if
     it has *none*.
 

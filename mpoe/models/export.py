@@ -303,9 +303,8 @@ def as_stock(merged: Any, to: str) -> Any:
         if isinstance(layer, (MPOEFeedForward, NeuronFeedForward)):
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
             state |= _tensors(name, layer, to)
-    stock.load_state_dict(
-        {name: value.clone() for name, value in state.items()}, assign=True
-    )  # nothing is shared
+    # nothing is shared
+    stock.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     stock.tie_weights()
     stock.generation_config = merged.generation_config
     return stock.train(merged.training).requires_grad_(True)

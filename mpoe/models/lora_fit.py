@@ -29,7 +29,7 @@ from mpoe.models.expert_files import (
     places_for_neurons,
     start_expert,
 )
-from mpoe.models.weight_files import declared_shapes
+from mpoe.models.weight_files import Tensors, declared_shapes
 
 LEAST_KEPT = 0.8  # of the adapter's gain over the base on texts that the fit did not see
 HELD_OUT = 5  # one in so many batches is not fitted
@@ -68,9 +68,8 @@ def check_adapter(base: Any, folder: str | Path) -> int:
     """Refuse an adapter that is not LoRA of the base's modules, in whatever place (ValueError);
     returns its neurons' number, as many as have the adapter's size."""
     networks = places_for_neurons(base)
-    there = {name for name, _ in base.named_modules()}
     adapted = _adapted_modules(Path(folder))
-    others = sorted(set(adapted) - there)
+    others = sorted(adapted.keys() - dict(base.named_modules()))
     if others:
         raise ValueError(
             f"adapter must be of this base; {folder} adapts {others[0]}, which the base does not "
@@ -82,7 +81,7 @@ def check_adapter(base: Any, folder: str | Path) -> int:
     return max(1, round(sum(adapted.values()) / per_neuron))
 
 
-def own_samples(base: Any, adapted: Any, tokenizer: Any) -> tuple[list[dict[str, Tensor]], str]:
+def own_samples(base: Any, adapted: Any, tokenizer: Any) -> tuple[list[Tensors], str]:
     """What an adapted model has learnt, in its own words: `SAMPLED` texts that it writes from its
     start token, or as many chats from its template, whichever differ more from what the base would
     write.
@@ -97,7 +96,7 @@ def own_samples(base: Any, adapted: Any, tokenizer: Any) -> tuple[list[dict[str,
         "texts": own_texts(adapted, tokenizer, samples=SAMPLED),
         "chats": own_chats(adapted, tokenizer, samples=SAMPLED),
     }
-    batches: dict[str, list[dict[str, Tensor]]] = {}
+    batches: dict[str, list[Tensors]] = {}
     difference: dict[str, float] = {}
     for kind, ids in written.items():
         if ids is None:

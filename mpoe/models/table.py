@@ -278,8 +278,7 @@ def checked_sites(sites: Any) -> dict[str, Any]:
             "missing"
         )
     for name in ("holder", "up", "down", "gate_proj", "place", "sums", "stream"):
-        if not isinstance(sites.get(name) or "", str):
-            raise TypeError(f"sites[{name!r}] must be a name; got {sites[name]!r}")
+        check_type(f"sites[{name!r}]", sites.get(name) or "", str, "a name")
     for name in ("fused", "emptied", "zeroed"):
         given = sites.get(name, ())
         if isinstance(given, str) or not isinstance(given, Sequence):

@@ -34,6 +34,7 @@ _REPEATS = ("num_layers", "num_decoder_layers", "n_layer", "num_hidden_layers")
 
 _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError)
 Shapes = dict[str, tuple[int, ...]]
+Tensors = dict[str, Tensor]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -149,7 +150,7 @@ def declared_shapes(files: Sequence[Path], model: Any = None) -> Shapes:
     return shapes
 
 
-def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+def read_tensors(files: Sequence[Path]) -> Tensors:
     """All tensors of safetensors files, by name.
 
     Raises:
@@ -159,7 +160,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def read_with_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_with_metadata(file: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata; ValueError as
     `declared_shapes`."""
     declared_shapes([file])

@@ -166,7 +166,7 @@ class DivergenceGuard(TrainerCallback):
         """Add the loss of one micro-batch (0-d)."""
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._loss = None
         self.norm = None
         self._skipped = 0

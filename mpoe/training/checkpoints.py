@@ -113,9 +113,9 @@ def _manifest(checkpoint: Path) -> dict:
         record = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
         return {}
-    if not isinstance(record, dict):
-        return {}
-    return record if all(isinstance(record.get(key, {}), dict) for key in _MAPPINGS) else {}
+    is_record = isinstance(record, dict)
+    fits = is_record and all(isinstance(record.get(key, {}), dict) for key in _MAPPINGS)
+    return record if fits else {}
 
 
 def _crc32(path: Path) -> int:

@@ -1,5 +1,7 @@
 """Balance of experts without a loss: the bias of the choice follows the load."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,23 +28,23 @@ def update_correction_bias(model: nn.Module, expert_load: Tensor) -> None:
     Raises:
         ValueError: a load of another size.
     """
-    layers = [layer for _, layer in routed_layers(model)]
-    if tuple(expert_load.shape) not in {(len(layers), layer.num_experts) for layer in layers}:
+    routers = _routers(model)
+    if tuple(expert_load.shape) not in {(len(routers), router.num_experts) for router in routers}:
         raise ValueError(
-            f"expert_load must be [{len(layers)}, E], a row per layer; got "
+            f"expert_load must be [{len(routers)}, E], a row per layer; got "
             f"{list(expert_load.shape)}"
         )
-    for layer, load in zip(layers, expert_load.float(), strict=True):
-        router = layer.router
-        if router is not None and router.e_score_correction_bias is not None:
-            bias = router.e_score_correction_bias
+    for router, load in zip(routers, expert_load.float(), strict=True):
+        bias = router.e_score_correction_bias
+        if bias is not None:
             rate = router.config.bias_update_rate
             bias.add_(torch.sign(load.mean() - load).to(bias), alpha=rate)
 
 
 def corrects_bias(model: nn.Module) -> bool:
     """Whether a router of ``model`` needs `update_correction_bias`."""
-    routers = (layer.router for _, layer in routed_layers(model))
-    return any(
-        router is not None and router.e_score_correction_bias is not None for router in routers
-    )
+    return any(router.e_score_correction_bias is not None for router in _routers(model))
+
+
+def _routers(model: nn.Module) -> list[Any]:
+    return [layer.router for _, layer in routed_layers(model)]

@@ -180,8 +180,7 @@ class GradientMask:
     """
 
     def __init__(self, model: nn.Module | None, probability: float, seed: int = 0) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-            raise TypeError(f"gradient_mask_seed must be an integer; got {seed!r}")
+        check_type("gradient_mask_seed", seed, numbers.Integral, "an integer")
         check_number("gradient_mask_prob", probability, 0, 1)
         self.probability: float = float(probability)
         self.seed: int = int(seed)

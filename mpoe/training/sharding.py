@@ -58,10 +58,7 @@ def shard_model(
         RuntimeError: there is no process group (start with torchrun and call
             `torch.distributed.init_process_group`).
     """
-    if not isinstance(model, MPOEModelMixin):
-        raise TypeError(
-            f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}"
-        )
+    check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
     if isinstance(model, FSDPModule):
         raise ValueError("model must not be sharded already; it is")
     if not (dist.is_available() and dist.is_initialized()):

@@ -263,14 +263,12 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
             task = step_share(task, targets, step_targets, micro_batches * ranks)
         self._note_training(task, auxiliary, outputs, micro_batches)
-        if self.args.log_base_loss and self._base_excess is None and self._is_logged_step():
+        # whether a log line follows the optimizer step in progress
+        is_logged = (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
+        if self.args.log_base_loss and self._base_excess is None and is_logged:
             self._base_excess = self._base_loss(model, inputs) - split_loss(outputs)[0].detach()
         total = task if auxiliary is None else task + auxiliary
         return (total, outputs) if return_outputs else total
-
-    def _is_logged_step(self) -> bool:
-        """Whether a log line follows the optimizer step in progress."""
-        return (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
 
     @torch.no_grad()
     def _base_loss(self, model: nn.Module, inputs: dict) -> Tensor:

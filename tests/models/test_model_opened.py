@@ -245,7 +245,7 @@ def test_sites_with_fused_projections_and_parts_left_empty():
         ),
         ({**LLAMA_SITES, "gate": "x"}, ValueError, "sites has no field 'gate'"),
         ({"holder": "layers.*.mlp", "up": "up_proj"}, ValueError, "down, activation is missing"),
-        ({**LLAMA_SITES, "up": 3}, TypeError, "sites['up'] must be a name; got 3"),
+        ({**LLAMA_SITES, "up": 3}, TypeError, "sites['up'] must be a name; got int 3"),
         (
             {**LLAMA_SITES, "emptied": "act"},
             TypeError,

@@ -59,8 +59,10 @@ def open_ops(namespace: str) -> Callable[[Path], tuple[str, None]]:
 
 def _digest(folder: Path) -> str:
     """Of all files in a folder, as CMakeLists.txt has it compiled into the library."""
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    text = ""
+    for file in sorted(folder.iterdir()):
+        text += hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_library(
@@ -82,7 +84,8 @@ def load_library(
     """
     if not path.is_file():
         return CompiledLibrary(path, (_why_missing(path, reason_file),))
-    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
+    major, minor = re.findall(r"\d+", torch.__version__)[:2]
+    if (int(major), int(minor)) < OLDEST_TORCH:
         return CompiledLibrary(path, (f"it needs torch >= 2.11; this is {torch.__version__}",))
     try:
         text, functions = opened(path)

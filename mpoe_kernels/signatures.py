@@ -117,7 +117,9 @@ def _arguments(op: str) -> tuple[_Argument, ...]:
         for axis in axes:
             if axis != "*":
                 sized.append((axis.removesuffix("+1"), int(axis.endswith("+1"))))
-        arguments.append(_Argument(name, dtype, ", ".join(axes), tuple(sized), axes[-1] == "*"))
+        text = ", ".join(axes)
+        is_open = axes[-1] == "*"
+        arguments.append(_Argument(name, dtype, text, tuple(sized), is_open))
     return tuple(arguments)
 
 

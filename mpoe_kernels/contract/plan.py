@@ -177,20 +177,21 @@ def contractions(
     return tuple(sorted(able, key=lambda plan: plan.flops))
 
 
+def _in_units(count: float, unit: str, sizes: dict[str, float]) -> str:
+    for prefix, size in sizes.items():
+        if count >= size:
+            return f"{count / size:.3g} {prefix}{unit}"
+    return f"{count:.0f} {unit}"
+
+
 def format_flops(count: float) -> str:
     """``1.23 GFLOP``."""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}FLOP"
-    return f"{count:.0f} FLOP"
+    return _in_units(count, "FLOP", {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6})
 
 
 def format_bytes(count: float) -> str:
     """``1.23 MB``, powers of ten."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
+    return _in_units(count, "B", {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3})
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,8 @@ def _gradients(call: EmbeddingBackwardCall) -> Matrices:
         drows_left = grouped_mm(drows, [weight.T for weight in weights], part.counts)
         dleft.index_add_(0, part.left_digit, drows_left.view(-1, *left.shape[1:]))
     if not pairs:
-        dcentral = dslices.view(dims.iC, dims.a, dims.jC, dims.b).transpose(0, 1)
-        return dleft, dcentral, dright_by_digit.transpose(0, 1)
+        dcentral = dslices.view(dims.iC, dims.a, dims.jC, dims.b)
+        return dleft, dcentral.transpose(0, 1), dright_by_digit.transpose(0, 1)
     # [(a iC jC), (iR jR)], like the product of the two blocks.
     dboth = dslices.view(dims.iC, dims.iR, dims.a, dims.jC, dims.jR)
     dboth = dboth.permute(2, 0, 3, 1, 4)

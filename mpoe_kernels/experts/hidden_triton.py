@@ -43,13 +43,28 @@ TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
         2: (Tile(64, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 64, 64, 4)),
         4: (Tile(16, 64, 16, 8),),
     },
-    "rows": {2: (Tile(32, 64, 64, 4), Tile(16, 64, 64, 4, 1)), 4: (Tile(16, 32, 32, 8),)},
-    "blocks": {2: (Tile(32, 64, 64, 8),), 4: (Tile(16, 32, 16, 8),)},
+    "rows": {
+        2: (Tile(32, 64, 64, 4), Tile(16, 64, 64, 4, 1)),
+        4: (Tile(16, 32, 32, 8),),
+    },
+    "blocks": {
+        2: (Tile(32, 64, 64, 8),),
+        4: (Tile(16, 32, 16, 8),),
+    },
 }
 LARGE_TILES = TILES | {
-    "forward": {2: (Tile(64, 64, 32, 8), Tile(16, 64, 32, 4)), 4: TILES["forward"][4]},
-    "rows": {2: (Tile(32, 64, 32, 8),), 4: TILES["rows"][4]},
-    "blocks": {2: (Tile(16, 32, 32, 8, 1),), 4: TILES["blocks"][4]},
+    "forward": {
+        2: (Tile(64, 64, 32, 8), Tile(16, 64, 32, 4)),
+        4: TILES["forward"][4],
+    },
+    "rows": {
+        2: (Tile(32, 64, 32, 8),),
+        4: TILES["rows"][4],
+    },
+    "blocks": {
+        2: (Tile(16, 32, 32, 8, 1),),
+        4: TILES["blocks"][4],
+    },
 }
 # Where operands of products are in registers, with the three blocks that gradients of blocks read
 # for every slot.

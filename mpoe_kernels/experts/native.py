@@ -202,7 +202,9 @@ def routed_neurons(
     down = neurons.get("down")
     gate_up = neurons.get("gate_proj")
     bias = neurons.get("bias")
-    if up is None or down is None or rows.dim() != 2 or up.dim() != 3 or down.dim() != 3:
+    if up is None or down is None:
+        return None
+    if rows.dim() != 2 or up.dim() != 3 or down.dim() != 3:
         return None
     experts, size, width = up.shape
     out_features = down.shape[2]

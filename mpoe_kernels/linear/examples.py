@@ -23,9 +23,9 @@ def _made_up(problem: Problem, experts: int, slots: int) -> dict[str, Any]:
         (d.a, d.iC, d.jC, d.b),
         (experts, d.b, d.iR, d.jR),
     )
-    tensors = (
-        torch.full(shape, 0.01, dtype=problem.dtype, device=problem.device) for shape in shapes
-    )
+    tensors = []
+    for shape in shapes:
+        tensors.append(torch.full(shape, 0.01, dtype=problem.dtype, device=problem.device))
     busy = expected_busy_experts(experts, slots)
     ends = [slots * min(e, busy) // busy for e in range(experts + 1)]
     return dict(
@@ -52,8 +52,11 @@ def example_backward(problem: Problem, experts: int, slots: int) -> BackwardCall
     x = common["x"]
     d = problem.dims
     grad = x.new_full((slots, d.out_features), 0.01)
-    h = x.new_full((slots * d.jC, d.b) if d.is_separable else (0,), 0.01)
-    return BackwardCall(**common, grad=grad, h=h, saved=x.new_empty(0), need=[*problem.need, False])
+    h = saved = x.new_empty(0)
+    if d.is_separable:
+        h = x.new_full((slots * d.jC, d.b), 0.01)
+    need = [*problem.need, False]
+    return BackwardCall(**common, grad=grad, h=h, saved=saved, need=need)
 
 
 EXAMPLES.update(grouped_mpo_linear=example_forward, grouped_mpo_linear_backward=example_backward)

@@ -209,7 +209,8 @@ def block_gradients(
         offsets = call.expert_offsets[first : last + 1]
         slots = Slots(offsets, call.slots, size < experts)
         busy = slots.busy[:, None, None, None]
-        left = torch.where(busy, call.left[first:last], 0).view(-1, d.a)
+        left = torch.where(busy, call.left[first:last], 0)
+        left = left.view(-1, d.a)
         if need_left or need_central:
             half = times(call, dz, call.right[first:last], False, slots)
             half = half.view(len(left), -1)

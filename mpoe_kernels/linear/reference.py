@@ -29,7 +29,8 @@ def activation_reference(name: str | None, z: Tensor) -> Tensor:
     if name == "gelu":
         return 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
     if name in ("gelu_tanh", "gelu_new", "gelu_pytorch_tanh"):
-        return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+        inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
+        return 0.5 * z * (1 + torch.tanh(inner))
     if name == "silu":
         return z * torch.sigmoid(z)
     raise ValueError(f"no reference for activation {name!r}")
@@ -54,7 +55,9 @@ def grouped_mpo_linear_reference(
     for e, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
         if stop > start:
             z = rows[start:stop] @ weight_reference(blocks, e)
-            out.append(activation_reference(activation, z if bias is None else z + bias))
+            if bias is not None:
+                z = z + bias
+            out.append(activation_reference(activation, z))
     out.append(rows.new_zeros(rows.shape[0] - offsets[-1], blocks.out_features))
     return torch.cat(out)
 
@@ -77,14 +80,13 @@ def mpo_ffn_reference(
     activation: str = "relu",
 ) -> Tensor:
     """``combine(down(activation(up x)))``, or with a gate ``down(activation(gate x) * up x)``."""
-    common = {"row_index": routing.token_of_slot}
+    offsets = routing.expert_offsets
+    rows = x[routing.token_of_slot.long()]
+    hidden = grouped_mpo_linear_reference(rows, up, offsets, up_bias)
     if gate_proj is None:
-        hidden = grouped_mpo_linear_reference(
-            x, up, routing.expert_offsets, up_bias, activation=activation, **common
-        )
+        hidden = activation_reference(activation, hidden)
     else:
-        hidden = grouped_mpo_linear_reference(
-            x, gate_proj, routing.expert_offsets, activation=activation, **common
-        ) * grouped_mpo_linear_reference(x, up, routing.expert_offsets, up_bias, **common)
-    y = grouped_mpo_linear_reference(hidden, down, routing.expert_offsets, down_bias)
+        gate = grouped_mpo_linear_reference(rows, gate_proj, offsets, activation=activation)
+        hidden = gate * hidden
+    y = grouped_mpo_linear_reference(hidden, down, offsets, down_bias)
     return combine_reference(y, routing, top_k_weights)

@@ -115,7 +115,8 @@ def _closest_pair(in_features: int, out_features: int, p: int) -> tuple[int, int
         return abs(math.log(i * j / p)), abs(math.log(i / j))
 
     pairs = product(divisors(in_features), divisors(out_features))
-    return min((pair for pair in pairs if pair[0] * pair[1] <= 4 * p), key=distance)
+    able = [(i, j) for i, j in pairs if i * j <= 4 * p]
+    return min(able, key=distance)
 
 
 def light_factors(in_features: int, out_features: int, p: int) -> Pair:
@@ -157,7 +158,11 @@ def _default_side(size: int, is_smaller: bool) -> int:
         target = size / 3
         largest = 256
     target = min(max(target, 8), largest)
-    return min(divisors(size), key=lambda d: (abs(math.log(d / target)), -d))
+
+    def distance(divisor: int) -> tuple[float, int]:
+        return abs(math.log(divisor / target)), -divisor
+
+    return min(divisors(size), key=distance)
 
 
 def _check_divisor(name: str, value: int, of: str, size: int) -> None:

@@ -115,21 +115,25 @@ def _check_cores(cores: Sequence[Tensor], central: int) -> None:
                 f"cores[{k}] and cores[{k + 1}] must share a bond; got {describe(core)} and "
                 f"{describe(following)}"
             )
-    if cores[0].shape[-4] != 1 or cores[-1].shape[-1] != 1:
+    first_bond = cores[0].shape[-4]
+    last_bond = cores[-1].shape[-1]
+    if first_bond != 1 or last_bond != 1:
         raise ValueError(
-            f"the outer bonds of the chain must be 1; got {cores[0].shape[-4]} and "
-            f"{cores[-1].shape[-1]}"
+            f"the outer bonds of the chain must be 1; got {first_bond} and {last_bond}"
         )
 
 
 def _fold_left(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
     if not cores:
         return like.new_ones(experts, 1, 1, 1)
-    block = cores[0].expand(experts, *cores[0].shape[-4:]).squeeze(1)  # [E, i, j, d]
+    first = cores[0]
+    block = first.expand(experts, *first.shape[-4:])
+    block = block.squeeze(1)  # [E, i, j, d]
     for core in cores[1:]:
         d, i, j, d_next = core.shape[-4:]
         _, rows, columns, _ = block.shape
-        product = block.reshape(experts, rows * columns, d) @ core.reshape(-1, d, i * j * d_next)
+        matrix = core.reshape(-1, d, i * j * d_next)
+        product = block.reshape(experts, rows * columns, d) @ matrix
         # [E, I, J, i, j, d'] -> [E, (I i), (J j), d']
         product = product.view(experts, rows, columns, i, j, d_next).transpose(2, 3)
         block = product.reshape(experts, rows * i, columns * j, d_next)
@@ -139,7 +143,9 @@ def _fold_left(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
 def _fold_right(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
     if not cores:
         return like.new_ones(experts, 1, 1, 1)
-    block = cores[-1].expand(experts, *cores[-1].shape[-4:]).squeeze(-1)  # [E, d, i, j]
+    last = cores[-1]
+    block = last.expand(experts, *last.shape[-4:])
+    block = block.squeeze(-1)  # [E, d, i, j]
     for core in reversed(cores[:-1]):
         d, i, j, d_next = core.shape[-4:]
         _, _, rows, columns = block.shape

@@ -28,11 +28,16 @@ def expert_weights(blocks: MPOBlocks) -> Tensor:
     check_plain_memory("left", left)
     check_plain_memory("central", central)
     check_plain_memory("right", right)
+    experts, rows_l, columns_l, _ = left.shape
+    _, rows_c, columns_c, bond = central.shape
+    _, _, rows_r, columns_r = right.shape
     half = left.flatten(1, 2) @ central.flatten(1)
-    full = half.reshape(len(left), -1, central.shape[3]) @ right.flatten(2)
-    # [E, iL, jL, iC, jC, iR, jR] -> [E, iL iC iR, jL jC jR]
-    full = full.view(len(left), *left.shape[1:3], *central.shape[1:3], *right.shape[2:])
-    padded = full.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+    half = half.reshape(experts, -1, bond)
+    full = half @ right.flatten(2)
+    full = full.view(experts, rows_l, columns_l, rows_c, columns_c, rows_r, columns_r)
+    # -> [E, iL, iC, iR, jL, jC, jR]
+    full = full.permute(0, 1, 3, 5, 2, 4, 6)
+    padded = full.flatten(4).flatten(1, 3)
     return padded[:, : blocks.in_features, : blocks.out_features]
 
 

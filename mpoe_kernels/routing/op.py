@@ -80,7 +80,8 @@ class Routing:
         pairs = check_index("slot_of_token", self.slot_of_token, ("T", "K"))
         if offsets.shape[0] < 2:
             raise ValueError(f"expert_offsets must be [E + 1] with E >= 1; got {describe(offsets)}")
-        if slots.shape[0] != pairs.shape[0] * pairs.shape[1] or pairs.shape[1] < 1:
+        tokens, top_k = pairs.shape
+        if slots.shape[0] != tokens * top_k or top_k < 1:
             raise ValueError(
                 f"token_of_slot [N] and slot_of_token [T, K] must have N = T * K and K >= 1; "
                 f"got {describe(slots)} and {describe(pairs)}"

@@ -32,7 +32,13 @@ class Launch:
 
 def _only(entry: int, table: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """The table with this entry alone."""
-    return lambda *arguments: (found := table(*arguments))[min(entry, len(found) - 1) :][:1]
+
+    def one(*arguments: Any) -> tuple[Any, ...]:
+        entries = table(*arguments)
+        first = min(entry, len(entries) - 1)
+        return entries[first:][:1]
+
+    return one
 
 
 @contextmanager

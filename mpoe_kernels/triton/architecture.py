@@ -42,9 +42,11 @@ def _gpu_architecture(index: int) -> str:
     if torch.version.hip is not None:
         return AMD
     major, _ = torch.cuda.get_device_capability(index)
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(
-        major, "sm_80"
-    )  # sm_120 multiplies as sm_80 does
+    if major == 9:
+        return "sm_90"
+    if major in (10, 11):
+        return "sm_100"
+    return "sm_80"  # sm_120 multiplies as it does
 
 
 class Target(NamedTuple):
@@ -90,11 +92,18 @@ def _gpu(index: int) -> Target:
     )
 
 
+def _index_of(device: torch.device) -> int:
+    """Of a GPU; without one, that of the current GPU."""
+    if device.index is None:
+        return torch.cuda.current_device()
+    return device.index
+
+
 def target_of(device: torch.device) -> Target:
     """The target of kernels for tensors on ``device``: a GPU, else the interpreter."""
     if device.type != "cuda" or in_interpreter() or not gpu_available():
         return target_named(INTERPRETER)
-    return _gpu(device.index if device.index is not None else torch.cuda.current_device())
+    return _gpu(_index_of(device))
 
 
 @lru_cache(maxsize=16)
@@ -103,10 +112,7 @@ def card_reasons(device: torch.device) -> tuple[str, ...]:
     MI300's."""
     if torch.version.hip is None or device.type != "cuda" or not gpu_available():
         return ()
-    index = device.index
-    if device.index is None:
-        index = torch.cuda.current_device()
-    properties = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(_index_of(device))
     name = properties.gcnArchName.partition(":")[0]
     if name == AMD:
         return ()
@@ -122,7 +128,10 @@ def triton_reasons() -> tuple[str, ...]:
     if not triton_installed():
         return ("the package triton is not installed",)
     installed = version("triton")
-    numbers = tuple(int(part) for part in installed.split("+")[0].split(".")[:2] if part.isdigit())
-    if numbers < OLDEST:
+    numbers = []
+    for part in installed.split("+")[0].split(".")[:2]:
+        if part.isdigit():
+            numbers.append(int(part))
+    if tuple(numbers) < OLDEST:
         return (f"it needs triton {'.'.join(map(str, OLDEST))} or newer; found {installed}",)
     return ()

@@ -280,7 +280,8 @@ def _rows_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) 
 def _chunk_backward(call: BackwardCall, upstream: Upstream, chunk: Chunk) -> Backward:
     h = call.h
     if call.saved_h is not None:
-        h = h.view(call.slots, -1)[chunk.slots].view(-1, call.dims.b)
+        by_slot = h.view(call.slots, -1)
+        h = by_slot[chunk.slots].view(-1, call.dims.b)
     grad = upstream.rows(chunk.start, chunk.stop)
     need = [*call.need_of_plan, False]
     part = chunk.part(call, grad=grad, h=h, saved=grad, need=need)

@@ -158,7 +158,7 @@ def weight_gradient_times(
     if of_right:
         tiles = cdiv(d.iR, extents.kr) * cdiv(d.jR, extents.nr)
         parts = parts_of(grad.device, tiles * experts, d.iC * d.jC)
-        out = torch.empty(parts, experts, d.b, d.iR, d.jR, dtype=torch.float32, device=grad.device)
+        out = grad.new_empty(parts, experts, d.b, d.iR, d.jR, dtype=torch.float32)
         part, expert, bond, k, n = out.stride()
         strides = other.stride()  # of left · central
     else:

@@ -191,7 +191,9 @@ def _powers(size: int) -> list[int]:
 def cut(sides: Sides, tile: FusedTile, itemsize: int, limit: int, purpose: str) -> Cut | None:
     """The cheapest way to cut W into tiles; ``None`` if none fits into ``limit`` bytes of shared
     memory."""
-    sizes = (sides.k[0], sides.n[0], sides.k[2], sides.n[2])
+    left_k, _, right_k = sides.k
+    left_n, _, right_n = sides.n
+    sizes = (left_k, left_n, right_k, right_n)
     cheapest: tuple[tuple[float, ...], Cut] | None = None
     for numbers in product(*map(_powers, sizes)):
         extents = Cut(*numbers)

@@ -100,7 +100,7 @@ REFUSED = {
         "mpo_lr must be a number; got str 'fast'": {"mpo_lr": "fast"},
         "router_lr_scale must be a number; got NoneType None": {"router_lr_scale": None},
         "gradient_mask_prob must be a number": {"gradient_mask_prob": "often"},
-        "gradient_mask_seed must be an integer; got 0.5": {"gradient_mask_seed": 0.5},
+        "gradient_mask_seed must be an integer; got float 0.5": {"gradient_mask_seed": 0.5},
         "tensor_learn must be True or False; got str 'yes'": {"tensor_learn": "yes"},
         "output_dir must be a path; got": {"output_dir": 3},
         "global_router_losses must be True or False; got int 1": {"global_router_losses": 1},

@@ -264,7 +264,8 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
     model = start_expert(base, NEURONS).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    schedule = OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
+    # Of at least ten steps: the schedule divides by the steps of a warm-up.
+    schedule = OneCycleLR(optimizer, RATE, total_steps=max(steps, 10) + 1, pct_start=0.1)
     for _ in range(steps):
         ids = pieces[torch.randint(len(pieces), (AT_ONCE,))]
         model(input_ids=ids, labels=ids).loss.backward()

@@ -145,8 +145,8 @@ def _statistics(model: Any, layers: Mapping, batches: Iterable[Batch], rank: int
         for name, layer in layers.items():
             until_then.callback(layer.experts.register_forward_pre_hook(hook(name)).remove)
         for batch in batches:
-            values = batch.values() if isinstance(batch, Mapping) else [batch]
-            if not all(isinstance(value, Tensor) for value in values):
+            is_mapping = isinstance(batch, Mapping)
+            if not (is_mapping and all(isinstance(value, Tensor) for value in batch.values())):
                 raise TypeError(
                     "batches must hold tensors by argument of the model; got "
                     f"{type(batch).__name__}"
@@ -323,29 +323,34 @@ def train_routers(mixture: Any, examples: Sequence[Iterable[Batch]], steps: int)
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
     domains = [itertools.cycle(list(batches)) for batches in examples]
     losses = []
-    with torch.enable_grad():
+    try:
         for _ in range(steps):
-            optimizer.zero_grad()
-            total = torch.stack(
-                [_domain_loss(mixture, next(texts), domain) for domain, texts in enumerate(domains)]
-            ).sum()
-            total.backward()
+            with torch.enable_grad():
+                by_domain = [
+                    _domain_loss(mixture, next(texts), domain)
+                    for domain, texts in enumerate(domains)
+                ]
+                total = torch.stack(by_domain).sum()
+                total.backward()
             optimizer.step()
+            optimizer.zero_grad()
             losses.append(float(total.detach()))
-    for p, needed in was:
-        p.requires_grad_(needed)
+    finally:
+        for p, needed in was:
+            p.requires_grad_(needed)
     return losses
 
 
 def _domain_loss(mixture: Any, batch: Batch, domain: int) -> Tensor:
     batch = {name: value.to(mixture.device) for name, value in batch.items()}
     out = mixture(**batch, return_dict=True, output_router_logits=True)
-    mask = batch.get("attention_mask")
+    masks = mixture.token_masks(dict(batch))
     losses = []
-    for logits in out.router_logits:
+    for logits, (_, layer) in zip(out.router_logits, routed_layers(mixture), strict=True):
         target = logits.new_full((len(logits),), domain, dtype=torch.int64)
-        if mask is not None and mask.numel() == len(logits):
-            target = target.masked_fill(~mask.reshape(-1).bool(), -100)
+        mask = masks[layer.stream]
+        if mask is not None:
+            target = target.masked_fill(~mask.reshape(-1), -100)
         losses.append(F.cross_entropy(logits, target))
     loss: Tensor = torch.stack(losses).mean()
     task = getattr(out, "task_loss", None)
@@ -403,7 +408,8 @@ def compose(
     Raises:
         TypeError: ``routing`` of another type, fine-tunes that are no models.
         ValueError: no fine-tunes, models that differ in more than values, a number of examples
-            other than one per fine-tune, examples without tokens, a mixture as ``base``.
+            other than one per fine-tune, examples without tokens, ``"train"`` without examples, a
+            mixture as ``base``.
     """
     if not fine_tunes:
         raise ValueError("fine_tunes must hold at least one model; got none")
@@ -411,6 +417,8 @@ def compose(
     _check_alike(base, fine_tunes)
     check_choice("router", router, ("ridge", "train"))
     check_integer("steps", steps, 1)
+    if router == "train" and examples is None:
+        raise ValueError("router 'train' needs examples; got None")
     if examples is not None and len(examples) != len(fine_tunes):
         raise ValueError(
             f"examples must hold batches for each of {len(fine_tunes)} fine-tunes; got "
@@ -440,6 +448,7 @@ def compose(
         return mixture
     layers: dict = dict(routed_layers(mixture))
     classes = []
+    examples = [list(batches) for batches in examples]  # read twice by "train"
     for number, batches in enumerate(examples):
         with forced(mixture, number):
             classes.append(_statistics(mixture, layers, batches, RANK))

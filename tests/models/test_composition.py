@@ -170,6 +170,46 @@ def test_a_mask_of_other_tokens_hides_none():
     assert all(parameter.isfinite().all() for parameter in mixture.parameters())
 
 
+def test_a_decoder_as_long_as_its_encoder_keeps_its_own_tokens():
+    base = dense("t5").eval()
+    mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    batch = {
+        "input_ids": torch.arange(2, 10).view(2, 4),
+        "labels": torch.arange(12, 20).view(2, 4),
+        "attention_mask": mask,
+    }
+    out = mixture(**batch, output_router_logits=True)
+    losses = []
+    for logits, (_, layer) in zip(out.router_logits, routed_layers(mixture), strict=True):
+        counted = mask.bool().view(-1) if layer.stream == "encoder" else slice(None)
+        losses.append(-logits.log_softmax(-1)[counted, 1].mean())
+    wanted = out.task_loss + torch.stack(losses).mean()
+    assert_close(_domain_loss(mixture, batch, 1), wanted)
+
+
+def test_training_of_routers_leaves_no_gradients_and_no_frozen_model():
+    base = dense("llama").eval()
+    mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
+    train_routers(mixture, [batches(0), batches(1)], 1)
+    assert all(parameter.grad is None for parameter in mixture.parameters())
+    with pytest.raises(StopIteration):
+        train_routers(mixture, [batches(0), []], 1)
+    assert all(parameter.requires_grad for parameter in mixture.parameters())
+
+
+def test_examples_may_be_read_once_and_training_needs_them():
+    base = dense("llama").eval()
+    fine_tunes = [tuned(base, 1), tuned(base, 2)]
+    options = {"router": "train", "steps": 1}
+    wanted = compose(base, fine_tunes, [batches(0), batches(1)], **options)
+    once = compose(base, fine_tunes, [iter(batches(0)), iter(batches(1))], **options)
+    for (_, one), (_, other) in zip(routed_layers(wanted), routed_layers(once), strict=True):
+        assert torch.equal(one.router.weight, other.router.weight)
+    message = "router 'train' needs examples; got None"
+    refuses(ValueError, message, compose, base, fine_tunes, **options)
+
+
 def test_a_capacity_keeps_no_token_from_the_regression():
     """All tokens of a domain go to one expert, whose capacity would admit only a few."""
     base = dense("llama").eval()

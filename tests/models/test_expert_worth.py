@@ -428,7 +428,7 @@ def test_statistics_that_are_refused():
         rank=True,
     )
     refuses(ValueError, "batches must hold tokens", collect_statistics, model, [])
-    for odd in (3, {"input_ids": [1, 2]}):
+    for odd in (3, torch.ones(1, 4), {"input_ids": [1, 2]}):
         refuses(
             TypeError,
             "batches must hold tensors by argument of the model",

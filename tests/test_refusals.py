@@ -127,6 +127,9 @@ CASES = {
         ],
         "top_k must be at most .* 2; got 3": lambda: TopKRouter(4, 2, RouterConfig(top_k=3)),
         "cache_experts needs a model with MPO experts": lambda: merged().cache_experts(5),
+        "weights_kept needs a model with MPO experts": lambda: (
+            merged().eval().weights_kept().__enter__()
+        ),
         "source must be a checkpoint of the original": lambda: import_original("absent", t5()),
         r"gate_proj shape must be \[6, 6\] like up; got \[2, 3\]": lambda: MPOExperts(
             {"up": SHAPE, "down": SHAPE, "gate_proj": MPOShape((2,), (3,))}, 2

@@ -8,7 +8,13 @@ from typing import Any
 
 from mpoe.cli.report import Table
 from mpoe.data.predict import Batch
-from mpoe.models.background import collect_background, load_background, save_background, start_token
+from mpoe.models.background import (
+    collect_background,
+    load_background,
+    may_write_background,
+    save_background,
+    start_token,
+)
 from mpoe.models.composition import Statistics
 from mpoe.models.expert_files import WAYS, Expert, kept
 from mpoe.models.expert_mixture import BACKGROUND_FILE, compose_experts
@@ -54,8 +60,13 @@ def made_background(base: Any, tokenizer: Any, folder: Path) -> Tensors:
     )
     begun = time.perf_counter()
     background = collect_background(base, tokenizer)
-    save_background(background, base, folder / BACKGROUND_FILE)
-    print(f"background: {folder / BACKGROUND_FILE}, in {time.perf_counter() - begun:.0f} s")
+    seconds = time.perf_counter() - begun
+    file = folder / BACKGROUND_FILE
+    if may_write_background(file):
+        save_background(background, base, file)
+        print(f"background: {file}, in {seconds:.0f} s")
+    else:
+        print(f"background: in {seconds:.0f} s; not kept, as mpoe did not write {file}")
     return background
 
 

@@ -16,7 +16,7 @@ HELD_OUT = 0.2  # share of the paragraphs, files and runs of names
 PACKAGES = ("torch", "numpy", "transformers", "safetensors", "tokenizers", "huggingface-hub")
 
 
-_LICENCE = re.compile(r"(?i)(licen[cs]e|copying|notice)[^/]*(|\.txt|\.md)$")
+_LICENCE = re.compile(r"(?i)(licen[cs]e|copying|notice)[^/]*$")
 
 
 _LONGEST = 20_000  # characters of a header

@@ -89,6 +89,7 @@ class RoutedFeedForward(nn.Module):
         self.hidden_features = hidden_features
         self.num_experts = config.num_experts
         self.stream = stream
+        self.backend = config.backend
         override = config.router.expert_dropout
         self.expert_dropout = dropout if override is None else override
         self.router: TopKRouter | None = None
@@ -270,7 +271,8 @@ class MPOEFeedForward(RoutedFeedForward):
         """Slots and gates ``[T, K]`` of tokens ``x [T, I]``; stores the router's record."""
         if self.router is None:
             ones = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
-            return route(torch.zeros_like(ones, dtype=torch.int64), 1, None, token_mask), ones
+            index = torch.zeros_like(ones, dtype=torch.int64)
+            return route(index, 1, None, token_mask, backend=self.backend), ones
         decision = self.router(x)
         routing = self.router.route(decision, token_mask)
         self.record(decision, token_mask, routing.expert_offsets)

@@ -208,11 +208,11 @@ class TopKRouter(FromInitialValues):
         kept = decision.kept
         capacity = self.capacity(index.shape[0])
         if kept is None:
-            return route(index, self.num_experts, capacity, token_mask)
+            return route(index, self.num_experts, capacity, token_mask, backend=self.backend)
         # Dropped choices go to an additional expert, whose slots come after all others and are then
         # treated as empty.
         index = index.masked_fill(~kept, self.num_experts)
-        routing = route(index, self.num_experts + 1, capacity, token_mask)
+        routing = route(index, self.num_experts + 1, capacity, token_mask, backend=self.backend)
         slots = routing.slot_of_token.masked_fill(~kept, -1)
         return Routing(routing.expert_offsets[:-1], routing.token_of_slot, slots)
 

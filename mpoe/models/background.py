@@ -7,6 +7,7 @@ arXiv 2406.08464). A general text, the licences of a few installed packages, is 
 of a user's is needed, and statistics alone are kept.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mpoe.config.checks import check_integer, check_seed
 from mpoe.data.domains import domain_text
 from mpoe.data.predict import Batch, evaluation_mode
 from mpoe.models.composition import (
-    RANK,
+    SKETCH_RANK,
     Statistics,
     check_statistics,
     collect_statistics,
@@ -178,7 +179,9 @@ def pooled_background(model: Any, parts: Sequence[Iterable[Batch]]) -> Tensors:
         parts: batches of each text, see `collect_statistics`.
     """
     started = start_expert(model, 1)
-    return pooled_statistics([collect_statistics(started, batches, RANK) for batches in parts])
+    return pooled_statistics(
+        [collect_statistics(started, batches, SKETCH_RANK) for batches in parts]
+    )
 
 
 def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> Tensors:
@@ -212,6 +215,16 @@ def save_background(statistics: Statistics, base: Any, file: Path) -> None:
     """Write the statistics of a background, as a whole or not at all, with the identity of their
     base."""
     write_tensors(file, statistics, {"base": base_identity(base)})
+
+
+def may_write_background(file: Path) -> bool:
+    """Whether ``file`` is absent, or what `save_background` wrote."""
+    if not os.path.lexists(file):
+        return True
+    try:
+        return not file.is_symlink() and "base" in read_with_metadata(file)[1]
+    except ValueError:
+        return False
 
 
 def load_background(file: Path, base: Any) -> Tensors:

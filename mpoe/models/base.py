@@ -295,12 +295,15 @@ class MPOEModelMixin(_Model):
             TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without
                 MPO experts.
         """
+        self._check_cache("cache_experts", max_bytes)
+        self._expert_cache_bytes = max_bytes
+
+    def _check_cache(self, method: str, max_bytes: int | None) -> None:
         if not modules_of(self, MPOExperts) and not kept_modules(self):
             raise ValueError(
-                f"cache_experts needs a model with MPO experts; {type(self).__name__} has none"
+                f"{method} needs a model with MPO experts; {type(self).__name__} has none"
             )
         check_integer("max_bytes", max_bytes, 0, optional=True)
-        self._expert_cache_bytes = max_bytes
 
     @contextmanager
     def weights_kept(self, max_bytes: int | None = None) -> Iterator[None]:
@@ -312,18 +315,19 @@ class MPOEModelMixin(_Model):
         its experts or for none. Compiled graphs use the cores. A pass that could be trained on, and
         one after an expert's weight was written in place or loaded, is refused; what is written
         through ``parameter.data``, by fused optimizers, or to weights that were made in inference
-        mode, is not seen. Blocks of several models may be in each other.
+        mode, is not seen. Blocks of several models may be in each other. Hidden-side experts and
+        neurons have nothing to rebuild, so nothing is kept of them.
 
         Args:
             max_bytes: bound for the whole model; ``None``: none, at most what the experts would
                 take as dense networks.
 
         Raises:
-            TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model in
-                training mode.
+            TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without
+                MPO experts, or in training mode.
             RuntimeError: in the block, a pass with gradients or after a weight changed.
         """
-        check_integer("max_bytes", max_bytes, 0, optional=True)
+        self._check_cache("weights_kept", max_bytes)
         if self.training:
             raise ValueError("weights_kept needs a model in evaluation: call model.eval() first")
         with full_weights_kept(self, max_bytes):

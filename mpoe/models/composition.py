@@ -44,31 +44,31 @@ from mpoe.models.weight_files import Tensors
 Statistics = Mapping[str, Tensor]
 NONE = "none"  # name of the expert that adds nothing
 PARTS = ("mean", "rest", "vectors", "values")
-SHARE = 0.1  # of an expert's bytes is what its statistics may have
-RANK = 512  # eigenvectors, at most, of statistics from texts at hand
+STATISTICS_SHARE = 0.1  # of an expert's bytes is what its statistics may have
+SKETCH_RANK = 512  # eigenvectors, at most, of statistics from texts at hand
 RIDGE = 1e-3  # relative to the mean square of a number of the router's input
 # Of composed experts' routers: chosen on validation texts, judged in bench/studies/quiet.md.
-# the scale of logits is LOGITS / sqrt(E), from six classes on LOGITS_OF_MANY / E: softer keeps more
-# of many experts; up to five it is less quiet, among eleven it is quieter too
-LOGITS = 2.8
-LOGITS_OF_MANY = 6.3
+# the scale of logits is LOGIT_SCALE / sqrt(E), from six classes on LOGIT_SCALE_OF_MANY / E: softer
+# keeps more of many experts; up to five it is less quiet, among eleven it is quieter too
+LOGIT_SCALE = 2.8
+LOGIT_SCALE_OF_MANY = 6.3
 # *none* is preferred by PREFERENCE / E logits: among many experts, each text has its own one
 PREFERENCE = 2.0
 LEARNING_RATE = 1e-3
 ROUTER_STEPS = 200
-LARGEST = 1e12  # number in statistics; a router's inputs come from a normalisation
+LARGEST_STATISTIC = 1e12  # number in statistics; a router's inputs come from a normalisation
 
 
 @contextlib.contextmanager
 def _routed_to(
-    mixture: nn.Module, known: list[int], rows: Statistics, **changes: Any
+    mixture: nn.Module, known: list[int], rows: Statistics, config: RouterConfig
 ) -> Iterator[None]:
     """Tokens go to the experts ``known`` alone, by routers ``rows [len(known), I]`` of every layer
-    (default: 0) with these changes of their configuration."""
+    (default: 0), which have a bias for that."""
+    config = dataclasses.replace(config, bias_update_rate=1.0)
     routers: dict = {name: layer.router for name, layer in routed_layers(mixture)}
     try:
         for name, router in routers.items():
-            config = dataclasses.replace(router.config, bias_update_rate=1.0, **changes)
             like = {"device": router.weight.device, "dtype": router.weight.dtype}
             made: Any = TopKRouter(router.in_features, router.num_experts, config, **like)
             made.weight.data.zero_()
@@ -85,18 +85,7 @@ def _routed_to(
 
 def forced(mixture: nn.Module, expert: int) -> contextlib.AbstractContextManager[None]:
     """Every token goes to one expert of every layer, with gate 1, regardless of capacity."""
-    return _routed_to(
-        mixture,
-        [expert],
-        {},
-        capacity_factor=None,
-        eval_capacity_factor=None,
-        second_policy=None,
-        eval_second_policy=None,
-        routed_scaling_factor=None,
-        top_k=1,
-        is_scale_prob=False,
-    )
+    return _routed_to(mixture, [expert], {}, RouterConfig(top_k=1))
 
 
 def without(
@@ -106,7 +95,8 @@ def without(
     others."""
     config = mixture.mpoe_config
     known = [number for number in range(config.num_experts) if number != expert]
-    return _routed_to(mixture, known, weights, top_k=min(config.top_k, len(known)))
+    router = dataclasses.replace(config.router, top_k=min(config.top_k, len(known)))
+    return _routed_to(mixture, known, weights, router)
 
 
 def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> Tensors:
@@ -163,7 +153,7 @@ def _statistics(model: Any, layers: Mapping, batches: Iterable[Batch], rank: int
             )
         size = layer.in_features
         # as many as fit into a tenth of the expert; a mean and a diagonal are always there
-        left = SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * size
+        left = STATISTICS_SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * size
         fitting = max(0, int(left / (2 * size + 4)))
         sketch = _sketch(outer, total, tokens, min(size, fitting if rank is None else rank))
         statistics |= {f"{name}.{part}": value for part, value in sketch.items()}
@@ -220,14 +210,14 @@ def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: st
         shapes = {"mean": (size,), "rest": (size,), "vectors": (rank, size), "values": (rank,)}
         for part, shape in shapes.items():
             value = statistics[f"{layer}.{part}"]
-            least = 0.0 if part in ("rest", "values") else -LARGEST  # those are variances
+            least = 0.0 if part in ("rest", "values") else -LARGEST_STATISTIC  # those are variances
             is_fine = tuple(value.shape) == shape and value.is_floating_point()
             # In half precision, the bound itself would be infinite.
-            within = (value.double() >= least) & (value.double() <= LARGEST)
+            within = (value.double() >= least) & (value.double() <= LARGEST_STATISTIC)
             if not is_fine or not bool(within.all()):
                 raise ValueError(
                     f"{whose} must hold finite numbers {list(shape)} from {least:g} to "
-                    f"{LARGEST:g} as {layer}.{part}; it holds others, {value.dtype} "
+                    f"{LARGEST_STATISTIC:g} as {layer}.{part}; it holds others, {value.dtype} "
                     f"{list(value.shape)}"
                 )
 
@@ -237,7 +227,7 @@ def _second_moment(statistics: Statistics, layer: str) -> Tensor:
     return torch.outer(mean, mean) + torch.diag(rest) + vectors.mT @ (values[:, None] * vectors)
 
 
-def pooled_statistics(texts: Sequence[Statistics], rank: int = RANK) -> Tensors:
+def pooled_statistics(texts: Sequence[Statistics], rank: int = SKETCH_RANK) -> Tensors:
     """The statistics of several texts as one class: the mean of their means, and of their second
     moments.
 
@@ -253,7 +243,7 @@ def pooled_statistics(texts: Sequence[Statistics], rank: int = RANK) -> Tensors:
 
 
 def router_weight(
-    classes: Sequence[Statistics], layer: str, sharpness: float = 3.0, preference: float = 0.0
+    classes: Sequence[Statistics], layer: str, sharpness: float, preference: float = 0.0
 ) -> Tensor:
     """The router of ``layer`` for these classes, float64 ``[E, I]``: a linear discriminant without
     a constant.
@@ -290,7 +280,7 @@ def solve_routers(
         classes: statistics of the experts in order.
         layers: names.
         none: whether the last class is the background, which the expert *none* has.
-        sharpness: ``None`` = the smaller of `LOGITS` / E^1.5 and `LOGITS_OF_MANY` / E^2.
+        sharpness: ``None`` = the smaller of `LOGIT_SCALE` / E^1.5 and `LOGIT_SCALE_OF_MANY` / E^2.
         preference: of *none*; ``None`` = `PREFERENCE` / E.
 
     Raises:
@@ -298,7 +288,7 @@ def solve_routers(
     """
     if sharpness is None:
         experts = len(classes)
-        sharpness = min(LOGITS / experts**1.5, LOGITS_OF_MANY / experts**2)
+        sharpness = min(LOGIT_SCALE / experts**1.5, LOGIT_SCALE_OF_MANY / experts**2)
     if preference is None or not none:
         preference = PREFERENCE / len(classes) if none else 0.0
     for name, value in (("sharpness", sharpness), ("preference", preference)):
@@ -360,7 +350,11 @@ def _domain_loss(mixture: Any, batch: Batch, domain: int) -> Tensor:
 # ------------------------------------------------------------------ fine-tunes as experts
 
 
-def _check_alike(base: Any, fine_tunes: Sequence) -> None:
+def _check_fine_tunes(base: Any, fine_tunes: Sequence) -> None:
+    if not fine_tunes:
+        raise ValueError("fine_tunes must hold at least one model; got none")
+    converted_class(base)
+
     def facts_of(model: nn.Module) -> dict[str, Any]:
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         return {"class": type(model).__name__, **shapes}
@@ -375,6 +369,50 @@ def _check_alike(base: Any, fine_tunes: Sequence) -> None:
                     "fine_tunes must be of the class of base and have its parameters; number "
                     f"{place} differs in {name}: {facts.get(name)} for {wanted.get(name)}"
                 )
+
+
+def _check_examples(examples: Sequence | None, number: int, router: str, steps: int) -> None:
+    check_choice("router", router, ("ridge", "train"))
+    check_integer("steps", steps, 1)
+    if router == "train" and examples is None:
+        raise ValueError("router 'train' needs examples; got None")
+    if examples is not None and len(examples) != number:
+        raise ValueError(
+            f"examples must hold batches for each of {number} fine-tunes; got {len(examples)}"
+        )
+
+
+def _mean_of(base: Any, fine_tunes: Sequence) -> Any:
+    """A copy of ``base`` whose parameters are the means over the fine-tunes."""
+    mean = copy.deepcopy(base)
+    for name, parameter in mean.named_parameters():
+        # in float64, in which the mean of equal weights is these
+        alike = [model.get_parameter(name).double() for model in fine_tunes]
+        parameter.copy_(torch.stack(alike).mean(0))
+    return mean
+
+
+def _set_experts(mixture: nn.Module, fine_tunes: Sequence, config: MPOEConfig) -> None:
+    """Give every expert the feed-forward networks of its fine-tune."""
+    for number, model in enumerate(fine_tunes):
+        for site in dense_networks(model, config):
+            experts: Any = mixture.get_submodule(site.name).experts
+            for kind, weights in experts.projections().items():
+                weights.weight[number] = site.weight(kind)
+                bias = site.bias(kind)
+                if bias is not None:
+                    weights.bias[number] = bias
+
+
+def _solve_from(mixture: Any, examples: Sequence[Sequence[Batch]]) -> None:
+    """Set the routers in closed form, from batches of every expert's domain."""
+    layers: dict = dict(routed_layers(mixture))
+    classes = []
+    for number, batches in enumerate(examples):
+        with forced(mixture, number):
+            classes.append(_statistics(mixture, layers, batches, SKETCH_RANK))
+    for name, layer in layers.items():
+        layer.router.weight.copy_(router_weight(classes, name, sharpness=1 / len(classes)))
 
 
 @torch.no_grad()
@@ -411,19 +449,8 @@ def compose(
             other than one per fine-tune, examples without tokens, ``"train"`` without examples, a
             mixture as ``base``.
     """
-    if not fine_tunes:
-        raise ValueError("fine_tunes must hold at least one model; got none")
-    converted_class(base)
-    _check_alike(base, fine_tunes)
-    check_choice("router", router, ("ridge", "train"))
-    check_integer("steps", steps, 1)
-    if router == "train" and examples is None:
-        raise ValueError("router 'train' needs examples; got None")
-    if examples is not None and len(examples) != len(fine_tunes):
-        raise ValueError(
-            f"examples must hold batches for each of {len(fine_tunes)} fine-tunes; got "
-            f"{len(examples)}"
-        )
+    _check_fine_tunes(base, fine_tunes)
+    _check_examples(examples, len(fine_tunes), router, steps)
     config = MPOEConfig(
         num_experts=len(fine_tunes), expert_type="dense", router=routing or RouterConfig(top_k=1)
     )
@@ -431,29 +458,11 @@ def compose(
     # Every expert has biases of its own.
     config.expert_bias = any(site.bias("up") is not None for site in sites)
     config.expert_output_bias = any(site.bias("down") is not None for site in sites)
-    mean = copy.deepcopy(base)
-    for name, parameter in mean.named_parameters():
-        # in float64, in which the mean of equal weights is these
-        alike = [model.get_parameter(name).double() for model in fine_tunes]
-        parameter.copy_(torch.stack(alike).mean(0))
-    mixture = convert_to_mpoe(mean, config, inplace=True).eval()
-    for number, model in enumerate(fine_tunes):
-        for site in dense_networks(model, config):
-            for kind, weights in mixture.get_submodule(site.name).experts.projections().items():
-                weights.weight[number] = site.weight(kind)
-                bias = site.bias(kind)
-                if bias is not None:
-                    weights.bias[number] = bias
-    if examples is None:
-        return mixture
-    layers: dict = dict(routed_layers(mixture))
-    classes = []
-    examples = [list(batches) for batches in examples]  # read twice by "train"
-    for number, batches in enumerate(examples):
-        with forced(mixture, number):
-            classes.append(_statistics(mixture, layers, batches, RANK))
-    for name, layer in layers.items():
-        layer.router.weight.copy_(router_weight(classes, name, sharpness=1 / len(classes)))
-    if router == "train":
-        train_routers(mixture, examples, steps)
+    mixture = convert_to_mpoe(_mean_of(base, fine_tunes), config, inplace=True).eval()
+    _set_experts(mixture, fine_tunes, config)
+    if examples is not None:
+        texts = [list(batches) for batches in examples]  # read twice by "train"
+        _solve_from(mixture, texts)
+        if router == "train":
+            train_routers(mixture, texts, steps)
     return mixture

@@ -42,7 +42,7 @@ from mpoe_kernels.version import __version__
 
 FORMAT = 1
 MOST_LETTERS, MOST_LEVELS = 1 << 20, 64  # of facts as JSON
-LARGEST = 1e6  # weight
+LARGEST_WEIGHT = 1e6
 _HASH = '"[0-9a-f]{64}"'
 _WORD = r'"[\w./+-]{0,200}"'
 # Facts -> regular expressions of their JSON; older files lack some.
@@ -382,10 +382,10 @@ def _check(expert: Expert) -> None:
                 f"got {value.dtype} {list(value.shape)}"
             )
         # in half precision, the bound would be infinite
-        if not bool((value.double().abs() <= LARGEST).all()):
+        if not bool((value.double().abs() <= LARGEST_WEIGHT).all()):
             raise ValueError(
-                f"{whose} must have finite weights of at most {LARGEST:g}; NaN, Inf or more in "
-                f"{name}"
+                f"{whose} must have finite weights of at most {LARGEST_WEIGHT:g}; NaN, Inf or more "
+                f"in {name}"
             )
     if expert.statistics:
         sizes = layer_sizes(expert.weights)

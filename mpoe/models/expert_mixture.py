@@ -24,9 +24,9 @@ from mpoe.models.background import (
 )
 from mpoe.models.checkpoint import parsed_mpoe
 from mpoe.models.composition import (
-    LARGEST,
+    LARGEST_STATISTIC,
     NONE,
-    RANK,
+    SKETCH_RANK,
     Statistics,
     check_statistics,
     collect_statistics,
@@ -193,7 +193,7 @@ def compose_experts(
     for place, expert in enumerate(loaded):
         if expert.name in texts:
             started = start_expert(base, expert=expert)
-            statistics = collect_statistics(started, texts[expert.name], RANK)
+            statistics = collect_statistics(started, texts[expert.name], SKETCH_RANK)
             loaded[place] = dataclasses.replace(expert, statistics=statistics)
     number = len(loaded) + bool(none)
     routing = RouterConfig(
@@ -211,7 +211,7 @@ def compose_experts(
         if background is None:
             background = pooled_background(base, background_batches(base, tokenizer))
         else:
-            background = collect_statistics(start_expert(base, 1), background, RANK)
+            background = collect_statistics(start_expert(base, 1), background, SKETCH_RANK)
     mixture = convert_to_mpoe(base, config).eval()
     layers = neuron_modules(mixture)
     sizes = {name: layer.in_features for name, layer in layers.items()}
@@ -276,7 +276,12 @@ def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, dict[str, Any]]
     check_type(f"mpoe_routing in {file}", routing, dict, "a mapping")
     for name, value in routing.items():
         if value is not None:
-            check_number(f"{shortened(name)} of mpoe_routing in {file}", value, -LARGEST, LARGEST)
+            check_number(
+                f"{shortened(name)} of mpoe_routing in {file}",
+                value,
+                -LARGEST_STATISTIC,
+                LARGEST_STATISTIC,
+            )
     return names, config, {name: routing.get(name) for name in ("sharpness", "preference")}
 
 

@@ -138,9 +138,11 @@ def step_of(checkpoint: str | Path) -> int:
 
 def checkpoint_folders(run_dir: str | Path) -> list[Path]:
     """All folders named ``checkpoint-N``, oldest step first; ``checkpoint-of-mine`` belongs to the
-    user."""
-    folders = [path for path in Path(run_dir).glob("checkpoint-*") if path.is_dir()]
-    return sorted((path for path in folders if _FINAL.fullmatch(path.name)), key=step_of)
+    user. Raises OSError for a folder that cannot be read."""
+    run = Path(run_dir)
+    paths = run.iterdir() if run.is_dir() else ()
+    named = (path for path in paths if _FINAL.fullmatch(path.name) and path.is_dir())
+    return sorted(named, key=step_of)
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:

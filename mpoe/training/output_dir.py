@@ -209,10 +209,10 @@ def check_output_dir(
 
 
 def check_folder(name: str, folder: str | Path) -> Path:
-    """``folder`` as a path, if it can be written or created.
+    """``folder`` as a path, if it can be read and written, or created.
 
     Raises: NotADirectoryError: a file is in its way, or a broken or circular symbolic link.
-        PermissionError: this process may not write or create it.
+        PermissionError: this process may not read, write or create it.
     """
     if re.search("^$|[\0\ud800-\udfff]", str(folder)):
         raise NotADirectoryError(
@@ -229,8 +229,12 @@ def check_folder(name: str, folder: str | Path) -> Path:
     if not there.is_dir():
         raise NotADirectoryError(f"{name} must be a folder; {there} is a file")
     effective = os.access in os.supports_effective_ids
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=effective):
-        raise PermissionError(f"{name} must be a folder that can be written; {there} cannot be")
+    # what cannot be read looks empty
+    needed = os.W_OK | os.X_OK | (os.R_OK if there == path else 0)
+    if not os.access(there, needed, effective_ids=effective):
+        raise PermissionError(
+            f"{name} must be a folder that can be read and written; {there} cannot be"
+        )
     if there != path:
         try:
             tempfile.TemporaryDirectory(dir=there).cleanup()

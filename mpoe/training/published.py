@@ -30,8 +30,8 @@ _STAGING = ".incomplete-model"
 _WHOLE = ".complete-model"
 _OLD = ".old.json"  # in the folder of a whole model: the names of files to delete
 _LEFTOVERS = (LOCK_FILE, ".incomplete-", _WHOLE)
-# Of the weights that `save_pretrained` and `mpoe compose` write; other safetensors are a user's.
-WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors", INDEX, ONLY_FILE, BACKGROUND_FILE)
+# Of the weights that `save_pretrained` writes; other safetensors are a user's.
+WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors", INDEX, ONLY_FILE)
 # What models and tokenizers save.
 _SAVED = (
     CONFIG,
@@ -58,6 +58,9 @@ def written_files(folder: Path) -> set[str]:
         names = {path.name for pattern in _SAVED for path in folder.glob(pattern)}
         composed = _names_in(folder / CONFIG, "mpoe_experts")
         names |= {f"{EXPERTS_FOLDER}/{name}.expert" for name in composed - {NONE}}
+        # beside experts that are no mixture a background may be a user's
+        if NONE in composed:
+            names.add(BACKGROUND_FILE)
     return names if may_write_card(folder / CARD_FILE) else names - {CARD_FILE}
 
 

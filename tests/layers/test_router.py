@@ -10,13 +10,14 @@ from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe.config import RouterConfig
-from mpoe.layers import TopKRouter, load_balancing_loss, router_z_loss
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.layers import MPOEFeedForward, TopKRouter, load_balancing_loss, router_z_loss
+from mpoe.layers import feed_forward as feed_forward_module
 from mpoe.layers import router as router_module
 from mpoe.layers.context import global_batch, sum_over_ranks
 from mpoe.layers.losses import count_choices
 from mpoe.layers.router import float32_logits, logits_of_low_precision
-from mpoe_kernels import available_backends, use_backend
+from mpoe_kernels import available_backends, route, use_backend
 from tests.assertions import refuses
 from tests.cases import either, in_two_dtypes
 
@@ -385,6 +386,22 @@ def test_the_backend_asked_for_computes(monkeypatch):
         with torch.no_grad():
             float32_logits(*problem(torch.bfloat16, torch.bfloat16), backend)
     assert len(called) == 2 * ("native" in available_backends())
+
+
+@pytest.mark.parametrize("settings", [{}, {"moe_type": "moe"}, {"moe_type": "none"}])
+def test_the_backend_asked_for_finds_the_slots(settings, monkeypatch):
+    asked = []
+
+    def spy(*arguments, backend):
+        asked.append(backend)
+        return route(*arguments, backend=backend)
+
+    monkeypatch.setattr(router_module, "route", spy)
+    monkeypatch.setattr(feed_forward_module, "route", spy)
+    for backend in ("eager", None):
+        config = MPOEConfig(num_experts=4, shape="separable", backend=backend, **settings)
+        MPOEFeedForward(8, 16, config).train()(torch.randn(5, 8))
+    assert asked == ["eager", None]
 
 
 def test_a_second_choice_of_no_share_is_never_drawn(monkeypatch):

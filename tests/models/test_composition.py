@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from mpoe import MPOEConfig, RouterConfig, compose
 from mpoe.models.composition import (
-    LOGITS,
+    LOGIT_SCALE,
     _domain_loss,
     _second_moment,
     forced,
@@ -123,7 +123,7 @@ def test_a_router_is_the_discriminant_of_the_statistics():
     every = torch.stack([x.mT @ x / 50 for x in rows]).mean(0)
     every += 1e-3 * every.trace() / 6 * torch.eye(6)
     means = torch.stack([x.mean(0) for x in rows])
-    found = router_weight([statistics_of(x) for x in rows], "h")
+    found = router_weight([statistics_of(x) for x in rows], "h", sharpness=3.0)
     wanted = 9 * (means - means.mean(0)) @ every.inverse()
     assert_close(found, wanted)
 
@@ -141,7 +141,9 @@ def test_the_preferred_class_gets_as_much_more():
     assert_close(more, torch.tensor([0.0, 0.0, 2.0]).double().expand(50, 3), atol=0.1, rtol=0)
 
 
-@pytest.mark.parametrize("number, scale", [(3, LOGITS / 3**0.5), (5, LOGITS / 5**0.5), (6, 1.05)])
+@pytest.mark.parametrize(
+    "number, scale", [(3, LOGIT_SCALE / 3**0.5), (5, LOGIT_SCALE / 5**0.5), (6, 1.05)]
+)
 def test_many_classes_have_softer_routers(number, scale):
     classes = [statistics_of(torch.randn(50, 6).double() + place) for place in range(number)]
     router = solve_routers(classes, ["h"], none=False, preference=2.0)["h"]

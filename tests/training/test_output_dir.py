@@ -223,11 +223,20 @@ def test_a_folder_of_somebody_else(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_, **__: False)  # as root may write everywhere
     refuses(
         PermissionError,
-        rf"output_dir must be a folder that can be written; {tmp_path} cannot be",
+        rf"output_dir must be a folder that can be read and written; {tmp_path} cannot be",
         check_folder,
         "output_dir",
         tmp_path / "run",
     )
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    def access(path, mode, **_):  # root may read everywhere
+        return path != tmp_path or not mode & os.R_OK
+
+    monkeypatch.setattr("os.access", access)
+    refuses(PermissionError, f"{tmp_path} cannot be", prepare_output_dir, tmp_path)
+    prepare_output_dir(tmp_path / "run")  # its parent need not be read
 
 
 @pytest.mark.parametrize("target", ["nowhere", "link"])  # "link" leads to itself

@@ -6,11 +6,13 @@ import shutil
 import signal
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mpoe.cli.command import CommandError
 from mpoe.cli.info import facts_of
 from mpoe.cli.outputs import check_model_output, model_folder
-from mpoe.cli.quiet import background_beside
+from mpoe.cli.quiet import background_beside, made_background
 from mpoe.training.output_dir import RUN_FILE, holds_earlier_model, prepare_output_dir, publish_run
 from mpoe.training.published import (
     MANIFEST,
@@ -132,7 +134,7 @@ def test_what_we_did_not_write_is_named_and_stays(folder, name):
 
 def test_an_experts_file_without_a_model(tmp_path):
     save(tmp_path, OLD)
-    for name in (MANIFEST, "config.json"):
+    for name in (MANIFEST, "config.json", "background.safetensors"):
         (tmp_path / name).unlink()
     refuses(
         CommandError, "holds experts/law.expert, which", check_model_output, "OUT", tmp_path, True
@@ -297,6 +299,19 @@ def test_a_background_that_is_a_link_out_is_not_taken(tmp_path, capsys):
     (tmp_path / "beside/background.safetensors").symlink_to(tmp_path / "private")
     assert background_beside(None, [tmp_path / "beside"]) is None
     assert "background.safetensors must not be a link that leads out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("whose", ["mine", "another base's"])
+def test_only_a_background_that_mpoe_wrote_is_replaced(tmp_path, monkeypatch, capsys, whose):
+    file = tmp_path / "background.safetensors"
+    save_file({"x": torch.ones(2)}, file, {} if whose == "mine" else {"base": "0"})
+    before = file.read_bytes()
+    assert written_files(tmp_path) == set()
+    monkeypatch.setattr("mpoe.cli.quiet.collect_background", lambda *_: {"x": torch.zeros(2)})
+    monkeypatch.setattr("mpoe.models.background.base_identity", lambda _: "1")
+    assert not made_background(None, None, tmp_path)["x"].any()
+    assert (file.read_bytes() == before) is (whose == "mine")
+    assert ("not kept, as mpoe did not write" in capsys.readouterr().out) is (whose == "mine")
 
 
 def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path):

@@ -33,8 +33,8 @@ def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     if torch.cuda.device_count() == 0:
-        # The first backward starts autograd's threads, one a device, and children that are forked
-        # later can make none. A fake tensor lets PyTorch count a GPU that is not there: count first.
+        # The first backward starts autograd's threads, one a device, and children forked later can
+        # make none. A fake tensor lets PyTorch count a GPU that is not there, so it counts first.
         torch.ones((), requires_grad=True).backward()
     atexit.register(gc.unfreeze)  # after pytest's own collections, which would look at everything
 

@@ -11,8 +11,8 @@ namespace mpoe {
 template <class T>
 class HalfGradient : public HalfFirst<T> {
   using Base = HalfFirst<T>;
-  using Base::chunk_, Base::d_, Base::gemm_, Base::in_, Base::left_, Base::left_rows_,
-      Base::left_stride_, Base::plan_, Base::rows_, Base::u_, Base::u_stride_;
+  using Base::jL_chunk_, Base::d_, Base::gemm_, Base::in_, Base::left_, Base::left_rows_,
+      Base::left_stride_, Base::plan_, Base::slots_, Base::u_, Base::u_stride_;
 
  public:
   // `central_turned`: panels of central^T, columns a, inner (iC jC b) with b in whole granules.
@@ -29,15 +29,15 @@ class HalfGradient : public HalfFirst<T> {
         central_sums_(central_sums),
         z_stride_(padded_k(gemm, d_.jR)),
         r_units_(ceil_divide(d_.iR, gemm.unit)),
-        x_stride_(row_stride(gemm, rows_ * r_units_ * gemm.unit)),
+        x_stride_(row_stride(gemm, slots_ * r_units_ * gemm.unit)),
         inner_(d_.iC * d_.jC * plan.b),
         dhalf_stride_(row_stride(gemm, inner_)),
         left_turned_stride_(row_stride(gemm, d_.jL * left_rows_)),
         right_rows_(round_up(d_.iR * plan.b, kPanel)),
         columns_(gemm.unit, d_.iR, d_.jR * plan.b, d_.b) {
-    const int64_t pairs = chunk_ * d_.jC, unit = gemm.unit;
-    z_ = Buffer<T>(rows_ * pairs * z_stride_);
-    const int64_t k_units = ceil_divide(rows_ * pairs, unit);
+    const int64_t pairs = jL_chunk_ * d_.jC, unit = gemm.unit;
+    z_ = Buffer<T>(slots_ * pairs * z_stride_);
+    const int64_t k_units = ceil_divide(slots_ * pairs, unit);
     if (wanted_.right) {
       u_panels_ = Buffer<T>(right_rows_ * k_units * unit);
       z_panels_ = Buffer<T>(round_up(d_.jR, kPanel) * k_units * unit);
@@ -45,15 +45,15 @@ class HalfGradient : public HalfFirst<T> {
     }
     if (!wanted_.half())
       return;
-    du_ = zeros<T>(chunk_ * plan.central_panels * rows_ * r_units_ * kPanel * unit);
+    du_ = zeros<T>(jL_chunk_ * plan.central_panels * slots_ * r_units_ * kPanel * unit);
     turned_ = Buffer<T>(d_.iR * d_.jR * plan.b);
     right_panels_ = Buffer<T>(columns_.panels * z_stride_ * kPanel);
     x_rows_ = zeros<T>(d_.iC * left_rows_ * x_stride_);
-    half_sums_ = Buffer<float>(chunk_ * plan.central_panels * d_.iC * left_rows_ * kPanel);
-    dhalf_ = Buffer<T>(chunk_ * left_rows_ * dhalf_stride_);
+    half_sums_ = Buffer<float>(jL_chunk_ * plan.central_panels * d_.iC * left_rows_ * kPanel);
+    dhalf_ = Buffer<T>(jL_chunk_ * left_rows_ * dhalf_stride_);
     if (wanted_.central) {
       left_turned_ = Buffer<T>(d_.a * left_turned_stride_);
-      dhalf_panels_ = Buffer<T>(round_up(inner_, kPanel) * chunk_ * left_rows_);
+      dhalf_panels_ = Buffer<T>(round_up(inner_, kPanel) * jL_chunk_ * left_rows_);
     }
     for (int64_t i = 0; i < d_.iC; ++i)
       for (int64_t l = 0; l < left_rows_; ++l)
@@ -64,7 +64,7 @@ class HalfGradient : public HalfFirst<T> {
         const int64_t column = row % d_.jC * plan.b + g * kGranule;
         const int64_t panel = row / d_.jC * plan.central_panels + column / kPanel;
         du_place_.push_back(
-            static_cast<int32_t>(panel * rows_ * r_units_ * kPanel + column % kPanel));
+            static_cast<int32_t>(panel * slots_ * r_units_ * kPanel + column % kPanel));
       }
   }
 
@@ -78,20 +78,20 @@ class HalfGradient : public HalfFirst<T> {
            const LeftPlace& dleft,
            const RightPlace& dright,
            int64_t right_step) {
-    Base::load(0);
+    Base::load_blocks(0);
     load_gradient_blocks();
-    for (int64_t j = 0; j < d_.jL; j += chunk_) {
-      const int64_t lefts = std::min(chunk_, d_.jL - j);
+    for (int64_t j = 0; j < d_.jL; j += jL_chunk_) {
+      const int64_t lefts = std::min(jL_chunk_, d_.jL - j);
       if (wanted_.right) {
-        Base::build(j, lefts);
-        Base::place_rows(lefts);
+        Base::build_half(j, lefts);
+        Base::place_u_rows(lefts);
       }
-      for (int64_t t = 0; t < count; t += rows_) {
-        const int64_t rows = std::min(rows_, count - t);
+      for (int64_t t = 0; t < count; t += slots_) {
+        const int64_t rows = std::min(slots_, count - t);
         load_gradient(dz + t * d_.out_features, rows, j, lefts);
         if (wanted_.right) {
-          Base::arrange(first + t, rows);
-          Base::meet_half(rows, lefts);
+          Base::load_rows(first + t, rows);
+          Base::rows_times_half(rows, lefts);
           right_gradient(rows * lefts * d_.jC, j > 0 || t > 0);
         }
         if (wanted_.half()) {
@@ -103,7 +103,7 @@ class HalfGradient : public HalfFirst<T> {
                             x_rows_.get(),
                             x_stride_,
                             du_.get(),
-                            rows_ * r_units_,
+                            slots_ * r_units_,
                             lefts * plan_.central_panels,
                             half_sums_.get(),
                             d_.iC * left_rows_,

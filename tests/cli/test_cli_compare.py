@@ -1,6 +1,7 @@
 """`mpoe compare`, the report of a run, what `mpoe train` shows while it runs; the demos."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from mpoe.cli import demo
+from mpoe.cli import demo, demo_compare
 from mpoe.cli.compare import read_run, write_report
+from mpoe.cli.demo_experts import DemoResults, DomainLosses
 from mpoe.cli.report import bars_html
 from mpoe.cli.train import going_on
 from mpoe.data.domains import DOMAINS, domain_text
@@ -220,9 +222,9 @@ def test_an_interrupted_run_says_how_to_go_on(cli, tmp_path, monkeypatch):
 
 def test_a_short_comparison(tmp_path, monkeypatch, capsys):
     short = " --n_train 64 --n_val 16 --per_device_train_batch_size 2"
-    monkeypatch.setitem(
-        demo.SETTINGS, "t5", (demo.SETTINGS["t5"][0] + short, *demo.SETTINGS["t5"][1:])
-    )
+    settings = demo_compare.SETTINGS["t5"]
+    shorter = settings._replace(options=settings.options + short)
+    monkeypatch.setitem(demo_compare.SETTINGS, "t5", shorter)
     monkeypatch.setattr(
         "mpoe.data.predict.generate_texts",
         lambda model, tokenizer, examples, *_: ["x"] * len(examples),
@@ -241,18 +243,15 @@ def test_a_short_comparison(tmp_path, monkeypatch, capsys):
 
 
 def test_a_short_demo_of_experts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "TESTED", 2)
+    monkeypatch.setattr("mpoe.cli.demo_experts.TESTED_PIECES", 2)
     monkeypatch.setattr("mpoe.models.background.GENERAL_PIECES", 8)
     short = {name: " ".join(f"{name} of {number}" for number in range(400)) for name in DOMAINS}
-    monkeypatch.setattr("mpoe.cli.demo.domain_text", lambda name, held_out: short[name])
+    monkeypatch.setattr("mpoe.cli.demo_experts.domain_text", lambda name, held_out: short[name])
     demo.command(words(f"--output_dir {tmp_path}/demo --steps 9"))  # nine: once divided by zero
     out = capsys.readouterr().out
     results = read_json(tmp_path / "demo/results.json")
-    losses = results["losses"]
-    assert {name: list(by_way) for name, by_way in losses.items()} == {
-        **{name: ["base", "always_on", "quiet", "composed"] for name in DOMAINS},
-        "documentation": ["base", "composed"],
-    }
+    domains = {name: DomainLosses(**losses) for name, losses in results["domains"].items()}
+    assert list(domains) == list(DOMAINS)
     assert results["experts"] == ["law", "code", "names", "none"]
     assert [expert.name for expert in experts_in(tmp_path / "demo/model")[0]] == [
         "law",
@@ -265,28 +264,39 @@ def test_a_short_demo_of_experts(tmp_path, monkeypatch, capsys):
         assert {expert for _, expert in tokens} <= {0, 1, 2, 3}
         assert set(results["continued"][text]) == {"prompt", "before", "after"}
     # Numbers and conclusions are the same in the terminal and on the page, bars too.
-    for name, by_way in losses.items():
-        for loss in by_way.values():
-            assert f"{loss:.3f}" in out
-            assert f"<td>{loss:.3f}</td>" in page
-        if name in results["lost"]:
-            lost = results["lost"][name]["quiet"]
-            assert f"{lost:+.3f}" in out
-            assert f"<td>{lost:+.3f}</td>" in page
-            assert f"</b>{lost:.3f}</div>" in page
-            assert f"</b>{by_way['base'] - by_way['quiet']:.3f}</div>" in page
-    assert all(line in out for line in demo.conclusions(results))
-    assert all(f"<li>{escape(line)}</li>" in page for line in demo.conclusions(results))
+    numbers = [results["foreign_base"], results["foreign_composed"]]
+    for domain in domains.values():
+        numbers += [domain.base, domain.always_on, domain.quiet, domain.composed]
+        assert f"{domain.foreign_lost_quiet:+.3f}" in out
+        assert f"<td>{domain.foreign_lost_quiet:+.3f}</td>" in page
+        assert f"</b>{domain.foreign_lost_quiet:.3f}</div>" in page
+        assert f"</b>{domain.base - domain.quiet:.3f}</div>" in page
+    for loss in numbers:
+        assert f"{loss:.3f}" in out
+        assert f"<td>{loss:.3f}</td>" in page
+    concluded = [line for line in out.splitlines() if line.startswith("A quiet expert keeps ")]
+    assert len(concluded) == 1
+    assert f"<li>{escape(concluded[0])}</li>" in page
+
+
+def demo_results(**domain):
+    """Of three domains alike."""
+    losses = {"base": 5.0, "always_on": 4.0, "quiet": 4.1, "composed": 4.25} | domain
+    lost = {"foreign_lost_always_on": 0.5, "foreign_lost_quiet": 0.0625}
+    domains = {name: DomainLosses(**losses, **lost) for name in ("law", "code", "names")}
+    return DemoResults(60, 0, domains, foreign_base=5.0, foreign_composed=5.125)
+
+
+def test_an_expert_that_gained_nothing_keeps_no_share():
+    results = demo_results(always_on=5.0)
+    assert math.isnan(results.domains["law"].kept(4.5))
+    assert results.conclusions()[0].startswith("A quiet expert keeps - of its gain")
 
 
 def test_what_the_demo_says_of_its_numbers():
-    by_way = {"base": 5.0, "always_on": 4.0, "quiet": 4.1, "composed": 4.25}
-    names = ("law", "code", "names")
-    losses = dict.fromkeys(names, by_way) | {"documentation": {"base": 5.0, "composed": 5.125}}
-    shares = demo.kept(losses)
-    assert shares["law"] == pytest.approx({"quiet": 0.9, "composed": 0.75})
-    lost = {name: {"always_on": 0.5, "quiet": 0.0625} for name in names}
-    lines = demo.conclusions({"losses": losses, "kept": shares, "lost": lost})
+    results = demo_results()
+    assert results.domains["law"].kept(4.1) == pytest.approx(0.9)
+    lines = results.conclusions()
     assert "keeps 90% of its gain and costs documentation 0.062 nats" in lines[0]
     assert "always on it costs 0.500" in lines[0]
     assert "The three in one model keep 75% and cost documentation 0.125" in lines[1]
@@ -344,7 +354,6 @@ def test_demo(tmp_path):
     if not folder.is_dir():
         run_python("-m", "mpoe", "demo", "--output_dir", folder)
     results = read_json(folder / "results.json")
-    losses, lost, shares = results["losses"], results["lost"], results["kept"]
     # docs/should_i.md shows these figures; other processors train a little otherwise, and other
     # versions of the packages have other texts.
     page = (EXAMPLES.parent / "docs/should_i.md").read_text(encoding="utf-8")
@@ -353,14 +362,14 @@ def test_demo(tmp_path):
         base, always_on, quiet, kept, loud, silent, composed = (
             float(cell.strip(" %+")) for cell in row.split("|")
         )
-        measured = losses[name]
-        assert measured["base"] == pytest.approx(base, abs=0.2)
-        assert measured["always_on"] == pytest.approx(always_on, abs=0.2)
-        assert measured["quiet"] == pytest.approx(quiet, abs=0.2)
-        assert 100 * shares[name]["quiet"] == pytest.approx(kept, abs=5)
-        assert lost[name]["always_on"] == pytest.approx(loud, abs=0.12)
-        assert lost[name]["quiet"] == pytest.approx(silent, abs=0.05)
-        assert 100 * shares[name]["composed"] == pytest.approx(composed, abs=8)
+        domain = DomainLosses(**results["domains"][name])
+        assert domain.base == pytest.approx(base, abs=0.2)
+        assert domain.always_on == pytest.approx(always_on, abs=0.2)
+        assert domain.quiet == pytest.approx(quiet, abs=0.2)
+        assert 100 * domain.kept(domain.quiet) == pytest.approx(kept, abs=5)
+        assert domain.foreign_lost_always_on == pytest.approx(loud, abs=0.12)
+        assert domain.foreign_lost_quiet == pytest.approx(silent, abs=0.05)
+        assert 100 * domain.kept(domain.composed) == pytest.approx(composed, abs=8)
     assert set(os.listdir(folder / "experts")) == {
         "background.safetensors",
         *(f"{name}.expert" for name in DOMAINS),

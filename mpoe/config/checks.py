@@ -91,6 +91,17 @@ def check_flag(name: str, value: object) -> None:
     check_type(name, value, bool, "True or False")
 
 
+def check_counts_and_flags(config: Any) -> None:
+    """Require True or False in the fields that a dataclass declares as bool, and an integer of at
+    least 1 in those that it declares as int."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "bool":
+            check_flag(field.name, value)
+        elif field.type in ("int", "int | None"):
+            check_integer(field.name, value, 1, optional=field.type != "int")
+
+
 def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
     """Decorator for a dataclass: an unknown field raises a TypeError that suggests the closest
     known ones.

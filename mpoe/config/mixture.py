@@ -20,17 +20,6 @@ _CHOICES = {
     "expert_type": ("mpo", "dense"),
     "gauge": ("symmetric", "orthogonal", "identity"),
 }
-_OPTIONAL_COUNTS = (
-    "block_size",
-    "neurons",
-    "latent",
-    "max_bond",
-    "separable_left",
-    "separable_right",
-    "attention_max_bond",
-    "embedding_max_bond",
-    "pooler_max_bond",
-)
 TARGETS = ("ffn", "attention", "embedding", "pooler")
 # Fields that apply only to MPO cores.
 OF_CORES = frozenset({"max_bond", "separable_left", "separable_right", "light_p", "gauge"})
@@ -138,12 +127,7 @@ class MPOEConfig:
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
             checks.check_choice(name, getattr(self, name), known)
-        for name in ("block_per_group", "expert_bias", "expert_output_bias", "tied_head"):
-            checks.check_flag(name, getattr(self, name))
-        for name in ("num_experts", "light_p"):
-            checks.check_integer(name, getattr(self, name), 1)
-        for name in _OPTIONAL_COUNTS:
-            checks.check_integer(name, getattr(self, name), 1, optional=True)
+        checks.check_counts_and_flags(self)
         checks.check_type("backend", self.backend, str | None, "a name or None")
         if self.shape is not None:
             self.shape = shapes.checked_shape(self.shape)

@@ -92,9 +92,7 @@ class RouterConfig:
     bias_update_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        checks.check_integer("top_k", self.top_k, 1, optional=True)
-        checks.check_flag("is_scale_prob", self.is_scale_prob)
-        checks.check_integer("min_capacity", self.min_capacity, 1)
+        checks.check_counts_and_flags(self)
         checks.check_choice("scoring_func", self.scoring_func, SCORING_FUNCS)
         for name in (
             "balance_loss_weight",

@@ -162,13 +162,18 @@ class MPOCores(FromInitialValues):
 
     def _expected_rate_ratios(self) -> tuple[float, ...]:
         """Ratios of a random initialisation (`initial_values`), from shapes alone."""
-        shape = self.shape
-        std = self.init_std or 1.0
-        ratios = []
-        for k, (d, i, j, e) in enumerate(shape.core_shapes):
-            rows = d * i * j if k < shape.central else i * j * e
-            ratios.append((self._central_std() if k == shape.central else rows**-0.5) / std)
-        return tuple(ratios)
+        stds = [rows**-0.5 for rows, _ in self._frame_sizes()]
+        stds[self.shape.central] = self._central_std()
+        return tuple(std / (self.init_std or 1.0) for std in stds)
+
+    def _frame_sizes(self) -> list[tuple[int, int]]:
+        """Rows and columns of every core as a matrix of orthonormal columns: a bond has at most as
+        many columns as its core has rows."""
+        central = self.shape.central
+        return [
+            (d * i * j, e) if k < central else (i * j * e, d)
+            for k, (d, i, j, e) in enumerate(self.shape.core_shapes)
+        ]
 
     def _central_std(self) -> float:
         """Isometries on both sides preserve the norm, so the central core alone determines it."""
@@ -185,16 +190,13 @@ class MPOCores(FromInitialValues):
         options: dict = {"device": self.central.device, "dtype": torch.float32}
         std = self._central_std() if self.init_std else 0.0
         values = {"central": torch.randn(self.central.shape, **options) * std}
-        for k, (name, (d, i, j, e)) in enumerate(
-            zip(self.core_names(), self.shape.core_shapes, strict=True)
-        ):
+        named_sizes = zip(self.core_names(), self._frame_sizes(), strict=True)
+        for k, (name, size) in enumerate(named_sizes):
             if name == "central":
                 continue
-            # A bond has at most as many columns as its core has rows.
-            rows, columns = (d * i * j, e) if k < self.shape.central else (i * j * e, d)
-            frame = torch.linalg.qr(torch.randn(self.num_experts, rows, columns, **options)).Q
-            frame = frame if k < self.shape.central else frame.transpose(-1, -2)
-            values[name] = frame.reshape(self.num_experts, d, i, j, e)
+            frame = torch.linalg.qr(torch.randn(self.num_experts, *size, **options)).Q
+            frame = frame if k < self.shape.central else frame.mT
+            values[name] = frame.reshape(self.num_experts, *self.shape.core_shapes[k])
         if self.bias is not None:
             values["bias"] = torch.zeros(self.bias.shape, **options)
         return values

@@ -103,11 +103,10 @@ class KeptExperts:
             return None
         if not self._is_decided:
             self._is_decided = True
-            elements = sum(
-                chain.in_features * chain.out_features * chain.num_experts
-                for chain in self.blocks.values()
-            )
-            if self._cache.reserves(elements * dtype.itemsize):
+            wanted = 0
+            for chain in self.blocks.values():
+                wanted += chain.in_features * chain.out_features * chain.num_experts
+            if self._cache.reserves(wanted * dtype.itemsize):
                 self._dense = self._layer.as_dense(
                     lambda cores: _full_weights(cores.blocks(), dtype)
                 )
@@ -140,7 +139,7 @@ class ExpertCache:
         self.reserved = 0
         self.layers: dict[nn.Module, KeptExperts | None] = {}
         self.outer: ExpertCache | None = None
-        self._served = frozenset(layers)
+        self.served = frozenset(layers)
 
     @contextmanager
     def in_use(self) -> Iterator[ExpertCache]:
@@ -152,9 +151,6 @@ class ExpertCache:
             yield self
         finally:
             _in_use.reset(token)
-
-    def serves(self, layer: nn.Module) -> bool:
-        return layer in self._served
 
     def reserves(self, wanted: int) -> bool:
         """Whether there is room for so many bytes, which are then taken."""
@@ -190,7 +186,7 @@ class ExpertCache:
 def cache_of(layer: nn.Module) -> ExpertCache | None:
     """What serves the passes of a layer in this thread: the innermost cache that does."""
     cache = _in_use.get()
-    while cache is not None and not cache.serves(layer):
+    while cache is not None and layer not in cache.served:
         cache = cache.outer
     return cache
 

@@ -32,6 +32,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+DEFAULT_STD = dict.fromkeys(("up", "down", "gate_proj"), 0.02)  # of random weights
+
+
 def check_activation(name: object) -> str:
     """Return ``name`` if experts can compute it.
 
@@ -104,16 +107,13 @@ class MPOExperts(_Network):
             got = [given.in_features, given.out_features]
             if got != wanted:
                 raise ValueError(f"the {kind} shape must be {wanted}{why}; got {got}")
-        std = dict(init_std or {})
-
-        def cores(kind: str, shape: MPOShape, with_bias: bool) -> MPOCores:
-            return MPOCores(
-                shape, num_experts, with_bias, std.get(kind, 0.02), device=device, dtype=dtype
-            )
-
-        self.up = cores("up", up, bias)
-        self.down = cores("down", down, bias)
-        self.gate_proj = None if gate is None else cores("gate_proj", gate, False)
+        std = {**DEFAULT_STD, **(init_std or {})}
+        placed: dict = {"device": device, "dtype": dtype}
+        self.up = MPOCores(up, num_experts, bias, std["up"], **placed)
+        self.down = MPOCores(down, num_experts, bias, std["down"], **placed)
+        self.gate_proj = None
+        if gate is not None:
+            self.gate_proj = MPOCores(gate, num_experts, False, std["gate_proj"], **placed)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,12 +138,12 @@ class MPOExperts(_Network):
         """Dense experts with the same biases, and these weights ``[E, in, out]`` of every
         projection."""
         size = (self.up.in_features, self.up.out_features, self.num_experts)
-        std = {kind: cores.init_std for kind, cores in self.projections().items()}
         dense = DenseExperts(
-            *size, self.activation, self.up.bias is not None, self.is_gated, std, device="meta"
+            *size, self.activation, self.up.bias is not None, self.is_gated, device="meta"
         )
         for kind, cores in self.projections().items():
             weights: ExpertWeights = dense.projections()[kind]
+            weights.init_std = cores.init_std
             weights.weight = nn.Parameter(weight_of(cores))
             if cores.bias is not None:
                 weights.bias = nn.Parameter(cores.bias.detach().clone())
@@ -184,14 +184,12 @@ class MPOExperts(_Network):
         """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both
         forwards.
 
-        Returns the result, which is the same, or None with gradients, autocast, a compiler, another
-        backend, several dtypes, or where `forward` has full weights.
+        Returns the result, which is the same, or None with gradients, autocast, a compiler, several
+        dtypes, or where `forward` has full weights.
         """
         tensors = self.weights()
-        if (
-            self.backend != router.backend
-            or any(tensor.dtype != x.dtype for tensor in tensors)
-            or not router.can_gate_natively(x, token_mask, *tensors)
+        if any(tensor.dtype != x.dtype for tensor in tensors) or not router.can_gate_natively(
+            x, token_mask, *tensors
         ):
             return None
         kept = kept_experts(self)
@@ -232,26 +230,20 @@ class DenseExperts(_Network):
         super().__init__()
         self.activation = check_activation(activation)
         self.num_experts = num_experts
-        std = dict(init_std or {})
-
-        sizes = (in_features, hidden_features)
-
-        def weights(kind: str, rows: int, columns: int, biased: bool, own: bool) -> ExpertWeights:
-            return ExpertWeights(
-                rows,
-                columns,
-                num_experts,
-                biased,
-                std.get(kind, 0.02),
-                own_bias=own,
-                device=device,
-                dtype=dtype,
-            )
-
+        std = {**DEFAULT_STD, **(init_std or {})}
+        inward = (in_features, hidden_features, num_experts)
+        outward = (hidden_features, in_features, num_experts)
+        placed: dict = {"device": device, "dtype": dtype}
         # If experts have their own biases, so does the projection before the activation.
-        self.up = weights("up", *sizes, bias, own_bias and (bias or not gated))
-        self.down = weights("down", *sizes[::-1], bias, bias and own_output_bias)
-        self.gate_proj = weights("gate_proj", *sizes, False, own_bias) if gated else None
+        owns = own_bias and (bias or not gated)
+        self.up = ExpertWeights(*inward, bias, std["up"], own_bias=owns, **placed)
+        owns = bias and own_output_bias
+        self.down = ExpertWeights(*outward, bias, std["down"], own_bias=owns, **placed)
+        self.gate_proj = None
+        if gated:
+            self.gate_proj = ExpertWeights(
+                *inward, False, std["gate_proj"], own_bias=own_bias, **placed
+            )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -152,10 +152,13 @@ class RoutedFeedForward(nn.Module):
         token_mask: Tensor | None,
         expert_offsets: Tensor | None = None,
     ) -> None:
-        """Store the router's decision in the context of the model call in progress.
+        """Store the router's decision, if there is one, in the context of the model call in
+        progress.
 
         ``expert_offsets``: of the slots; default: an expert's load is how many chose it.
         """
+        if self.router is None:
+            return
         call = current_routing()
         if (
             call is None
@@ -180,9 +183,20 @@ class RoutedFeedForward(nn.Module):
         """Whether native calls may replace the forwards of the router and of the experts, if these
         are of this kind: without gradients, and if nobody observes them."""
         router = self.router
+        experts = self.experts
         if torch.is_grad_enabled() or self.training or type(router) is not TopKRouter:
             return False
-        return type(self.experts) is kind and not is_observed(router, self.experts)
+        if type(experts) is not kind or experts.backend != router.backend:
+            return False
+        return not is_observed(router, experts)
+
+    def decide(self, x: Tensor) -> RouterOutput:
+        """The router's decision for tokens ``x [T, I]``; without a router all have the one
+        expert."""
+        if self.router is not None:
+            return self.router(x)
+        ones = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
+        return RouterOutput(ones, torch.zeros_like(ones, dtype=torch.int64), ones)
 
     def cast(self, x: Tensor) -> Tensor:
         """``x`` in the experts' dtype; under autocast as it is."""
@@ -269,12 +283,11 @@ class MPOEFeedForward(RoutedFeedForward):
 
     def _route(self, x: Tensor, token_mask: Tensor | None) -> tuple[Routing, Tensor]:
         """Slots and gates ``[T, K]`` of tokens ``x [T, I]``; stores the router's record."""
+        decision = self.decide(x)
         if self.router is None:
-            ones = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
-            index = torch.zeros_like(ones, dtype=torch.int64)
-            return route(index, 1, None, token_mask, backend=self.backend), ones
-        decision = self.router(x)
-        routing = self.router.route(decision, token_mask)
+            routing = route(decision.top_k_index, 1, None, token_mask, backend=self.backend)
+        else:
+            routing = self.router.route(decision, token_mask)
         self.record(decision, token_mask, routing.expert_offsets)
         return routing, decision.top_k_weights
 
@@ -334,14 +347,12 @@ class KeptFeedForward(RoutedFeedForward):
     def _decision(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gates and experts ``[T, K]`` of tokens ``x [T, I]``, -1 for padding; stores the router's
         record."""
-        if self.router is None:
-            gates = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
-            index = torch.zeros_like(gates, dtype=torch.int64)
-        else:
-            decision = self.router(x)
-            gates, index = decision.top_k_weights, decision.top_k_index
-            self.record(decision, token_mask)
-        return gates, index if token_mask is None else index.masked_fill(~token_mask[:, None], -1)
+        decision = self.decide(x)
+        self.record(decision, token_mask)
+        index = decision.top_k_index
+        if token_mask is not None:
+            index = index.masked_fill(~token_mask[:, None], -1)
+        return decision.top_k_weights, index
 
     # ------------------------------------------------------------- the centre
 

@@ -124,13 +124,10 @@ class HiddenExperts(FromInitialValues):
         decision.
 
         One native call replaces both forwards, see `RoutedFeedForward.skips_ops`. Returns None with
-        autocast or another backend. ``overwrites``: nobody needs ``u`` any more, the result may
-        take its place.
+        autocast. ``overwrites``: nobody needs ``u`` any more, the result may take its place.
         """
         blocks: dict = self.auxiliary._parameters
-        if self.backend != router.backend or not router.can_gate_natively(
-            x, u, u_gate, *blocks.values(), self.bias
-        ):
+        if not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias):
             return None
         results = routed_hidden(
             x,

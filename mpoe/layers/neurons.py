@@ -105,16 +105,15 @@ class NeuronExperts(FromInitialValues):
         name."""
         values: dict[str, Tensor] = {}
         for name, parameter in self.named_parameters():
+            options: dict = {"dtype": torch.float32, "device": parameter.device}
             if name in ("down", "bias"):
-                values[name] = torch.zeros(parameter.shape, device=parameter.device)
+                values[name] = torch.zeros(parameter.shape, **options)
                 continue
-            value = torch.randn(parameter.shape, dtype=torch.float32, device=parameter.device)
+            # P gives every latent number the size of x / sqrt(I)
+            std = self.init_std * (self.in_features / parameter.shape[-1]) ** 0.5
             if name in self.shared:
-                values[name] = value * parameter.shape[0] ** -0.5
-            else:  # P gives every latent number the size of x / sqrt(I)
-                values[name] = value * (
-                    self.init_std * (self.in_features / parameter.shape[-1]) ** 0.5
-                )
+                std = parameter.shape[0] ** -0.5
+            values[name] = torch.randn(parameter.shape, **options) * std
         return values
 
     @torch.no_grad()
@@ -159,14 +158,12 @@ class NeuronExperts(FromInitialValues):
         """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both
         forwards.
 
-        Returns the result, which is the same, or None with gradients, autocast, a compiler, another
-        backend or another dtype of the tokens.
+        Returns the result, which is the same, or None with gradients, autocast, a compiler or
+        another dtype of the tokens.
         """
         parameters: Any = self._parameters  # as attributes, they would be looked for in vain before
-        if (
-            self.backend != router.backend
-            or x.dtype != parameters["down"].dtype
-            or not router.can_gate_natively(x, token_mask, *parameters.values())
+        if x.dtype != parameters["down"].dtype or not router.can_gate_natively(
+            x, token_mask, *parameters.values()
         ):
             return None
         latent_in, latent_out = parameters.get("latent_in"), parameters.get("latent_out")

@@ -34,10 +34,11 @@ def _cacheable(model: nn.Module, on_gpus: bool) -> list[MPOExperts]:
 
 def dense_bytes(layers: list[MPOExperts]) -> int:
     """Size of a dense feed-forward network for each layer."""
-    projections = [
-        (cores, layer.dtype.itemsize) for layer in layers for cores in layer.projections().values()
-    ]
-    return sum(cores.in_features * cores.out_features * size for cores, size in projections)
+    return sum(
+        cores.in_features * cores.out_features * layer.dtype.itemsize
+        for layer in layers
+        for cores in layer.projections().values()
+    )
 
 
 @contextmanager

@@ -5,9 +5,9 @@ operators.
 and transformers are imported by the first name that needs them.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mpoe.lazy import loader_of
 from mpoe.registration import register as _register
 
 # Module -> the public names that are loaded from it on first use.
@@ -81,15 +81,7 @@ if TYPE_CHECKING:
 _register()
 
 
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names.split():
-            value = getattr(importlib.import_module(module), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(
-        f"module 'mpoe' has no attribute {name!r}; it offers {', '.join(sorted(__all__))}"
-    )
+__getattr__ = loader_of(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -257,7 +257,10 @@ def _counted_losses(mixture: Any, batches: Batches) -> tuple[Tensor, Tensor, Ten
         loads.append(output.expert_load)
         mask = given.get("attention_mask")
         for router, logits in zip(routers, output.router_logits, strict=True):
-            rows = _gates(router, logits.float())
+            index, probabilities = _chosen(router, logits.float())
+            # of the chosen experts, adding up to 1
+            rows = torch.zeros_like(logits).scatter(-1, index, probabilities)
+            rows = rows / rows.sum(-1, keepdim=True)
             if mask is not None and mask.numel() == len(rows):  # not in a decoder with an encoder
                 rows = rows[mask.flatten().bool()]
             gates.append(rows)
@@ -268,10 +271,3 @@ def _counted_losses(mixture: Any, batches: Batches) -> tuple[Tensor, Tensor, Ten
     finally:
         counting.remove()
     return losses, torch.stack(loads).sum(0), torch.cat(gates).mean(0)
-
-
-def _gates(router: Any, logits: Tensor) -> Tensor:
-    """Of the chosen experts, 0 for the others; they add up to 1, ``[T, E]``."""
-    index, probabilities = _chosen(router, logits)
-    gates = probabilities / probabilities.sum(-1, keepdim=True)
-    return torch.zeros_like(logits).scatter(-1, index, gates)

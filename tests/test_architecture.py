@@ -29,7 +29,7 @@ mpoe_kernels.experts mpoe_kernels.embedding mpoe_kernels.mixture
 mpoe_kernels.reference
 mpoe_kernels.testing
 mpoe_kernels
-mpoe.config mpoe.data
+mpoe.lazy mpoe.config mpoe.data
 mpoe.layers
 mpoe.models
 mpoe.inspection mpoe.training

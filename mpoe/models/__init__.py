@@ -5,23 +5,20 @@ Importing this package is cheap. The classes of a family (``MPOELlamaForCausalLM
 them is first used.
 """
 
-import importlib
 from typing import Any
 
-# Public name -> the module that defines it; loaded on first use.
-_NAMES = {
-    name: module
-    for module, names in {
-        "checkpoint": "load_layers load_mpoe save_mpoe_only",
-        "composition": "collect_statistics compose",
-        "convert": "convert_to_mpoe merge_experts merge_latent",
-        "expert_files": "load_expert merge_expert push_expert save_expert start_expert",
-        "expert_mixture": "compose_experts",
-        "original": "import_original",
-        "report": "parameter_kind parameter_report",
-        "walk": "mpo_modules",
-    }.items()
-    for name in names.split()
+from mpoe.lazy import loader_of
+
+# Module -> the public names that are loaded from it on first use.
+_HOMES = {
+    "mpoe.models.checkpoint": "load_layers load_mpoe save_mpoe_only",
+    "mpoe.models.composition": "collect_statistics compose",
+    "mpoe.models.convert": "convert_to_mpoe merge_experts merge_latent",
+    "mpoe.models.expert_files": "load_expert merge_expert push_expert save_expert start_expert",
+    "mpoe.models.expert_mixture": "compose_experts",
+    "mpoe.models.original": "import_original",
+    "mpoe.models.report": "parameter_kind parameter_report",
+    "mpoe.models.walk": "mpo_modules",
 }
 # The classes named in the documentation; those of all other families are found in the same way.
 _CLASSES = (
@@ -39,22 +36,18 @@ _CLASSES = (
     "MPOET5ForConditionalGeneration",
     "MPOET5Model",
 )
-__all__ = [*_CLASSES, *_NAMES]
+__all__ = [*_CLASSES, *" ".join(_HOMES.values()).split()]
+_load = loader_of(__name__, _HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f"mpoe.models.{_NAMES[name]}"), name)
-    elif name.startswith("MPOE"):
+    if name.startswith("MPOE"):
         from mpoe.models.classes import class_named
 
         value = class_named(name)
-    else:
-        value = None
-    if value is None:
-        raise AttributeError(f"module 'mpoe.models' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        if value is not None:
+            return value
+    return _load(name)
 
 
 def __dir__() -> list[str]:

@@ -37,7 +37,13 @@ from mpoe.models import card, report
 from mpoe.models.find import find_sites
 from mpoe.models.kept_weights import full_weights_kept
 from mpoe.models.sites import install_empty
-from mpoe.models.walk import kept_modules, modules_of, mpo_modules, names_in_checkpoints
+from mpoe.models.walk import (
+    kept_modules,
+    modules_of,
+    mpo_modules,
+    names_in_checkpoints,
+    rate_ratios_of,
+)
 from mpoe.models.weight_files import BASE_FILE, ONLY_FILE
 from mpoe_kernels.version import __version__
 
@@ -361,8 +367,7 @@ class MPOEModelMixin(_Model):
     def complete_config(self) -> None:
         """Put every core's rate ratio into the config, and take a base's path on this machine out
         of it."""
-        ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(self)}
-        self.config.mpoe = {**self.config.mpoe, "rate_ratios": ratios}
+        self.config.mpoe = {**self.config.mpoe, "rate_ratios": rate_ratios_of(self)}
         self.config.mpoe_base = card.base_name(self)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

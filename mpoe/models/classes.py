@@ -299,21 +299,14 @@ def default_class(model_type: str) -> str:
 
 def class_named(name: str) -> type[Any] | None:
     """The MPOE model or configuration class of this name, or ``None``."""
-    dense = name.removeprefix(CLASS_PREFIX)
-    if dense == name:
+    dense: Any = getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
+    if not name.startswith(CLASS_PREFIX) or not inspect.isclass(dense):
         return None
-    for model_type in TABLE:
-        is_config = dense == _config_name(model_type)
-        if is_config or dense in dense_names(model_type).values():
-            made = list(classes_of(model_type).values())
-            if is_config:
-                return made[0].config_class
-            return next(cls for cls in made if cls.__name__ == name)
-    # of a Transformers model outside `TABLE`, converted with ``sites``
-    exported: Any = getattr(transformers, dense, None)
-    if not inspect.isclass(exported):
+    if not issubclass(dense, (PreTrainedConfig, PreTrainedModel)):
         return None
-    if issubclass(exported, PreTrainedConfig):
-        return config_class_for(exported)
-    # classes can be hashed
-    return foreign_class(exported) if issubclass(exported, PreTrainedModel) else None  # type: ignore[arg-type]
+    config: Any = dense if issubclass(dense, PreTrainedConfig) else dense.config_class
+    made = classes_of(config.model_type) if config.model_type in TABLE else {}
+    if dense is config:
+        return next(iter(made.values())).config_class if made else config_class_for(dense)
+    # of a Transformers model outside `TABLE`, converted with ``sites``; classes can be hashed
+    return made.get(dense) or foreign_class(dense)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from mpoe.models.export import as_stock
 from mpoe.models.find import dense_networks, find_sites
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
-from mpoe.models.walk import hidden_modules, modules_of, mpo_modules, neuron_modules
+from mpoe.models.walk import hidden_modules, modules_of, neuron_modules, rate_ratios_of
 from mpoe_kernels import backend_reasons
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -182,7 +182,7 @@ def convert_to_mpoe(
         module: Any = site.build(config)
         report |= site.load(module, config)
         site.install(model, module, config)
-    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
+    config.rate_ratios = rate_ratios_of(model)
     if given is not None:
         model.config.mpoe_sites = given
     adopt_class(model, cls, config)
@@ -288,7 +288,7 @@ def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
 def _with_config(model: Any, config: MPOEConfig) -> Any:
     """``model``, with ``config`` and its rate ratios in its configurations and those of its
     parts."""
-    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
+    config.rate_ratios = rate_ratios_of(model)
     for holder in model.modules():
         if isinstance(getattr(holder, "config", None), type(model.config)):
             holder.config.mpoe = config.to_dict()

@@ -453,19 +453,17 @@ def _changes_row(name: str, training: Mapping) -> str:
     """What an expert keeps and changes, as a row of the card; a dash where its file says
     nothing."""
 
-    def measured(fact: str) -> dict[str, Any]:
+    measured: dict[str, dict] = {}
+    for fact in ("held_out", "answers", "same"):
         values = training.get(fact)
-        return values if isinstance(values, dict) else {}
-
-    def shown(value: Any, how: str) -> str:
-        return format(value, how) if isinstance(value, float) else "-"
-
-    losses = measured("held_out")
+        measured[fact] = values if isinstance(values, dict) else {}
+    losses = measured["held_out"]
+    numbers = [losses.get(way) for way in WAYS] + [kept(losses)]
+    numbers += [measured[fact].get(WAYS[-1]) for fact in ("answers", "same")]
+    formats = (".3f", ".3f", ".3f", ".0%", ".4f", ".1%")
     cells = [
-        *(shown(losses.get(way), ".3f") for way in WAYS),
-        shown(kept(losses), ".0%"),
-        shown(measured("answers").get(WAYS[-1]), ".4f"),
-        shown(measured("same").get(WAYS[-1]), ".1%"),
+        format(number, how) if isinstance(number, float) else "-"
+        for number, how in zip(numbers, formats, strict=True)
     ]
     return f"| {name} | {' | '.join(cells)} |"
 

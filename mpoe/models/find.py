@@ -202,17 +202,23 @@ def hidden_size_as_mixture(dense: Any, config: MPOEConfig) -> int:
         raise ValueError(
             f"a wider model must be of {', '.join(TABLE)}; got {dense.config.model_type}"
         )
+    hidden = int(dense_networks(dense)[0].weight("up").shape[1])
     with torch.device("meta"):
-        mixture = with_own_head(type(dense)(dense.config), dense)
+        mixture = _resized(dense, hidden)
+        wider = _resized(dense, hidden + 1)
     install_empty(mixture, find_sites(mixture, config), config)
-    more = mixture.num_parameters() - dense.num_parameters()
-    sites = dense_networks(dense)
-    per_unit = 0
-    for site in sites:
-        for kind in site.dense:
-            per_unit += site.weight(kind).shape[kind == "down"]
-            per_unit += kind != "down" and site.bias(kind) is not None
-    return int(sites[0].weight("up").shape[1]) + round(more / per_unit)
+    size = dense.num_parameters()
+    per_unit = wider.num_parameters() - size
+    return hidden + round((mixture.num_parameters() - size) / per_unit)
+
+
+def _resized(dense: Any, hidden: int) -> Any:
+    """A new model like ``dense`` whose feed-forward networks have this hidden size."""
+    config = copy.deepcopy(dense.config)
+    for name in _FIELDS:
+        if hasattr(config, name):
+            setattr(config, name, hidden)
+    return with_own_head(type(dense)(config), dense)
 
 
 @torch.no_grad()
@@ -226,11 +232,7 @@ def widened(dense: Any, hidden: int) -> Any:
         dense: of a family in `mpoe.models.table`.
         hidden: the new hidden size of its feed-forward networks.
     """
-    config = copy.deepcopy(dense.config)
-    for name in _FIELDS:
-        if hasattr(config, name):
-            setattr(config, name, hidden)
-    model = with_own_head(type(dense)(config), dense).to(dense.device, dense.dtype)
+    model = _resized(dense, hidden).to(dense.device, dense.dtype)
     model.train(dense.training)
     if hasattr(dense, "loss_type"):
         model.loss_type = dense.loss_type
@@ -240,18 +242,17 @@ def widened(dense: Any, hidden: int) -> Any:
         {n: v for n, v in dense.state_dict().items() if not n.startswith(replaced)}, strict=False
     )
     for old, new in networks:
-        for kind, module in new.dense.items():
-            if kind == "down":
-                module.weight.zero_()  # type: ignore[operator]
-            else:
-                module.weight.normal_(std=float(old.weight(kind).std()))  # type: ignore[operator]
-            if getattr(module, "bias", None) is not None:
-                module.bias.zero_()  # type: ignore[operator]
         for kind in new.dense:
-            rows, columns = old.weight(kind).shape
-            new.weight(kind)[:rows, :columns] = old.weight(kind)
+            kept = old.weight(kind)
+            weight = new.weight(kind)
+            if kind == "down":
+                weight.zero_()
+            else:
+                weight.normal_(std=float(kept.std()))
+            weight[: kept.shape[0], : kept.shape[1]] = kept
             bias = new.bias(kind)
-            kept = old.bias(kind)
-            if bias is not None and kept is not None:
-                bias[: len(kept)] = kept
+            kept_bias = old.bias(kind)
+            if bias is not None and kept_bias is not None:
+                bias.zero_()
+                bias[: len(kept_bias)] = kept_bias
     return model

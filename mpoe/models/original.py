@@ -32,7 +32,7 @@ from mpoe.layers.cores import rate_ratios
 from mpoe.models.convert import adopt_class, converted_class, one_at_a_time
 from mpoe.models.find import find_sites
 from mpoe.models.sites import FFNSite, install_empty
-from mpoe.models.walk import mpo_modules
+from mpoe.models.walk import mpo_modules, rate_ratios_of
 from mpoe.models.weight_files import first_line
 from mpoe_kernels import MPOShape, reconstruct
 
@@ -92,19 +92,18 @@ class _Checkpoint:
         self.lost: list[str] = []
         self.chains: dict[str, dict[int, Tensor]] = defaultdict(dict)
         self.parameters: dict[str, Tensor] = {}
-        apart: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(
-            dict
-        )  # (module, core) -> expert -> core
+        by_expert: dict = defaultdict(dict)  # (module, core) -> expert -> core
         for key, tensor in tensors.items():
             if match := _EXPERTS.fullmatch(key):
                 name = f"{match['layer']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
                 core = int(match["core"])
+                value = tensor.transpose(-2, -3)
                 if match["expert"]:
                     self.moe_type = "switch"
-                    apart[name, core][int(match["expert"])] = tensor.transpose(-2, -3)
+                    by_expert[name, core][int(match["expert"])] = value
                 else:
                     self.moe_type = "moe" if ".moe_layer." in key else self.moe_type
-                    self.chains[name][core] = tensor.transpose(-2, -3)
+                    self.chains[name][core] = value
             elif match := _LINEAR.fullmatch(key):
                 value = tensor if match["name"] == "shared" else tensor.transpose(-2, -3)
                 self.chains[f"{match['name']}.cores"][int(match["core"])] = value
@@ -116,20 +115,20 @@ class _Checkpoint:
                 self.lost += [key] if bool(tensor.any()) else []
             elif not _COPIES.fullmatch(key):
                 self.parameters[key] = tensor
-        for (name, core), of in apart.items():
-            if sorted(of) != list(range(self.num_experts)):
+        for (name, core), cores in by_expert.items():
+            if cores.keys() != set(range(self.num_experts)):
                 raise ValueError(
                     f"the checkpoint must hold every core of {name}, of {self.num_experts} experts"
                 )
-            cores = [of[expert] for expert in sorted(of)]
-            if core != CENTRAL:
-                self.chains[name][core] = torch.stack(cores)
-                continue
-            if not all(torch.equal(core_of_expert, cores[0]) for core_of_expert in cores):
-                raise ValueError(
-                    f"the experts of {name} must share their central core; they differ"
-                )
-            self.chains[name][core] = cores[0]
+            parts = [cores[expert] for expert in range(self.num_experts)]
+            if core == CENTRAL:
+                if not all(torch.equal(part, parts[0]) for part in parts):
+                    raise ValueError(
+                        f"the experts of {name} must share their central core; they differ"
+                    )
+                self.chains[name][core] = parts[0]
+            else:
+                self.chains[name][core] = torch.stack(parts)
 
     def shape(self, name: str, weight: Tensor) -> MPOShape:
         """Shape of the chain for a weight ``[in, out]``, with factors and bonds read from the
@@ -217,7 +216,7 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
     missing = [name for name in missing if name.endswith(".router.weight")]
     if missing:
         raise ValueError(f"the checkpoint must hold every router; missing {missing[:3]}")
-    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
+    config.rate_ratios = rate_ratios_of(model)
     adopt_class(model, converted_class(base), config)
     if lost := checkpoint.lost:
         warnings.warn(

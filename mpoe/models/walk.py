@@ -26,6 +26,11 @@ def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPOCores]]:
     return iter(modules_of(model, MPOCores).items())
 
 
+def rate_ratios_of(model: nn.Module) -> dict[str, list[float]]:
+    """The rate ratios of every `MPOCores`, by name: what a configuration keeps of them."""
+    return {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
+
+
 def routed_layers(model: nn.Module) -> list[tuple[str, RoutedFeedForward]]:
     """The layers that have a router, in order."""
     return [

@@ -4,27 +4,23 @@ Names are loaded on first use: the Trainer takes seconds to import, and the grad
 need it.
 """
 
-import importlib
-from typing import Any
+from mpoe.lazy import loader_of
 
 _HOMES = {
-    "arguments": "MPOETrainingArguments",
-    "callbacks": "DivergenceError GradientMaskCallback LogLineCallback",
-    "checkpoints": "find_last_checkpoint",
-    "correction_bias": "update_correction_bias",
-    "freezing": "GradientMask freeze_all_but_experts freeze_cores",
-    "loss": "rank_share",
-    "output_dir": "prepare_output_dir read_metrics",
-    "param_groups": "build_param_groups",
-    "run_lock": "FolderInUseError",
-    "sharding": "load_sharded_optimizer save_sharded save_sharded_checkpoint shard_model",
-    "trainer": "MPOETrainer",
+    "mpoe.training.arguments": "MPOETrainingArguments",
+    "mpoe.training.callbacks": "DivergenceError GradientMaskCallback LogLineCallback",
+    "mpoe.training.checkpoints": "find_last_checkpoint",
+    "mpoe.training.correction_bias": "update_correction_bias",
+    "mpoe.training.freezing": "GradientMask freeze_all_but_experts freeze_cores",
+    "mpoe.training.loss": "rank_share",
+    "mpoe.training.output_dir": "prepare_output_dir read_metrics",
+    "mpoe.training.param_groups": "build_param_groups",
+    "mpoe.training.run_lock": "FolderInUseError",
+    "mpoe.training.sharding": "load_sharded_optimizer save_sharded save_sharded_checkpoint "
+    "shard_model",
+    "mpoe.training.trainer": "MPOETrainer",
 }
 __all__ = sorted(" ".join(_HOMES.values()).split())
 
 
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names.split():
-            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = loader_of(__name__, _HOMES)

@@ -35,19 +35,15 @@ class RunLog:
             load = load.detach().long()
             self._load = load if self._load is None else self._load + load
 
-    def pop(self, reduce: Reduce | None) -> tuple[dict[str, float], Tensor | None]:
+    def pop(self, reduce: Reduce) -> tuple[dict[str, float], Tensor | None]:
         """Means per step by name, and tokens per expert ``[layers, E]`` (None: no mixture); then
-        resets.
-
-        With ``reduce``, over all processes, which must all call it.
+        resets. Over all processes, which must all call it.
         """
         steps = max(float(self._sums.pop("steps", 1.0)), 1e-9)
-        means = {}
-        for name, total in sorted(self._sums.items()):
-            means[name] = float(total if reduce is None else reduce(total, "mean")) / steps
-        counts = self._load
-        if counts is not None and reduce is not None:
-            counts = reduce(counts, "sum")
+        means = {
+            name: float(reduce(total, "mean")) / steps for name, total in sorted(self._sums.items())
+        }
+        counts = None if self._load is None else reduce(self._load, "sum")
         self._sums = {}
         self._load = None
         return means, counts

@@ -372,12 +372,10 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
 
     def _training_details(self, logs: dict[str, float]) -> dict:
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks."""
-        means, counts = self._log.pop(self.accelerator.reduce if self.args.world_size > 1 else None)
+        means, counts = self._log.pop(self.accelerator.reduce)
         logs.update(means)
         if self._base_excess is not None:
-            excess = self._base_excess
-            if self.args.world_size > 1:
-                excess = self.accelerator.reduce(excess, "mean")
+            excess = self.accelerator.reduce(self._base_excess, "mean")
             logs["base_loss"] = means["task_loss"] + float(excess)
             self._base_excess = None
         if counts is None:

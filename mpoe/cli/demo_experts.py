@@ -110,6 +110,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> DemoResults:
     """Train experts of three domains apart, make each quiet, and compose them; files are written to
     ``output_dir``, and losses taken."""
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # GPT-2 asks for the mask that `generate` gave it
     start = time.perf_counter()
     base, tokenizer = load_stand_in("gpt2")
     tokenizer.model_max_length = 10**9  # texts are cut into pieces

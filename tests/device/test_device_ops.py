@@ -52,16 +52,19 @@ def make_routing(tokens, experts, kind, device, capacity=None):
 
 
 def strategies_of(backend, shape, dtype, device):
-    """Strategies that a backend has kernels for, forward and backward."""
-    dims, reasons = BlockDims.of_shape(shape), BACKENDS[backend].contraction_reasons
-    return [
-        strategy
-        for strategy in planned_strategies(shape)
-        if not any(
-            reasons(Contraction(strategy, dims, 5, 37, dtype, phase, device=str(device)))
-            for phase in PHASES
-        )
-    ]
+    """Strategies that a backend has kernels for, forward and backward; without one the test is
+    skipped."""
+    dims = BlockDims.of_shape(shape)
+    strategies = []
+    for strategy in planned_strategies(shape):
+        calls = [
+            Contraction(strategy, dims, 5, 37, dtype, phase, device=str(device)) for phase in PHASES
+        ]
+        if not any(map(BACKENDS[backend].contraction_reasons, calls)):
+            strategies.append(strategy)
+    if not strategies:
+        pytest.skip(f"backend {backend} computes no strategy of {shape}")
+    return strategies
 
 
 def require_strategy(backend, strategy, dtype, device):
@@ -202,13 +205,13 @@ def test_networks(able, name, gated, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_float32_logits(dtype, weight_dtype, device):
     """The router's logits, against float64."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(70, 96, generator=generator).to(device, dtype).requires_grad_()
-    weight = torch.randn(6, 96, generator=generator).to(device, weight_dtype).requires_grad_()
+    x = torch.randn(70, 96).to(device, dtype).requires_grad_()
+    weight = torch.randn(6, 96).to(device, weight_dtype).requires_grad_()
+    grad = torch.randn(70, 6).to(device)
     logits = float32_logits(x, weight)
-    truth = x.detach().double() @ weight.detach().double().T
-    assert_close(logits.double(), truth, rtol=1e-5, atol=1e-4)
-    dx, dweight = torch.autograd.grad(logits.sum(), (x, weight))
+    dx, dweight = torch.autograd.grad(logits, (x, weight), grad)
+    rows, columns, grad = x.detach().double(), weight.detach().double(), grad.double()
+    assert_close(logits.double(), rows @ columns.T, rtol=1e-5, atol=1e-4)
     rounding = {"rtol": 1e-2, "atol": 1e-2}
-    assert_close(dx.double(), weight.detach().double().sum(0).expand(70, 96), **rounding)
-    assert_close(dweight.double(), x.detach().double().sum(0).expand(6, 96), **rounding)
+    assert_close(dx.double(), grad @ columns, **rounding)
+    assert_close(dweight.double(), grad.T @ rows, **rounding)

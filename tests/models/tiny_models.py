@@ -82,6 +82,12 @@ def heads_of(families):
 
 
 GENERATED = heads_of(TABLE)
+# The first of the families with the same structure.
+FIRST = set({TABLE[family].models: family for family in reversed(TABLE)}.values())
+
+
+def first_class(model_type):
+    return next(name for family, _, name in GENERATED if family == model_type)
 
 
 def tiny_config(model_type, **changes):

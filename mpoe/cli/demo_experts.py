@@ -22,13 +22,14 @@ from mpoe.inspection import route_text
 from mpoe.models import collect_statistics, compose_experts, save_expert, start_expert
 from mpoe.models.background import (
     AT_ONCE,
+    labelled_batches,
     own_texts,
     pieces,
     pooled_background,
     save_background,
     token_batches,
 )
-from mpoe.models.expert_mixture import BACKGROUND_FILE, EXPERTS_FOLDER, batches, keep_experts
+from mpoe.models.expert_mixture import BACKGROUND_FILE, EXPERTS_FOLDER, keep_experts
 
 MODEL_FOLDER = "model"
 FOREIGN = "documentation"  # held out; the base knows it, no expert and no background has seen it
@@ -134,7 +135,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> DemoResults:
         file = folder / f"{name}.expert"
         # of all of its files
         drawn = torch.randperm(len(domain_pieces))[:STATISTICS_PIECES]
-        statistics = collect_statistics(always_on, batches(domain_pieces[drawn]))
+        statistics = collect_statistics(always_on, labelled_batches(domain_pieces[drawn]))
         save_expert(
             always_on, file, statistics=statistics, tokenizer=tokenizer, training={"steps": steps}
         )
@@ -173,7 +174,7 @@ def _held_out_batches(tokenizer: Any) -> dict[str, list[dict[str, Tensor]]]:
     texts = {name: domain_text(name, True) for name in DOMAINS}
     texts[FOREIGN] = "\n\n".join(record.text for record in load_documentation("test")[::7])
     return {
-        name: batches(pieces(text, tokenizer, PIECE_TOKENS, TESTED_PIECES))
+        name: labelled_batches(pieces(text, tokenizer, PIECE_TOKENS, TESTED_PIECES))
         for name, text in texts.items()
     }
 

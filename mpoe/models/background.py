@@ -211,6 +211,12 @@ def token_batches(ids: Tensor) -> list[Tensors]:
     ]
 
 
+def labelled_batches(ids: Tensor) -> list[Tensors]:
+    """Token ids ``[N, length]`` as batches of a few rows for a language model, all to be
+    predicted."""
+    return [{"input_ids": rows, "labels": rows} for rows in ids.split(AT_ONCE)]
+
+
 def save_background(statistics: Statistics, base: Any, file: Path) -> None:
     """Write the statistics of a background, as a whole or not at all, with the identity of their
     base."""

@@ -13,17 +13,37 @@ from mpoe.models.walk import kept_modules, mpo_modules, routed_layers
 from mpoe.models.weight_files import write_text
 
 CARD_FILE = "README.md"
+_CARD = """---
+library_name: transformers
+tags:
+- mpoe
+- mixture-of-experts
+{base_model}---
 
+# {name}
 
+A Transformers model whose feed-forward networks are mixtures of experts.{cores}
+
+{facts}
+
+## Use
+
+```python
+from mpoe import load_mpoe
+
+model = load_mpoe(folder)  # the folder of this file
+```
+{results}"""
+_SHARED_CORE = (
+    " All experts of a layer share the central core of a matrix product operator "
+    "([Gao et al., COLING 2022](https://arxiv.org/abs/2203.01104))."
+)
 # A card ends with its own checksum; one that a user wrote or edited has no such end, and is never
 # replaced.
 _SEAL = re.compile(r"<!-- mpoe card ([0-9a-f]{16}) -->\n\Z")
 
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-_PAPER = "[Gao et al., COLING 2022](https://arxiv.org/abs/2203.01104)"
 
 
 # Transformers' card for a repository without one
@@ -41,32 +61,19 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
         metrics: name -> number; nested mappings get dotted names, other values are left out.
     """
     base = base_name(model)
-    about = "A Transformers model whose feed-forward networks are mixtures of experts."
-    if model.mpoe_config.expert_type == "mpo" and not model.mpoe_config.is_neurons:
-        about += (
-            " All experts of a layer share the central core of a matrix product operator "
-            f"({_PAPER})."
-        )
-    metadata = ["---", "library_name: transformers", "tags:", "- mpoe", "- mixture-of-experts"]
-    if base:
-        metadata.append(f"base_model: {base}")
-    parts = [
-        "\n".join([*metadata, "---"]),
-        f"# {type(model).__name__.removeprefix('FSDP')}",
-        about,
-        _table("property", facts(model)),
-        "## Use",
-        "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this "
-        "file\n```",
-    ]
+    config = model.mpoe_config
     numbers = {
         name: f"{value:.4g}"
         for name, value in flatten(metrics or {})
         if type(value) in (int, float)
     }
-    if numbers:
-        parts += ["## Results", _table("metric", numbers)]
-    text = "\n\n".join(parts) + "\n"
+    text = _CARD.format(
+        base_model=f"base_model: {base}\n" if base else "",
+        name=type(model).__name__.removeprefix("FSDP"),
+        cores=_SHARED_CORE if config.expert_type == "mpo" and not config.is_neurons else "",
+        facts=_table("property", facts(model)),
+        results=f"\n## Results\n\n{_table('metric', numbers)}\n" if numbers else "",
+    )
     return f"{text}\n<!-- mpoe card {_checksum(text)} -->\n"
 
 

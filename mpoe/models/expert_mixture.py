@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.checks import check_number, check_type, is_file_name, quoted, shortened
@@ -54,11 +53,6 @@ MOST_PER_TOKEN = 8  # experts of a token where nobody says how many
 def default_top_k(experts: int) -> int:
     """Experts of a token in a mixture of so many, *none* among them."""
     return min(experts, MOST_PER_TOKEN)
-
-
-def batches(rows: Tensor) -> list[Tensors]:
-    """Token ids [pieces, tokens] as batches for a language model."""
-    return [{"input_ids": part, "labels": part} for part in rows.split(AT_ONCE)]
 
 
 def documentation_batches(model: Any, tokenizer: Any) -> list[Tensors]:

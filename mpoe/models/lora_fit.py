@@ -20,7 +20,7 @@ from torch import Tensor
 from mpoe.data.encode import IGNORED_LABEL
 from mpoe.data.mappings import read_mapping
 from mpoe.data.predict import token_losses
-from mpoe.models.background import own_chats, own_texts
+from mpoe.models.background import labelled_batches, own_chats, own_texts
 from mpoe.models.composition import collect_statistics
 from mpoe.models.expert_files import (
     Expert,
@@ -36,7 +36,6 @@ HELD_OUT = 5  # one in so many batches is not fitted
 LEARNING_RATE = 1e-2
 FIT_STEPS = 60
 SAMPLED = 64  # texts, or chats, that an adapted model writes
-AT_ONCE = 8  # of them in a batch
 Batches = Sequence[Mapping[str, Tensor]]
 
 
@@ -101,8 +100,8 @@ def own_samples(base: Any, adapted: Any, tokenizer: Any) -> tuple[list[Tensors],
     for kind, ids in written.items():
         if ids is None:
             continue
-        # Copies, as tensors that were made for inference cannot take part in training.
-        batches[kind] = [{"input_ids": rows, "labels": rows} for rows in ids.clone().split(AT_ONCE)]
+        # A copy, as tensors that were made for inference cannot take part in training.
+        batches[kind] = labelled_batches(ids.clone())
         losses = [token_losses(model, batches[kind]).mean() for model in (base, adapted)]
         difference[kind] = float(losses[0] - losses[1])
     most = max(difference, key=lambda kind: difference[kind])

@@ -56,9 +56,9 @@ def load_shares(counts: Tensor) -> list[list[float] | None]:
     Args:
         counts: tokens per expert, integers ``[layers, E]``.
     """
-    rows = counts.double().cpu()
     return [
-        [round(v, 6) for v in (row / row.sum()).tolist()] if row.any() else None for row in rows
+        [round(share, 6) for share in (row / row.sum()).tolist()] if row.any() else None
+        for row in counts.double().cpu()
     ]
 
 

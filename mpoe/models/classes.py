@@ -279,17 +279,14 @@ def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
 @functools.cache
 def foreign_class(dense: Any) -> type[Any]:
     """The MPOE class of a dense class whose family is not in `TABLE`."""
-    heads = [
-        auto
-        for auto, table in HEADS.items()
-        if dense.__name__ in getattr(modeling_auto, table).values()
-    ]
+    model_type = dense.config_class.model_type
+    heads = [auto for auto, name in dense_names(model_type).items() if name == dense.__name__]
     config = config_class_for(dense.config_class)
     mixin: Any = MPOEModelMixin
     if "decoder_input_ids" in inspect.signature(dense.forward).parameters:
         mixin = MPOESeq2SeqMixin
     head = heads[0] if heads else ""
-    return _made({head: dense}, config, dense.config_class.model_type, mixin)[dense]
+    return _made({head: dense}, config, model_type, mixin)[dense]
 
 
 def default_class(model_type: str) -> str:

@@ -96,12 +96,11 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
         if not isinstance(config, source):
             continue
         if id(config) not in mapped:
-            values = config.to_dict()
-            for key in ("model_type", "architectures", "transformers_version"):
-                values.pop(key, None)
-            converted = cls.config_class(**values, mpoe=mpoe)
-            converted._attn_implementation = config._attn_implementation
-            converted._name_or_path = converted.mpoe_base = config._name_or_path
+            converted: Any = copy.deepcopy(config)
+            converted.__class__ = cls.config_class
+            converted.mpoe = mpoe.to_dict()
+            converted.mpoe_base = config._name_or_path
+            converted.architectures = None
             mapped[id(config)] = converted
         module.config = mapped[id(config)]  # type: ignore[assignment]
     model.__class__ = cls

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from mpoe.layers.cores import ExpertWeights, MPOCores
-from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward
+from mpoe.layers.router import TopKRouter
 from mpoe.models.walk import names_in_checkpoints, short_name
 from mpoe_kernels import plan_contraction
 
@@ -40,24 +41,17 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
     Dense projections that stay count as central, and so do the two matrices around a latent space.
     Biases shared by the experts of a layer count as rest. Tied parameters appear once.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    kinds = dict.fromkeys(names.values(), "rest")
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(module, MPOCores):
-            for core in module.core_names():
-                kinds[prefix + core] = core.partition(".")[0]
+    kinds: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            kinds[id(module.weight)] = "router"
         elif isinstance(module, ExpertWeights):
-            kinds[f"{prefix}weight"] = "expert"
-        if isinstance(module, RoutedFeedForward) and module.router is not None:
-            kinds[f"{prefix}router.weight"] = "router"
-        if isinstance(module, KeptFeedForward):
-            for parameter, _ in module.experts.named_parameters():
-                kinds[f"{prefix}experts.{parameter}"] = "auxiliary"
-            for weight in module.central_parameters().values():
-                if id(weight) in names:
-                    kinds[names[id(weight)]] = "central"
-    return kinds
+            kinds[id(module.weight)] = "expert"
+        elif isinstance(module, (MPOCores, KeptFeedForward)):
+            owner: nn.Module = module.auxiliary if isinstance(module, MPOCores) else module.experts
+            kinds |= dict.fromkeys(map(id, owner.parameters()), "auxiliary")
+            kinds |= dict.fromkeys(map(id, module.central_parameters().values()), "central")
+    return {name: kinds.get(id(value), "rest") for name, value in model.named_parameters()}
 
 
 def parameter_report(model: nn.Module) -> dict[str, int]:

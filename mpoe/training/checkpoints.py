@@ -172,8 +172,7 @@ def rotate(run_dir: str | Path, limit: int | None, keep: str | Path | None = Non
     checkpoints = list_checkpoints(run_dir)
     kept = Path(keep).name if keep else None
     surplus = [path for path in checkpoints[:-1] if path.name != kept]
-    protected = len(checkpoints) - len(surplus)
-    for path in surplus[: max(0, len(checkpoints) - max(limit, protected))]:
+    for path in surplus[: max(0, len(checkpoints) - limit)]:
         remove(path)
 
 

@@ -227,7 +227,7 @@ def _second_moment(statistics: Statistics, layer: str) -> Tensor:
     return torch.outer(mean, mean) + torch.diag(rest) + vectors.mT @ (values[:, None] * vectors)
 
 
-def pooled_statistics(texts: Sequence[Statistics], rank: int = SKETCH_RANK) -> Tensors:
+def pooled_statistics(texts: Sequence[Statistics]) -> Tensors:
     """The statistics of several texts as one class: the mean of their means, and of their second
     moments.
 
@@ -237,7 +237,7 @@ def pooled_statistics(texts: Sequence[Statistics], rank: int = SKETCH_RANK) -> T
     for layer in [key.removesuffix(".mean") for key in texts[0] if key.endswith(".mean")]:
         means = torch.stack([statistics[f"{layer}.mean"].double() for statistics in texts])
         moment = torch.stack([_second_moment(statistics, layer) for statistics in texts]).mean(0)
-        sketch = _sketch(moment, means.mean(0), 1, min(rank, len(moment)))
+        sketch = _sketch(moment, means.mean(0), 1, min(SKETCH_RANK, len(moment)))
         pooled |= {f"{layer}.{name}": value for name, value in sketch.items()}
     return pooled
 

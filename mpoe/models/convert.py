@@ -249,7 +249,8 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
         for bias in (layer.experts.bias, getattr(layer.projections()["up"], "bias", None))
     )
     config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=has_bias, rate_ratios={})
-    for site in dense_networks(merged) if layers else ():
+    sites = dense_networks(merged) if layers else []
+    for site in sites:
         if site.name in layers:
             dense: Any = site.build(config)
             fill_merged(dense, layers[site.name])

@@ -155,7 +155,9 @@ class FFNSite:
             if experts.latent is None:
                 experts.copy_neurons_(weights, self.bias("up"), START_NOISE)
         report: Report = {}
-        for kind, projection in () if self.keeps else experts.projections().items():
+        if self.keeps:
+            return report
+        for kind, projection in experts.projections().items():
             weight = self.weight(kind)
             if isinstance(projection, MPOCores):
                 result = projection.load_weight_(weight, config.gauge)
@@ -178,8 +180,9 @@ class FFNSite:
         elif isinstance(module, KeptFeedForward):
             module.adopt(self.dense)
         set_module(model, self.place, module)
-        for name in () if self.keeps else self.emptied:
-            set_module(model, name, nn.Identity())
+        if not self.keeps:
+            for name in self.emptied:
+                set_module(model, name, nn.Identity())
         for name, attribute in self.zeroed:
             setattr(model.get_submodule(name), attribute, 0)
 

@@ -28,7 +28,7 @@ from mpoe.data.batches import read_batches
 from mpoe.data.encode import Item
 from mpoe.data.mappings import read_mapping, read_utf8
 from mpoe.models import expert_mixture, lora_fit
-from mpoe.models.background import most_tokens, pooled_background
+from mpoe.models.background import background_batches, most_tokens, pooled_background
 from mpoe.models.composition import NONE, ROUTER_STEPS, compose, train_routers
 from mpoe.models.expert_files import Expert, experts_of, load_expert, merge_expert
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, default_top_k
@@ -393,7 +393,7 @@ def compose_files(
         background = background_beside(base, [Path(name).parent for name in names])
     if none and (background is None or options.background):
         print("background: sampling what the base itself says ...", flush=True)
-        parts = expert_mixture.background_batches(base, tokenizer)
+        parts = background_batches(base, tokenizer)
         with refusing("background: ", ValueError):
             parts += [read_texts(file, tokenizer, options) for file in options.background]
         background = pooled_background(base, parts)

@@ -81,8 +81,7 @@ class _Current(threading.local):
     not of a ``ContextVar``."""
 
     routing: RoutingContext | None = None
-    is_global: bool = False  # in a `global_batch`, of this group
-    group: dist.ProcessGroup | None = None
+    groups: tuple[dist.ProcessGroup | None, ...] = ()  # of the `global_batch`, if there is one
 
 
 _current = _Current()
@@ -187,20 +186,20 @@ def global_batch(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         with global_batch():
             model(**batch).loss.backward()
     """
-    previous = (_current.is_global, _current.group)
-    _current.is_global = True
-    _current.group = group
+    previous = _current.groups
+    _current.groups = (group,)
     try:
         yield
     finally:
-        _current.is_global, _current.group = previous
+        _current.groups = previous
 
 
 def sum_over_ranks(counts: Tensor) -> tuple[Tensor, int]:
     """Counts summed over the ranks of the current `global_batch`, and the number of ranks; outside
     it, ``counts`` and 1."""
-    if not (_current.is_global and dist.is_available() and dist.is_initialized()):
+    if not (_current.groups and dist.is_available() and dist.is_initialized()):
         return counts, 1
+    (group,) = _current.groups
     counts = counts.clone()
-    dist.all_reduce(counts, group=_current.group)
-    return counts, dist.get_world_size(_current.group)
+    dist.all_reduce(counts, group=group)
+    return counts, dist.get_world_size(group)

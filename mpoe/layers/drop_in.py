@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +66,7 @@ class MPOLinear(nn.Module):
         super().__init__()
         if shape is None and not isinstance(in_features, int):
             in_features, shape = None, in_features
-        sizes = (in_features, out_features)
+        sizes: Any = (in_features, out_features)
         if None in sizes if shape is None else sizes != (None, None):
             raise TypeError(
                 "MPOLinear takes in_features and out_features, as nn.Linear does, or a shape alone "
@@ -72,10 +74,8 @@ class MPOLinear(nn.Module):
                 f"{out_features!r}, shape {shape!r}"
             )
         if shape is None:
-            assert isinstance(in_features, int)
-            assert out_features is not None
-            shape = MPOShape.paper(in_features, out_features)
-            init_std = (3 * in_features) ** -0.5 if init_std is None else init_std
+            shape = MPOShape.paper(*sizes)
+            init_std = (3 * sizes[0]) ** -0.5 if init_std is None else init_std
         std = 0.02 if init_std is None else init_std
         self.cores = MPOCores(shape, 1, bias, std, device=device, dtype=dtype)
         self.backend = backend

@@ -165,7 +165,7 @@ class ExpertCache:
             RuntimeError: with ``full_weights``, a weight has changed since.
         """
         if layer not in self.layers:
-            blocks = {kind: cores.blocks() for kind, cores in layer.projections().items()}
+            blocks = layer.blocks()
             views = {weight.untyped_storage().data_ptr() for weight in layer.weights()}
             sides = [side for chain in blocks.values() for side in (chain.left, chain.right)]
             fits = self.reserves(

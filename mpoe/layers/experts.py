@@ -13,7 +13,7 @@ from mpoe.config.checks import check_choice
 from mpoe.layers.cores import Device, DType, ExpertWeights, MPOCores
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import TopKRouter
-from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn
+from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn
 from mpoe_kernels.mixture import Chains, Rule, routed_ffn
 
 
@@ -200,13 +200,14 @@ class MPOExperts(_Network):
 
     def _chains(self, kept: KeptExperts | None) -> Chains:
         """The folded chains."""
-        if kept is None:
-            blocks = {kind: cores.blocks() for kind, cores in self.projections().items()}
-        else:
-            blocks = dict(kept.blocks)
+        blocks = self.blocks() if kept is None else kept.blocks
         gate = blocks.get("gate_proj")
         biases = (self.up.bias, self.down.bias)
         return Chains(blocks["up"], blocks["down"], gate, *biases, self.activation)
+
+    def blocks(self) -> Mapping[str, MPOBlocks]:
+        """The folded chains by kind."""
+        return {kind: cores.blocks() for kind, cores in self.projections().items()}
 
 
 class DenseExperts(_Network):

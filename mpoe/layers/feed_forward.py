@@ -31,9 +31,8 @@ def is_observed(*modules: nn.Module) -> bool:
             or attributes["_forward_pre_hooks"]
             or attributes["_backward_hooks"]
             or attributes["_backward_pre_hooks"]
+            or "forward" in attributes
         ):
-            return True
-        if "forward" in attributes:
             return True
     return _has_any_global_hook()
 

@@ -237,8 +237,8 @@ class HiddenFeedForward(KeptFeedForward):
             return u, None
         if gate != up:
             return u, getattr(self, gate)(x)
-        both = (u[..., self.columns[kind]].contiguous() for kind in ("up", "gate_proj"))
-        return next(both), next(both)
+        u_gate = u[..., self.columns["gate_proj"]].contiguous()
+        return u[..., self.columns["up"]].contiguous(), u_gate
 
     def _between(self, u: Tensor, u_gate: Tensor | None, gates: Tensor, index: Tensor) -> Tensor:
         """``u [..., F]`` through the experts and the dropout between the projections."""

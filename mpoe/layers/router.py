@@ -258,8 +258,7 @@ class TopKRouter(FromInitialValues):
     @property
     def scale(self) -> float:
         """What gates are multiplied by."""
-        factor = self.config.routed_scaling_factor
-        return 1.0 if factor is None else factor
+        return self.config.routed_scaling_factor or 1.0
 
     def _scaled(self, gates: Tensor) -> Tensor:
         return gates if self.config.routed_scaling_factor is None else gates * self.scale

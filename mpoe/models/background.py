@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mpoe.config.checks import check_integer, check_seed
+from mpoe.data.documentation import load_documentation
 from mpoe.data.domains import domain_text
 from mpoe.data.predict import Batch, evaluation_mode
 from mpoe.models.composition import (
@@ -171,6 +172,36 @@ def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> Tensors:
     return parts
 
 
+def documentation_batches(model: Any, tokenizer: Any) -> list[Tensors]:
+    """The start of the packaged text, documentation of Python, for `collect_statistics`.
+
+    Raises:
+        ValueError: a tokenizer that makes fewer tokens of it than one piece has, or other tokens
+            than the model's.
+    """
+    text = "\n\n".join(record.text for record in load_documentation("train")[::20])
+    rows = packaged_text(model, tokenizer, text)
+    if not len(rows):
+        raise ValueError(
+            f"the packaged text must hold at least {rows.shape[1]} tokens of the base; it has fewer"
+        )
+    # Heads of encoders have other labels.
+    names = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
+    return [dict.fromkeys(names, part) for part in rows.split(AT_ONCE)]
+
+
+def background_batches(model: Any, tokenizer: Any, seed: int = 0) -> list[list[Tensors]]:
+    """Batches of every text of the default background: what a causal model itself says and a
+    general text; of other models Python's documentation.
+
+    Raises:
+        ValueError: as `documentation_batches`.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        return [documentation_batches(model, tokenizer)]
+    return [token_batches(ids) for ids in background_parts(model, tokenizer, seed).values()]
+
+
 def pooled_background(model: Any, parts: Sequence[Iterable[Batch]]) -> Tensors:
     """The statistics of several texts as one class, each of equal weight however long it is.
 
@@ -185,8 +216,8 @@ def pooled_background(model: Any, parts: Sequence[Iterable[Batch]]) -> Tensors:
 
 
 def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> Tensors:
-    """The default background of a causal model: statistics of its own texts, its own chats and the
-    general text.
+    """The default background: of a causal model statistics of its own texts, its own chats and the
+    general text, see `background_batches`.
 
     Args:
         model: dense; it is not changed.
@@ -200,8 +231,7 @@ def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> Tensors:
         TypeError, ValueError: as `collect_statistics`; a tokenizer that makes other tokens than the
             model has.
     """
-    parts = background_parts(model, tokenizer, seed)
-    return pooled_background(model, [token_batches(ids) for ids in parts.values()])
+    return pooled_background(model, background_batches(model, tokenizer, seed))
 
 
 def token_batches(ids: Tensor) -> list[Tensors]:

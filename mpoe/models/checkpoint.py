@@ -45,9 +45,8 @@ def read_mpoe_config(folder: Path) -> tuple[dict, type[Any]]:
     values = read_mapping(folder / "config.json", "configuration")
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES and values.get("mpoe_sites") is None:
-        is_dense = str(model_type) in TABLE
         advice = quoted(model_type)
-        if is_dense:
+        if str(model_type) in TABLE:
             advice = f"a dense {model_type}: load it with transformers, then convert_to_mpoe"
         raise ValueError(
             f"path must hold a converted model (model_type mpoe_...); {folder / 'config.json'} is "

@@ -23,7 +23,7 @@ from mpoe.models.export import as_stock
 from mpoe.models.find import dense_networks, find_sites
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
-from mpoe.models.walk import hidden_modules, modules_of, neuron_modules, rate_ratios_of
+from mpoe.models.walk import modules_of, neuron_modules, rate_ratios_of
 from mpoe_kernels import backend_reasons
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -240,7 +240,7 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
             feed_forward.experts = feed_forward.experts.as_dense(
                 lambda cores: cores.dense_weights().contiguous()
             )
-    layers = hidden_modules(merged)
+    layers = modules_of(merged, HiddenFeedForward)
     # A bias before the activation passes through an expert's block, so every dense expert needs its
     # own.
     has_bias = any(

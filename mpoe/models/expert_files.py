@@ -167,14 +167,12 @@ def experts_of(base: Any, experts: Iterable) -> list[Expert]:
             if site.bias("up") is not None:
                 wanted[f"{site.place}.bias"] = (expert.neurons,)
         shapes = {name: tuple(value.shape) for name, value in expert.weights.items()}
-        if shapes != wanted:
-            odd = sorted(
-                name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name)
-            )[0]
-            raise ValueError(
-                f"expert {expert.name!r} must have {odd} {wanted.get(odd)}; it has "
-                f"{shapes.get(odd)}"
-            )
+        for name in sorted({*shapes, *wanted}):
+            if shapes.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"expert {expert.name!r} must have {name} {wanted.get(name)}; it has "
+                    f"{shapes.get(name)}"
+                )
     return loaded
 
 

@@ -10,17 +10,9 @@ import torch
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.checks import check_number, check_type, is_file_name, quoted, shortened
-from mpoe.data.documentation import load_documentation
 from mpoe.data.mappings import read_mapping
 from mpoe.data.predict import Batch
-from mpoe.models.background import (
-    AT_ONCE,
-    background_parts,
-    packaged_text,
-    pooled_background,
-    save_background,
-    token_batches,
-)
+from mpoe.models.background import background_batches, pooled_background, save_background
 from mpoe.models.checkpoint import parsed_mpoe
 from mpoe.models.composition import (
     LARGEST_STATISTIC,
@@ -53,36 +45,6 @@ MOST_PER_TOKEN = 8  # experts of a token where nobody says how many
 def default_top_k(experts: int) -> int:
     """Experts of a token in a mixture of so many, *none* among them."""
     return min(experts, MOST_PER_TOKEN)
-
-
-def documentation_batches(model: Any, tokenizer: Any) -> list[Tensors]:
-    """The start of the packaged text, documentation of Python, for `collect_statistics`.
-
-    Raises:
-        ValueError: a tokenizer that makes fewer tokens of it than one piece has, or other tokens
-            than the model's.
-    """
-    text = "\n\n".join(record.text for record in load_documentation("train")[::20])
-    rows = packaged_text(model, tokenizer, text)
-    if not len(rows):
-        raise ValueError(
-            f"the packaged text must hold at least {rows.shape[1]} tokens of the base; it has fewer"
-        )
-    # Heads of encoders have other labels.
-    names = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
-    return [dict.fromkeys(names, part) for part in rows.split(AT_ONCE)]
-
-
-def background_batches(base: Any, tokenizer: Any) -> list[list[Tensors]]:
-    """Batches of every text of the default background: what a causal model itself says and a
-    general text (`mpoe.models.background`); of other models Python's documentation.
-
-    Raises:
-        ValueError: as `documentation_batches`.
-    """
-    if not base.can_generate() or base.config.is_encoder_decoder:
-        return [documentation_batches(base, tokenizer)]
-    return [token_batches(ids) for ids in background_parts(base, tokenizer).values()]
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -4,8 +4,7 @@ says that no weight changes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -41,8 +40,9 @@ def dense_bytes(layers: list[MPOExperts]) -> int:
     )
 
 
-@contextmanager
-def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[ExpertCache | None]:
+def kept_while_generating(
+    model: nn.Module, max_bytes: int | None
+) -> AbstractContextManager[ExpertCache | None]:
     """A cache for the folded blocks of ``model``'s experts, gone at the end; ``None`` if it would
     not help, or within `full_weights_kept`.
 
@@ -54,17 +54,14 @@ def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[E
     bound = dense_bytes(layers) if max_bytes is None else max_bytes
     outer = [cache_of(layer) for layer in layers]
     if bound == 0 or all(cache is not None and cache.full_weights for cache in outer):
-        yield None
-        return
-    with ExpertCache(bound, layers).in_use() as cache:
-        yield cache
+        return nullcontext()
+    return ExpertCache(bound, layers).in_use()
 
 
-@contextmanager
-def full_weights_kept(model: nn.Module, max_bytes: int | None) -> Iterator[ExpertCache]:
+def full_weights_kept(
+    model: nn.Module, max_bytes: int | None
+) -> AbstractContextManager[ExpertCache]:
     """A cache for the folded blocks and, where that pays, full weights of ``model``'s experts on a
     CPU, for all passes until its end; see `MPOEModelMixin.weights_kept`."""
     bound = math.inf if max_bytes is None else max_bytes
-    layers = _cacheable(model, on_gpus=False)
-    with ExpertCache(bound, layers, full_weights=True).in_use() as cache:
-        yield cache
+    return ExpertCache(bound, _cacheable(model, on_gpus=False), full_weights=True).in_use()

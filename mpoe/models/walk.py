@@ -9,7 +9,6 @@ from torch import nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
-from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,12 +39,8 @@ def routed_layers(model: nn.Module) -> list[tuple[str, RoutedFeedForward]]:
     ]
 
 
-# The networks of a model that kept their projections, those of the shape "hidden", those of the
-# shape "neurons".
+# The networks of a model that kept their projections, and those of the shape "neurons".
 kept_modules = partial(modules_of, kind=KeptFeedForward)
-
-
-hidden_modules = partial(modules_of, kind=HiddenFeedForward)
 
 
 neuron_modules = partial(modules_of, kind=NeuronFeedForward)

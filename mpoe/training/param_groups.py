@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from mpoe.config.shapes import NEURONS
-from mpoe.layers.cores import MPOCores
-from mpoe.layers.experts import DenseExperts
+from mpoe.layers.cores import ExpertWeights, MPOCores
 from mpoe.models.walk import kept_modules, mpo_modules
 from mpoe.training.arguments import MPOETrainingArguments
 
@@ -38,28 +37,22 @@ def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[di
     Raises:
         ValueError: nothing in the model requires a gradient.
     """
-    cores = _core_rates(model, args)
-    dense_experts: set[int] = set()
+    rates = _core_rates(model, args)
     undecayed: set[int] = set()
     for module in model.modules():
-        if isinstance(module, DenseExperts):
-            dense_experts |= set(map(id, module.parameters()))
+        if isinstance(module, ExpertWeights):
+            dense_rate = args.learning_rate * args.dense_expert_lr_scale
+            rates[id(module.weight)] = ("dense_expert", dense_rate)
         if "norm" in type(module).__name__.lower():
             undecayed |= set(map(id, module.parameters(recurse=False)))
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = "rest"
-        rate = args.learning_rate
-        if id(parameter) in cores:
-            kind, rate = cores[id(parameter)]
-        elif "router" in name.split("."):
+        kind, rate = rates.get(id(parameter), ("rest", args.learning_rate))
+        if kind == "rest" and "router" in name.split("."):
             kind = "router"
             rate = args.learning_rate * args.router_lr_scale
-        elif id(parameter) in dense_experts and parameter.ndim == 3:
-            kind = "dense_expert"
-            rate = args.learning_rate * args.dense_expert_lr_scale
         decayed = parameter.ndim > 1 and "bias" not in name and id(parameter) not in undecayed
         decay = args.weight_decay if decayed else 0.0
         new = {"params": [], "lr": rate, "weight_decay": decay, "kind": kind}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class RunLog:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._steps = 0.0
+        self._sums: dict[str, Any] = {}
         self._load: Tensor | None = None
 
     def note(
@@ -25,12 +27,11 @@ class RunLog:
     ) -> None:
         """Add one of a step's ``micro_batches``; ``load`` `[layers, E]` counts tokens per
         expert."""
-        values = {"steps": torch.ones((), device=task.device), "task_loss": task.detach()}
-        if auxiliary is not None:
-            values["aux_loss"] = auxiliary.detach()
-        for name, value in values.items():
-            share = value.float() / micro_batches
-            self._sums[name] = self._sums[name] + share if name in self._sums else share
+        self._steps += 1 / micro_batches
+        for name, loss in (("aux_loss", auxiliary), ("task_loss", task)):
+            if loss is not None:
+                share = loss.detach().float() / micro_batches
+                self._sums[name] = self._sums.get(name, 0.0) + share
         if load is not None:
             load = load.detach().long()
             self._load = load if self._load is None else self._load + load
@@ -39,11 +40,11 @@ class RunLog:
         """Means per step by name, and tokens per expert ``[layers, E]`` (None: no mixture); then
         resets. Over all processes, which must all call it.
         """
-        steps = max(float(self._sums.pop("steps", 1.0)), 1e-9)
         means = {
-            name: float(reduce(total, "mean")) / steps for name, total in sorted(self._sums.items())
+            name: float(reduce(total, "mean")) / self._steps for name, total in self._sums.items()
         }
         counts = None if self._load is None else reduce(self._load, "sum")
+        self._steps = 0.0
         self._sums = {}
         self._load = None
         return means, counts

@@ -139,9 +139,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if args.gradient_mask_prob > 0:
             self.gradient_mask = GradientMask(self.model, args.gradient_mask_prob, args.mask_seed)
             self.add_callback(GradientMaskCallback(self.gradient_mask))
-        self._guard: DivergenceGuard | None = None
+        self._guard = DivergenceGuard(self.accelerator)
         if not args.allow_non_finite:
-            self._guard = DivergenceGuard(self.accelerator)
             self.add_callback(self._guard)
 
     # ------------------------------------------------------------- training
@@ -223,18 +222,15 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if self.accelerator.sync_gradients and self._step_load is not None:
             update_correction_bias(self.model, self.accelerator.reduce(self._step_load, "sum"))
             self._step_load = None
-        if self._guard is not None:
-            self._guard.note_loss(loss)
+        self._guard.note_loss(loss)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
-        if self._guard is not None:
-            self._guard.norm = norm
-        return norm
+        self._guard.norm = super()._get_grad_norm(*args, **kwargs)
+        return self._guard.norm
 
     def _check_weights(self) -> None:
-        if self._guard is not None:
+        if not self.args.allow_non_finite:
             check_weights(self.model, self.state.global_step, str(self.args.output_dir))
 
     def compute_loss(

@@ -245,9 +245,7 @@ def test_names_that_are_refused(folder, adapter):
 
 def test_refused_before_adapters_are_fitted_and_the_base_is_sampled(folder, adapter, monkeypatch):
     monkeypatch.setattr(command.lora_fit, "fit_adapter", lambda *_, **__: pytest.fail("fitted"))
-    monkeypatch.setattr(
-        command.expert_mixture, "background_batches", lambda *_: pytest.fail("asked")
-    )
+    monkeypatch.setattr(command, "background_batches", lambda *_: pytest.fail("asked"))
     base, tokenizer = load_stand_in("gpt2")
     base.transformer.h[0].mlp.c_fc.weight.data += 1
     model = start_expert(base, 8)

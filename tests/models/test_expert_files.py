@@ -19,9 +19,9 @@ from mpoe import (
     start_expert,
 )
 from mpoe.models import push_expert
+from mpoe.models.background import background_batches, documentation_batches
 from mpoe.models.composition import _second_moment, check_statistics
 from mpoe.models.expert_files import base_identity
-from mpoe.models.expert_mixture import background_batches, documentation_batches
 from mpoe.models.walk import neuron_modules
 from tests.assertions import differing, refuses
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts, merge_latent
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward
-from mpoe.models.walk import hidden_modules, neuron_modules
+from mpoe.models.walk import modules_of, neuron_modules
 from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape, reconstruct
 from tests.assertions import refuses
@@ -20,7 +20,7 @@ from .tiny_models import dense_model as dense
 def test_shared_blocks_are_plain_mpos(family):
     """With the projections as centre, HiddenExperts' cores rebuild C1 (1 x R) and (1 x L) C2."""
     model = stirred(convert_to_mpoe(dense(family), config("hidden", block_per_group=False)))
-    layer = next(iter(hidden_modules(model).values()))
+    layer = next(iter(modules_of(model, HiddenFeedForward).values()))
     features, block = layer.hidden_features, 8
     for kind in layer.projections():
         up = kind != "down"
@@ -47,7 +47,7 @@ def test_shared_blocks_are_plain_mpos(family):
 
 def test_the_mask_compiles_into_two_graphs():
     model = convert_to_mpoe(dense("llama"), config("hidden", 2)).train()
-    layer, compiled = next(iter(hidden_modules(model).values())), []
+    layer, compiled = next(iter(modules_of(model, HiddenFeedForward).values())), []
 
     def count(graph, _):
         compiled.append(graph)
@@ -75,7 +75,11 @@ def test_default_blocks_are_the_largest_divisor_up_to_64():
 
 
 def test_dropout_and_padding():
-    layer = next(iter(hidden_modules(convert_to_mpoe(dense("gpt2"), config("hidden"))).values()))
+    layer = next(
+        iter(
+            modules_of(convert_to_mpoe(dense("gpt2"), config("hidden")), HiddenFeedForward).values()
+        )
+    )
     assert isinstance(layer, HiddenFeedForward)
     x = torch.randn(2, 3, 24)
     x[0, 1] = float("nan")
@@ -167,8 +171,8 @@ def test_shapes_by_pattern():
     ):
         mixed = convert_to_mpoe(model, config("neurons", 2, shape=base, shape_pattern=pattern))
         assert list(neuron_modules(mixed)) == ["model.layers.0.mlp"]
-        assert list(hidden_modules(mixed)) == ["model.layers.1.mlp"]
-        (layer,) = hidden_modules(mixed).values()
+        assert list(modules_of(mixed, HiddenFeedForward)) == ["model.layers.1.mlp"]
+        (layer,) = modules_of(mixed, HiddenFeedForward).values()
         assert layer.router.config.routed_scaling_factor is None
         (layer,) = neuron_modules(mixed).values()
         assert layer.router.config.routed_scaling_factor == 2.0

@@ -53,6 +53,12 @@ def check_type(name: str, value: object, kinds: Any, wanted: str) -> None:
         raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {quoted(value)}")
 
 
+def check_list(name: str, value: Any, wanted: str) -> None:
+    """Require a list or another sequence that is no text."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list of {wanted}; got {quoted(value)}")
+
+
 def check_integer(name: str, value: Any, least: int, optional: bool = False) -> None:
     if value is None and optional:
         return
@@ -138,10 +144,7 @@ def checked_ratios(ratios: Any) -> dict[str, list[float]]:
     """``rate_ratios`` of an `MPOEConfig`: names with lists of numbers."""
     check_type("rate_ratios", ratios, Mapping, "a mapping")
     for name, values in ratios.items():
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise TypeError(
-                f"rate_ratios[{quoted(name)}] must be a list of numbers; got {quoted(values)}"
-            )
+        check_list(f"rate_ratios[{quoted(name)}]", values, "numbers")
         for value in values:
             check_number(f"rate_ratios[{quoted(name)}]", value, 0.0)
     return {name: [float(value) for value in values] for name, values in ratios.items()}

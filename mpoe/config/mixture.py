@@ -272,14 +272,13 @@ class MPOEConfig:
             checks.check_choice("target_modules", target, TARGETS)
         names = self.exclude_modules
         layers = self.layers_to_transform
-        is_list = isinstance(names, Sequence) and not isinstance(names, str)
-        if not is_list or not all(isinstance(name, str) and name for name in names):
+        checks.check_list("exclude_modules", names, "module names")
+        if not all(isinstance(name, str) and name for name in names):
             raise TypeError(f"exclude_modules must be a list of module names; got {names!r}")
         self.exclude_modules = list(names)
         if layers is not None:
             layers = [layers] if isinstance(layers, int) else layers
-            if not isinstance(layers, Sequence) or isinstance(layers, str):
-                raise TypeError(f"layers_to_transform must be a list of indices; got {layers!r}")
+            checks.check_list("layers_to_transform", layers, "indices")
             self.layers_to_transform = list(layers)
             for index in self.layers_to_transform:
                 checks.check_integer("layers_to_transform", index, 0)

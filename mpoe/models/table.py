@@ -2,11 +2,11 @@
 torch."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpoe.config.checks import check_fields, check_type, quoted
+from mpoe.config.checks import check_fields, check_list, check_type, quoted
 
 SEQ2SEQ = "seq2seq"
 CAUSAL = "causal"
@@ -280,9 +280,7 @@ def checked_sites(sites: Any) -> dict[str, Any]:
     for name in ("holder", "up", "down", "gate_proj", "place", "sums", "stream"):
         check_type(f"sites[{name!r}]", sites.get(name) or "", str, "a name")
     for name in ("fused", "emptied", "zeroed"):
-        given = sites.get(name, ())
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            raise TypeError(f"sites[{name!r}] must be a list of names; got {given!r}")
+        check_list(f"sites[{name!r}]", sites.get(name, ()), "names")
     if "*" not in sites["holder"]:
         raise ValueError(
             f"sites['holder'] must hold a * for the number of the layer; got {sites['holder']!r}"

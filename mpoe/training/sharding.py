@@ -145,12 +145,12 @@ def save_sharded_checkpoint(
     if first:
         checkpoints.clean_leftovers(folder)
     save_sharded(model, staged)
-    names = _names(model, optimizer)
-    pairs = zip(optimizer.param_groups, names, strict=True)
-    groups = [{**group, "params": group_names} for group, group_names in pairs]
+    named = _named_groups(model, optimizer)
+    pairs = zip(optimizer.param_groups, named, strict=True)
+    groups = [{**group, "params": list(names)} for group, names in pairs]
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict] = {}  # what an optimizer keeps that is no tensor
-    for name, parameter in _named(model, optimizer).items():
+    for name, parameter in itertools.chain.from_iterable(group.items() for group in named):
         # A parameter that has not been trained yet, such as a masked central core, has no state.
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             # all ranks take part
@@ -201,13 +201,16 @@ def load_sharded_optimizer(
         )
         for name, _, key in (whole.rpartition(":") for whole in file.keys()):  # noqa: SIM118
             states.setdefault(name, {})[key] = file.get_tensor(f"{name}:{key}")
-    if [group["params"] for group in groups] != _names(model, optimizer):
+    named = _named_groups(model, optimizer)
+    if [group["params"] for group in groups] != list(map(list, named)):
         raise ValueError(
             f"optimizer must have the groups of parameters that {folder / OPTIMIZER} lists; they "
             "differ"
         )
     state: dict[int, dict] = {}
-    for number, (name, parameter) in enumerate(_named(model, optimizer).items()):
+    for number, (name, parameter) in enumerate(
+        itertools.chain.from_iterable(group.items() for group in named)
+    ):
         for key, value in states.get(name, {}).items():
             is_like = isinstance(value, Tensor) and value.dim() > 0  # not a count of steps
             if is_like and value.shape != parameter.shape:
@@ -232,23 +235,18 @@ def load_sharded_optimizer(
     return step
 
 
-def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """Names of the parameters in every group."""
+def _named_groups(model: Any, optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """The optimizer's parameters by name, of every group, in its order."""
     known = {parameter: name for name, parameter in model.named_parameters()}
     try:
         return [
-            [known[parameter] for parameter in group["params"]] for group in optimizer.param_groups
+            {known[parameter]: parameter for parameter in group["params"]}
+            for group in optimizer.param_groups
         ]
     except KeyError:
         raise ValueError(
             "optimizer must be over the parameters of model alone; make it after shard_model"
         ) from None
-
-
-def _named(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's parameters by name, in its order."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return dict(zip(itertools.chain(*_names(model, optimizer)), parameters, strict=True))
 
 
 def _as_number(value: Any) -> Any:

@@ -127,7 +127,6 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         # of evaluations without experts, by prefix of their metrics
         self._base_losses: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
-        self.gradient_mask: GradientMask | None = None
         if args.adapter:
             freeze_all_but_experts(self.model)
         freeze_cores(
@@ -136,8 +135,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             tensor_learn=args.tensor_learn,
             train_AT_index=args.train_AT_index,
         )
+        self.gradient_mask = GradientMask(self.model, args.gradient_mask_prob, args.mask_seed)
         if args.gradient_mask_prob > 0:
-            self.gradient_mask = GradientMask(self.model, args.gradient_mask_prob, args.mask_seed)
             self.add_callback(GradientMaskCallback(self.gradient_mask))
         self._guard = DivergenceGuard(self.accelerator)
         if not args.allow_non_finite:
@@ -189,8 +188,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             raise
         finally:
             # An error during a masked step must not leave the model masked.
-            if self.gradient_mask is not None:
-                self.gradient_mask.end_step()
+            self.gradient_mask.end_step()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim` over `build_param_groups`, unless the caller passed its own

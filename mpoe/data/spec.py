@@ -3,14 +3,13 @@ are."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from mpoe.config.checks import check_fields, check_type, hint
-from mpoe.data.task import Example, Task
+from mpoe.data.task import Example, Task, is_number
 
 DEFAULT_METRICS = {
     "regression": ("pearson", "spearman"),
@@ -264,14 +263,6 @@ def cell_text(value: Any, where: str) -> str:
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     return str(value).strip()
-
-
-def is_number(text: str) -> bool:
-    """Whether ``text`` is a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def regression_text(value: float) -> str:

@@ -113,7 +113,7 @@ class Task:
         indices = {label.lower(): index for index, label in enumerate(self.labels)}
         read: dict[str, Callable[[str], Any]] = {
             "classification": lambda text: indices.get(text.strip().lower(), -1),
-            "regression": _number,
+            "regression": lambda text: float(text) if is_number(text) else 0.0,
             "generation": str,
         }
         first = list(map(read[self.kind], predictions))
@@ -126,12 +126,12 @@ class Task:
         return {metric: get_metric(metric)(first, second) for metric in self.metrics}
 
 
-def _number(text: str) -> float:
+def is_number(text: str) -> bool:
+    """Whether ``text`` is a finite number."""
     try:
-        value = float(text)
+        return math.isfinite(float(text))
     except ValueError:
-        return 0.0
-    return value if math.isfinite(value) else 0.0
+        return False
 
 
 def with_packages(task: Task) -> Task:

@@ -15,9 +15,9 @@ from typing import Any
 from mpoe.config.checks import check_choice, check_type, refusing
 from mpoe.data.embedded_tasks import EMBEDDED_TASKS
 from mpoe.data.mappings import read_mapping
-from mpoe.data.spec import MESSAGES, HubData, TaskSpec, is_number, read_cell
+from mpoe.data.spec import MESSAGES, HubData, TaskSpec, read_cell
 from mpoe.data.tables import TEXT_COLUMN, Table, folder_tables, hub_tables, make_task
-from mpoe.data.task import Task, with_packages
+from mpoe.data.task import Task, is_number, with_packages
 
 STANDARD = Path(__file__).resolve().parent / "standard"
 

@@ -155,20 +155,21 @@ class DivergenceGuard(TrainerCallback):
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._loss: Tensor | None = None
-        self.norm: Any = (
-            None  # of the step's gradients (a number or 0-d tensor), if somebody computed it
-        )
+        self._loss: Any = 0.0
+        self.norm: Any = None  # of the step's gradients (a number or 0-d tensor), if known
         self._skipped = 0
         self._scale = 0.0
 
     def note_loss(self, loss: Tensor) -> None:
         """Add the loss of one micro-batch (0-d)."""
-        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        self._loss = self._loss + loss.detach()
+
+    def _forget_step(self) -> None:
+        self._loss = 0.0
+        self.norm = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._loss = None
-        self.norm = None
+        self._forget_step()
         self._skipped = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -188,7 +189,7 @@ class DivergenceGuard(TrainerCallback):
             self._skipped = 0
             self._check(str(args.output_dir), state.global_step)
             return
-        self._loss = self.norm = None
+        self._forget_step()
         self._skipped += 1
         if self._skipped >= MOST_SKIPPED:
             raise DivergenceError(
@@ -199,8 +200,8 @@ class DivergenceGuard(TrainerCallback):
             )
 
     def _check(self, run_dir: str, step: int) -> None:
-        values = [0.0 if value is None else float(value) for value in (self._loss, self.norm)]
-        self._loss = self.norm = None
+        values = [float(self._loss), 0.0 if self.norm is None else float(self.norm)]
+        self._forget_step()
         if self._accelerator.num_processes > 1:
             # The sum over the processes is finite only if every one's is: all of them see it, and
             # end together.

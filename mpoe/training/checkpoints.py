@@ -43,12 +43,12 @@ def publish(staged: Path, run_dir: str | Path) -> Path:
 
     Returns the final path; an existing checkpoint of the same step is replaced.
     """
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    names = {str(path.relative_to(staged)): path for path in files}
+    paths = sorted(staged.rglob("*"))
+    files = {str(path.relative_to(staged)): path for path in paths if path.is_file()}
     record = {
         "step": step_of(staged),
-        "files": {name: path.stat().st_size for name, path in names.items()},
-        "crc32": {name: _crc32(path) for name, path in names.items()},
+        "files": {name: path.stat().st_size for name, path in files.items()},
+        "crc32": {name: _crc32(path) for name, path in files.items()},
         "choices": autotune.choices(),
     }
     (staged / MANIFEST).write_text(json.dumps(record))

@@ -77,24 +77,24 @@ def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight:
     `global_batch` the average over the ranks is the loss over the tokens of all ranks.
     """
     experts = records[0].logits.shape[-1]
-    streams = dict.fromkeys(record.stream for record in records)
-    layers = [[record for record in records if record.stream == stream] for stream in streams]
-    indices = [torch.stack([record.top_k_index for record in alike]) for alike in layers]
-    choices = [
-        count_choices(index, experts, alike[0].token_mask)
-        for index, alike in zip(indices, layers, strict=True)
-    ]
-    everyone, ranks = sum_over_ranks(torch.cat(choices))
+    streams: dict[str, list[RouterRecord]] = {}
+    for record in records:
+        streams.setdefault(record.stream, []).append(record)
+    parts = []
+    for layers in streams.values():
+        logits = torch.stack([layer.logits for layer in layers])
+        index = torch.stack([layer.top_k_index for layer in layers])
+        mask = layers[0].token_mask
+        parts.append((logits, index, mask, count_choices(index, experts, mask)))
+    summed, ranks = sum_over_ranks(torch.cat([choices for *_, choices in parts]))
     total = records[0].logits.new_zeros(())
-    by_stream = everyone.split(list(map(len, choices)))
-    for alike, index, mine, ours in zip(layers, indices, choices, by_stream, strict=True):
-        logits = torch.stack([record.logits for record in alike])
-        mask = alike[0].token_mask
+    of_batch = summed.split([len(choices) for *_, choices in parts])
+    for (logits, index, mask, choices), batch_choices in zip(parts, of_batch, strict=True):
         # Means over this rank's tokens, weighted by its tokens relative to those of an average
         # rank: 1 for one rank.
-        weight = mine.sum(-1) * ranks / ours.sum(-1).clamp_min(1)
+        weight = choices.sum(-1) * ranks / batch_choices.sum(-1).clamp_min(1)
         if balance_weight:
-            balancing = load_balancing_loss(logits, index, mask, ours)
+            balancing = load_balancing_loss(logits, index, mask, batch_choices)
             total = total + balance_weight * (weight * balancing).sum()
         if z_weight:
             total = total + z_weight * (weight * router_z_loss(logits, mask)).sum()

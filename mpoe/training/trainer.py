@@ -121,7 +121,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._log = RunLog()
         self._is_warned = False
         self._corrects_bias = corrects_bias(self.model)
-        self._step_load: Tensor | None = None  # of the optimizer step in progress
+        self._step_load: Any = 0  # of the optimizer step in progress
         # loss without experts less that with them, since the last log
         self._base_excess: Tensor | None = None
         # of evaluations without experts, by prefix of their metrics
@@ -217,9 +217,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     def training_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
         with global_batch() if self.args.global_router_losses else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.accelerator.sync_gradients and self._step_load is not None:
+        if self.accelerator.sync_gradients and self._corrects_bias:
             update_correction_bias(self.model, self.accelerator.reduce(self._step_load, "sum"))
-            self._step_load = None
+            self._step_load = 0
         self._guard.note_loss(loss)
         return loss
 
@@ -392,7 +392,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 raise ValueError(
                     "bias_update_rate needs the model's expert_load; output_router_logits is False"
                 )
-            self._step_load = load if self._step_load is None else self._step_load + load
+            self._step_load = self._step_load + load
         self._log.note(task, auxiliary, load, micro_batches)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

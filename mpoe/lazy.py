@@ -1,7 +1,6 @@
 """Packages that import their public names when these are first used."""
 
 import importlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,8 +20,6 @@ def loader_of(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(
                 f"module {package!r} has no attribute {name!r}; it offers {offered}"
             )
-        value = getattr(importlib.import_module(known[name]), name)
-        setattr(sys.modules[package], name, value)
-        return value
+        return getattr(importlib.import_module(known[name]), name)
 
     return load

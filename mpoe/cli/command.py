@@ -22,14 +22,17 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from mpoe.cli.short_help import SHORT
+from mpoe.cli.short_help import COMMANDS, show_short_help
 
 _PACKAGE_FOLDERS = tuple(
     str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels")
 )
 _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
+
+
+HELP = {"-h", "--help"}
 
 
 class CommandError(ValueError):
@@ -45,6 +48,19 @@ NEEDED = {
     "compare": _FOR_REPORTS,
     "inspect": _FOR_TRAINING,  # of data it reads as training does
 }
+
+
+def check_files(option_name: str, files: Iterable[str | Path]) -> None:
+    """Refuse files that are not there (CommandError)."""
+    for file in files:
+        if not Path(file).is_file():
+            raise CommandError(f"{option_name}: no such file: {file}")
+
+
+def comma_separated(values: Iterable[object]) -> list[str]:
+    """The parts of an option that takes several values, with commas or apart."""
+    parts = ",".join(map(str, values)).split(",")
+    return [part.strip() for part in parts if part.strip()]
 
 
 def check_installed(command: str) -> None:
@@ -78,7 +94,6 @@ def is_on_purpose(error: BaseException) -> bool:
     return isinstance(error, _ON_PURPOSE) and bool(files) and files[-1].startswith(_PACKAGE_FOLDERS)
 
 
-T = TypeVar("T")
 # Exceptions that dataclasses of this package and of Transformers raise for invalid values.
 _UNFIT = (
     ValueError,
@@ -300,33 +315,31 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
 
 def as_command(
     *groups: type, words: tuple[int, int] = (0, 0), config: bool = False, usage: str = ""
-) -> Callable[[Callable[[Request], T]], Callable[[Sequence[str]], T | None]]:
+) -> Callable[[Callable[[Request], Any]], Callable[[Sequence[str]], Any]]:
     """A decorator: a function of a `Request` becomes a command of tokens, whose help is its
     module's docstring.
 
     Args:
         groups: dataclasses whose fields are the options.
         words: the fewest and the most words that are no option's, such as the name of a model.
-        config: the first word may be a configuration file; a call without arguments then shows the
-            options that matter first (`mpoe.cli.short_help`).
+        config: the first word may be a configuration file.
         usage: the usage line, whose second word is the command; default: that of the module's name.
 
-    The command raises `CommandError`: see `parse`; also for too few words. It returns None if it
-    printed its help.
+    The command raises `CommandError`: see `parse`; also for too few words. Without
+    arguments, one that needs some prints its help.
     """
 
-    def declare(body: Callable[[Request], T]) -> Callable[[Sequence[str]], T | None]:
-        line = usage or SHORT[body.__module__.rpartition(".")[2]].usage
+    def declare(body: Callable[[Request], Any]) -> Callable[[Sequence[str]], Any]:
+        line = usage or COMMANDS[body.__module__.rpartition(".")[2]].usage
         name = line.split()[1]
-        first = SHORT[name].options if config else None
         about = str(sys.modules[body.__module__].__doc__ or "").strip().split("\n\n")[0]
 
         @functools.wraps(body)
-        def run(arguments: Sequence[str]) -> T | None:
-            alone = not arguments and (words[0] or config)  # nothing that the command could do
-            if alone or any(token in ("-h", "--help") for token in arguments):
-                show_help(line, about, groups, None if "all" in arguments else first)
-                return None
+        def run(arguments: Sequence[str]) -> Any:
+            if config and not arguments:
+                return show_short_help(name)
+            if HELP & set(arguments) or (words[0] and not arguments):
+                return show_help(line, about, groups)
             if not arguments:  # without Transformers, whose import takes a second
                 return body(Request(tuple(kind() for kind in groups), set()))
             file = arguments[0] if config and not _is_flag(arguments[0]) else None
@@ -341,29 +354,19 @@ def as_command(
     return declare
 
 
-def show_help(
-    usage: str, about: str, groups: Sequence[type], first: Mapping[str, str] | None
-) -> None:
-    """Print the options ``first``, a line each, or all; those that the groups inherit from
-    Transformers by name."""
-    if first:
-        width = max(map(len, first)) + 2
-        print(f"Usage: {usage}\n\n{about}\n")
-        for name, words in first.items():
-            print(f"  --{name:{width}}{words}")
-        print(f"\nAll others, with their defaults: {' '.join(usage.split()[:2])} --help all")
-        return
+def show_help(usage: str, about: str, groups: Sequence[type]) -> None:
+    """Print all options; those that the groups inherit from Transformers by name."""
     parser = make_parser(
         groups, usage=usage, description=f"{about} Options are spelled --like_this or --like-this."
     )
-    bases = [
-        base
+    inherited = sorted(
+        field.name
         for kind in groups
-        for base in kind.__mro__
-        if not base.__module__.startswith("transformers.")
-    ]
-    ours = {name for base in bases for name in vars(base).get("__annotations__", ())}
-    inherited = sorted({action.dest for action in parser._actions} - ours)
+        for base in kind.__bases__
+        if base.__module__.startswith("transformers.")
+        for field in dataclasses.fields(base)
+        if field.init and field.name not in kind.__annotations__
+    )
     if inherited:
         parser.epilog = (
             f"And every option of transformers.TrainingArguments: {', '.join(inherited)}"

@@ -17,7 +17,7 @@ from mpoe.cli import report
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.evaluate import metrics_of, score_table
 from mpoe.cli.options import BASELINES
-from mpoe.cli.outputs import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
+from mpoe.cli.outputs import REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.cli.report import Table
 from mpoe.data.mappings import flatten
 from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, is_neutral, read_metrics, read_record
@@ -78,9 +78,7 @@ def command(request: Request) -> None:
             f"compare needs two runs or more; got {len(paths)}: mpoe compare RUN_DIR RUN_DIR ..."
         )
     folder = options.output_dir
-    check_output(
-        "output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN
-    )
+    check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE])
     names = [Path(path).resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [f"{k} {name}" for k, name in enumerate(names, start=1)]

@@ -18,10 +18,17 @@ from typing import Any, get_type_hints
 import yaml
 
 from mpoe.cli import models
-from mpoe.cli.command import CommandError, Request, as_command, close_matches, option
+from mpoe.cli.command import (
+    CommandError,
+    Request,
+    as_command,
+    check_files,
+    close_matches,
+    option,
+)
 from mpoe.cli.outputs import Output, check_model_output, model_folder
 from mpoe.cli.quiet import background_beside, show_composition
-from mpoe.cli.short_help import SHORT
+from mpoe.cli.short_help import COMMANDS
 from mpoe.config import RouterConfig
 from mpoe.config.checks import quoted, refusing
 from mpoe.data.batches import read_batches
@@ -37,7 +44,7 @@ from mpoe.models.table import CAUSAL
 from mpoe.models.weight_files import check_links
 from mpoe.training.published import finish
 
-USAGE = SHORT["compose"].usage
+USAGE = COMMANDS["compose"].usage
 MOST = 1 + 128  # words: the base and its fine-tunes
 
 
@@ -153,9 +160,8 @@ def _compose(request: Request) -> None:
     for wrong, message in faults_of(names, options):
         if wrong:
             raise CommandError(message)
-    for kind, files in (("texts", options.texts), ("background", options.background)):
-        if absent := [file for file in files if not Path(file).is_file()]:
-            raise CommandError(f"{kind}: no such file: {absent[0]}")
+    check_files("texts", options.texts)
+    check_files("background", options.background)
     if not options.output_dir:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
     out = check_model_output("output_dir", options.output_dir, options.overwrite)

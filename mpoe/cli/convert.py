@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
-from mpoe.cli.options import ExpertOptions
+from mpoe.cli.options import ExpertOptions, expert_options_of
 from mpoe.cli.outputs import check_model_output, model_folder
 from mpoe.models import convert_to_mpoe, import_original
 
@@ -27,7 +27,7 @@ class ConvertOptions:
 def command(request: Request) -> None:
     """Convert the model IN into the folder OUT."""
     (options, experts), (name, out) = request.options, request.words
-    chosen = sorted({f.name for f in dataclasses.fields(ExpertOptions)} & request.given)
+    chosen = expert_options_of(request.given)
     original = options.original_checkpoint
     if original is not None and chosen:
         raise CommandError(
@@ -40,13 +40,12 @@ def command(request: Request) -> None:
             "there is nothing to convert: moe_type none with dense experts is the model as it is"
         )
     source = models.find_to_copy(name)
-    folder = Path(out)
     if source.is_mpoe:
         raise CommandError(
             f"IN is converted already ({source.model_type}); give a dense checkpoint"
         )
-    if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
-        raise CommandError(f"OUT must be another folder than IN; got {folder} for both")
+    if source.is_in(Path(out)):
+        raise CommandError(f"OUT must be another folder than IN; got {out} for both")
     output = check_model_output("OUT", out, options.overwrite)
     tokenizer = models.tokenizer_if_any(source)
     model = models.load_model(source)
@@ -54,4 +53,4 @@ def command(request: Request) -> None:
     (model.mpoe_summary if config.expert_type == "mpo" else model.print_trainable_parameters)()
     with model_folder(output, model, tokenizer):
         pass
-    print(f"saved to {folder}")
+    print(f"saved to {out}")

@@ -11,7 +11,7 @@ from mpoe.cli.command import CommandError, Request, as_command, check_installed,
 from mpoe.cli.demo_compare import ARMS, compare_arms
 from mpoe.cli.demo_experts import MODEL_FOLDER, STEPS, train_experts
 from mpoe.cli.demo_report import show, write
-from mpoe.cli.outputs import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
+from mpoe.cli.outputs import REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.config.checks import check_seed
 from mpoe.models.expert_mixture import EXPERTS_FOLDER
 from mpoe.training.run_lock import hold
@@ -52,12 +52,7 @@ def command(request: Request) -> None:
         check_installed("train")
     patterns = (RESULTS_FILE, REPORT_FILE, EXPERTS_FOLDER, MODEL_FOLDER, *ARMS)
     folder = check_output(
-        "output_dir",
-        options.output_dir,
-        options.overwrite,
-        "an earlier demo",
-        patterns,
-        MODEL_OR_RUN,
+        "output_dir", options.output_dir, options.overwrite, "an earlier demo", patterns
     )
     report = folder / REPORT_FILE
     results_file = folder / RESULTS_FILE

@@ -4,7 +4,7 @@ prompt."""
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, check_files, option
 from mpoe.config.checks import check_number, check_seed
 
 
@@ -40,8 +40,7 @@ def command(request: Request) -> None:
     if any(not prompt.strip() for prompt in prompts):
         raise CommandError("--prompt must hold some text; got an empty one")
     if options.file is not None:
-        if not options.file.is_file():
-            raise CommandError(f"--file: no such file: {options.file}")
+        check_files("--file", [options.file])
         lines = read_utf8("--file", options.file).splitlines()
         prompts = prompts + [line for line in lines if line.strip()]
     if not prompts:

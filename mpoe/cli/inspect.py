@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from mpoe.cli import models, report
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, check_files, option
 from mpoe.cli.evaluate import encode_task, expert_load, padded_batches
-from mpoe.cli.outputs import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
+from mpoe.cli.outputs import REPORT_FILE, check_output, write_json
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.batches import read_batches
 from mpoe.data.encode import Item, encoded_item
@@ -105,9 +105,7 @@ def command(request: Request) -> None:
     (options, data), (name,) = request.options, request.words
     data, seed, described = data_of_run(name, data, request.given)
     folder = options.output_dir
-    check_output(
-        "output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN
-    )
+    check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE])
     source = models.find(name)
     if not source.is_mpoe:
         raise CommandError(
@@ -123,8 +121,7 @@ def command(request: Request) -> None:
             f"texts are for mixtures that mpoe compose made of experts of a decoder; {name} is "
             "another"
         )
-    if absent := [file for file in options.texts if not Path(file).is_file()]:
-        raise CommandError(f"texts: no such file: {absent[0]}")
+    check_files("texts", options.texts)
     model = models.load_model(source)
     texts: dict[str, Batches] = {}
     if options.texts:

@@ -8,35 +8,14 @@ import sys
 import traceback
 
 from mpoe.cli.command import (
+    HELP,
     CommandError,
     check_installed,
     close_matches,
     is_on_purpose,
-    show_help,
 )
-from mpoe.cli.short_help import SHORT
+from mpoe.cli.short_help import COMMANDS, show_short_help
 
-COMMANDS = {
-    "train": "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",
-    "compare": "Put runs side by side: mpoe compare RUN_DIR RUN_DIR ... (parameters, settings, "
-    "scores, curves, time).",
-    "evaluate": "Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test.",
-    "convert": "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable "
-    "...].",
-    "export": "Export a mixture for other tools: mpoe export IN OUT --to "
-    "mixtral|granitemoeshared|...",
-    "compose": "Make one mixture of experts trained apart: mpoe compose BASE law.expert med.expert "
-    "--output_dir OUT.",
-    "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable.",
-    "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, '
-    "bonds.",
-    "generate": "Generate text with a saved model.",
-    "info": "Show versions, kernel backends (and why the others cannot run here) and devices; or "
-    "experts' files.",
-    "demo": "Train three experts apart and compose them, on texts that are here (--compare: dense, "
-    "Switch, MPOE).",
-    "bench": "Measure MPO experts against the dense layer and their peers on this machine.",
-}
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -47,13 +26,13 @@ def run(words: list[str]) -> None:
     Raises:
         CommandError: there is no such command, or the command refuses.
     """
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in HELP:
         print("Usage: mpoe [--version] [--help] [--debug] COMMAND ...\n")
         print(
             "Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of "
             "experts.\n"
         )
-        print("\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:10}{command.about}" for name, command in COMMANDS.items()))
         print("\nmpoe COMMAND --help lists the options of a command.")
     elif words[0] == "--version":
         from mpoe_kernels.version import __version__
@@ -64,9 +43,9 @@ def run(words: list[str]) -> None:
             # Waiting threads that spin for long cost minutes on shared cores; torch reads this when
             # it loads.
             os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-        asks_help = any(word in ("-h", "--help") for word in words[1:])
+        asks_help = HELP & set(words)
         if asks_help and "all" not in words:
-            show_help(SHORT[words[0]].usage, COMMANDS[words[0]], (), SHORT[words[0]].options)
+            show_short_help(words[0])
             return
         if not asks_help:
             check_installed(words[0])

@@ -53,6 +53,10 @@ class Source:
     def is_mpoe(self) -> bool:
         return self.model_type.startswith(TYPE_PREFIX)
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether its files are those of a folder."""
+        return folder.exists() and Path(self.path).is_dir() and folder.samefile(self.path)
+
 
 def find(name: str) -> Source:
     """Locate a model and read its family from its configuration, without loading weights.

@@ -4,11 +4,11 @@ built from them."""
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, get_type_hints
 
-from mpoe.cli.command import CommandError, option
+from mpoe.cli.command import CommandError, comma_separated, option
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.checks import check_choice, refusing
 from mpoe.config.shapes import SEPARABLE
@@ -171,13 +171,15 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
                 f"backend must be one of {', '.join(available_backends())}; got "
                 f"{self.backend!r}{why}"
             )
-        given = {name: value for name, value in vars(self).items() if value not in (None, [])}
-        values = {f.name: given[f.name] for f in fields(MPOEConfig) if f.name in given}
-        values |= {
-            "expert_type": expert_type,
-            "target_modules": targets if len(targets) > 1 else targets[0],
-            "router": {f.name: given[f.name] for f in fields(RouterConfig) if f.name in given},
-        }
+
+        def given(config: type) -> dict[str, Any]:
+            values = {field.name: getattr(self, field.name, None) for field in fields(config)}
+            return {name: value for name, value in values.items() if value not in (None, [])}
+
+        values = given(MPOEConfig)
+        values["expert_type"] = expert_type
+        values["target_modules"] = targets if len(targets) > 1 else targets[0]
+        values["router"] = given(RouterConfig)
         if self.shape is not None and self.shape.lstrip().startswith("{"):
             values["shape"] = read_json_option("shape", self.shape)
         elif self.shape is None and self.mpo_layers:
@@ -197,8 +199,7 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
                 raise CommandError(
                     "mpo_layers sets target_modules and expert_type; give either it or them"
                 )
-            parts = ",".join(self.mpo_layers).split(",")
-            layers = [part.strip() for part in parts if part.strip()]
+            layers = comma_separated(self.mpo_layers)
             for name in layers:
                 check_choice("mpo_layers", name, (*MPO_LAYERS, NO_MPO))
             if NO_MPO in layers and len(layers) > 1:
@@ -212,6 +213,11 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
             # one dense expert is the existing network
             targets = [target for target in targets if target != "ffn"]
         return targets, expert_type
+
+
+def expert_options_of(given: Iterable[str]) -> list[str]:
+    """Those of the options that were set which describe a mixture."""
+    return sorted({field.name for field in fields(ExpertOptions)} & set(given))
 
 
 def read_json_option(name: str, text: str) -> Any:

@@ -22,12 +22,7 @@ from mpoe.training.published import (
 from mpoe.training.run_lock import check_free, hold
 
 RESULTS_FILE = "results.json"
-
-
 REPORT_FILE = "report.html"
-
-
-MODEL_OR_RUN = ("config.json", "run.json")
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -41,21 +36,20 @@ def check_output(
     overwrite: bool,
     what: str,
     patterns: Iterable[str],
-    others: Iterable[str] = (),
 ) -> Path:
     """Return ``folder``, the value of the argument ``name``; nothing is written yet.
 
     Raises:
         NotADirectoryError, PermissionError: it cannot be written or created.
-        CommandError: it holds files of the patterns ``others`` (of models and runs), or without
-            ``overwrite`` of ``patterns``, which are ``what``.
+        CommandError: it holds a model or a run, or without ``overwrite`` files of the
+            ``patterns``, which are ``what``.
     """
 
     def holds(globs: Iterable[str]) -> bool:
         return any(any(path.glob(pattern)) for pattern in globs)
 
     path = check_folder(name, folder)
-    if holds(others):
+    if holds(("config.json", "run.json")):
         raise CommandError(f"{name} {path} holds a model or a run; choose another folder")
     if holds(patterns) and not overwrite:
         raise CommandError(

@@ -16,7 +16,6 @@ numbers are exact:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.models import read_configuration
-from mpoe.cli.options import ExpertOptions
+from mpoe.cli.options import ExpertOptions, expert_options_of
 from mpoe.cli.outputs import check_writable_file, write_json
 from mpoe.cli.report import Table
 from mpoe.config import MPOEConfig
@@ -81,12 +80,13 @@ def command(request: Request) -> None:
     if options.json is not None:
         check_writable_file("json", Path(options.json))
     values = read_values(name)
-    chosen = sorted({field.name for field in dataclasses.fields(ExpertOptions)} & request.given)
-    if values.get("mpoe") is not None and chosen:
+    chosen = expert_options_of(request.given)
+    converted = values.get("mpoe")
+    if converted is not None and chosen:
         raise CommandError(
             f"{name} is converted already: {', '.join(chosen)} cannot be changed any more"
         )
-    config = experts.build() if values.get("mpoe") is None else MPOEConfig.from_dict(values["mpoe"])
+    config = experts.build() if converted is None else MPOEConfig.from_dict(converted)
     if config is None or config.expert_type == "dense":
         raise CommandError(
             "plan puts dense experts and the dense model beside MPO experts; got no MPO experts"

@@ -49,44 +49,75 @@ summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 640px) { body { font-size: 14px; } img { max-width: none; width: 640px; } }
 @media print { .scroll, figure { overflow: visible; } tr, figure, pre { break-inside: avoid; } }
 """
-_HTML = Environment(autoescape=True)
-_TABLE = _HTML.from_string(
-    '<div class="scroll"><table class="{{ kind }}">'
-    "{% if header|select|list %}<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>"
-    "{% endif %}<tbody>{% for row in rows %}{% set place = loop.index0 %}<tr>{% for cell in row %}"
-    "<td{% if (place, loop.index0) in best %} class=best{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}"
-    "</tbody></table></div>"
-)
-_LEGEND = (
-    '<p class="legend">Experts: {% for name in names[:64] %}<span style="background:{{ colours[loop.index0] }}">'
-    "{{ name }}</span> {% endfor %}</p>"
-)
+_HTML = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_TABLE = _HTML.from_string("""
+<div class="scroll"><table class="{{ kind }}">
+{% if header|select|list %}
+<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+{% endif %}
+<tbody>
+{% for row in rows %}{% set place = loop.index0 %}
+<tr>
+{% for cell in row %}<td{% if (place, loop.index0) in best %} class=best{% endif %}>{{ cell }}</td>{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+""")
+_LEGEND = """
+<p class="legend">Experts:
+{% for name in names[:64] %}
+<span style="background:{{ colours[loop.index0] }}">{{ name }}</span>
+{% endfor %}
+</p>
+"""
 _ROUTES = _HTML.from_string(
-    _LEGEND + "{% for text, routes in texts %}<p><b>{{ text }}</b></p>{% for route in routes %}"
-    '<p>{{ "" if route.stream == "main" else route.stream }} tokens</p><div class="scroll"><table class="routes">'
-    "<tr><th></th>{% for token in route.tokens %}<td>{{ token }}</td>{% endfor %}</tr>"
-    "{% for layer in route.layers %}{% set row = loop.index0 %}<tr><th>{{ short(layer) }}</th>"
-    "{% for own in route.experts[row] %}{% set p = route.probabilities[row][loop.index0] %}"
-    '<td style="background:{{ colours[own[0]] }}" title="{% for k in range(own|length) %}{{ ", " if k }}'
-    'expert {{ own[k] }}: p = {{ "%.2f"|format(p[k]) }}{% endfor %}">{{ own|join("+") }}</td>{% endfor %}</tr>'
-    "{% endfor %}</table></div>{% endfor %}{% endfor %}"
+    _LEGEND
+    + """
+{% for text, routes in texts %}
+<p><b>{{ text }}</b></p>
+{% for route in routes %}
+<p>{{ "" if route.stream == "main" else route.stream }} tokens</p>
+<div class="scroll"><table class="routes">
+<tr><th></th>{% for token in route.tokens %}<td>{{ token }}</td>{% endfor %}</tr>
+{% for layer in route.layers %}{% set row = loop.index0 %}
+<tr><th>{{ short(layer) }}</th>
+{% for chosen in route.experts[row] %}{% set p = route.probabilities[row][loop.index0] %}
+<td style="background:{{ colours[chosen[0]] }}" title="
+{%- for expert in chosen %}{{ ", " if loop.index0 }}expert {{ expert }}: p = {{ "%.2f"|format(p[loop.index0]) }}{% endfor %}
+">{{ chosen|join("+") }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</table></div>
+{% endfor %}
+{% endfor %}
+"""
 )
 _TOKENS = _HTML.from_string(
     _LEGEND
-    + '{% for text, tokens in texts.items() %}<p class="tokens"><b>{{ text }}</b><br>{% for token, expert in tokens %}'
-    '<span style="background:{{ colours[expert] }}" title="{{ names[expert] }}">{{ token }}</span>'
-    "{% endfor %}</p>{% endfor %}"
+    + """
+{% for text, tokens in texts.items() %}
+<p class="tokens"><b>{{ text }}</b><br>
+{% for token, expert in tokens %}<span style="background:{{ colours[expert] }}" title="{{ names[expert] }}">{{ token }}</span>{% endfor %}
+</p>
+{% endfor %}
+"""
 )
-_BARS = _HTML.from_string(
-    '<div class="bars">{% for label, value in bars %}<span>{{ label }}</span><div><b style="width:'
-    '{{ (70 * [value, 0]|max / most)|round(1) }}%"></b>{{ "%.3f"|format(value) }}</div>{% endfor %}</div>'
-)
-_PAGE = _HTML.from_string(
-    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>'
-    "<style>{{ style }}</style></head><body><h1>{{ title }}</h1>{% for part in parts %}{{ part }}{% endfor %}"
-    "</body></html>\n"
-)
+_BARS = _HTML.from_string("""
+<div class="bars">
+{% for label, value in bars %}
+<span>{{ label }}</span>
+<div><b style="width:{{ (70 * [value, 0]|max / most)|round(1) }}%"></b>{{ "%.3f"|format(value) }}</div>
+{% endfor %}
+</div>
+""")
+_PAGE = _HTML.from_string("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
+<style>{{ style }}</style></head>
+<body><h1>{{ title }}</h1>{% for part in parts %}{{ part }}{% endfor %}
+</body></html>
+""")
 
 
 @dataclass(frozen=True)

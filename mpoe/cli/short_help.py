@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class Short(NamedTuple):
-    """The usage line, and a few words about options by name."""
+class Command(NamedTuple):
+    """What it does, its usage line, and a few words about options by name."""
 
+    about: str
     usage: str
     options: Mapping[str, str]
 
 
 _OVERWRITE = "replace what an earlier call wrote"
-SHORT = {
-    "train": Short(
+COMMANDS = {
+    "train": Command(
+        "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",
         "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]",
         {
             "model": "t5 or gpt2 (tiny stand-ins), a folder, or a hub name (t5-base)",
@@ -45,14 +47,17 @@ SHORT = {
             "resume": "continue the run in output_dir at its last checkpoint",
         },
     ),
-    "compare": Short(
+    "compare": Command(
+        "Put runs side by side: mpoe compare RUN_DIR RUN_DIR ... (parameters, settings, "
+        "scores, curves, time).",
         "mpoe compare RUN_DIR RUN_DIR ... [--flag value ...]",
         {
             "output_dir": "folder for report.html and compare.json (mpoe_compare)",
             "overwrite": _OVERWRITE,
         },
     ),
-    "evaluate": Short(
+    "evaluate": Command(
+        "Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test.",
         "mpoe evaluate MODEL_DIR [--flag value ...]",
         {
             "data_dir": "folder with the items; default: the run's",
@@ -63,7 +68,8 @@ SHORT = {
             "output_file": "also write the scores here, as JSON",
         },
     ),
-    "convert": Short(
+    "convert": Command(
+        "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...].",
         "mpoe convert IN OUT [--flag value ...]",
         {
             "num_experts": "experts of every feed-forward layer (8)",
@@ -72,7 +78,8 @@ SHORT = {
             "overwrite": _OVERWRITE,
         },
     ),
-    "export": Short(
+    "export": Command(
+        "Export a mixture for other tools: mpoe export IN OUT --to mixtral|granitemoeshared|...",
         "mpoe export IN OUT --to mixtral [--flag value ...]",
         {
             "to": "mixtral, qwen3_moe; of neurons granitemoeshared, qwen2_moe; or hub (mixtral)",
@@ -81,7 +88,9 @@ SHORT = {
             "overwrite": _OVERWRITE,
         },
     ),
-    "compose": Short(
+    "compose": Command(
+        "Make one mixture of experts trained apart: mpoe compose BASE law.expert med.expert "
+        "--output_dir OUT.",
         "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]",
         {
             "output_dir": "folder of the mixture",
@@ -97,7 +106,8 @@ SHORT = {
             "overwrite": _OVERWRITE,
         },
     ),
-    "plan": Short(
+    "plan": Command(
+        "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable.",
         "mpoe plan MODEL_OR_CONFIG [--flag value ...]",
         {
             "experts": "experts of every feed-forward layer (8)",
@@ -108,7 +118,8 @@ SHORT = {
             "json": "also write everything, matrix by matrix, to this file",
         },
     ),
-    "inspect": Short(
+    "inspect": Command(
+        'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds.',
         "mpoe inspect MODEL [--flag value ...]",
         {
             "output_dir": "folder for report.html and inspect.json (mpoe_inspect)",
@@ -120,7 +131,8 @@ SHORT = {
             "overwrite": _OVERWRITE,
         },
     ),
-    "generate": Short(
+    "generate": Command(
+        "Generate text with a saved model.",
         "mpoe generate MODEL_DIR --prompt TEXT [--flag value ...]",
         {
             "prompt": "text to continue; may be repeated",
@@ -131,13 +143,17 @@ SHORT = {
             "seed": "of sampling (0)",
         },
     ),
-    "info": Short(
+    "info": Command(
+        "Show versions, kernel backends (and why the others cannot run here) and devices; or "
+        "experts' files.",
         "mpoe info [FILE ...] [--json]",
         {
             "json": "print JSON instead of tables",
         },
     ),
-    "demo": Short(
+    "demo": Command(
+        "Train three experts apart and compose them, on texts that are here (--compare: dense, "
+        "Switch, MPOE).",
         "mpoe demo [--flag value ...]",
         {
             "output_dir": "folder for report.html, results, experts and model (mpoe_demo)",
@@ -147,7 +163,8 @@ SHORT = {
             "overwrite": _OVERWRITE,
         },
     ),
-    "bench": Short(
+    "bench": Command(
+        "Measure MPO experts against the dense layer and their peers on this machine.",
         "mpoe bench [--flag value ...]",
         {
             "suite": "quick, planner, targets, layers, models or gpu (quick)",
@@ -158,3 +175,13 @@ SHORT = {
         },
     ),
 }
+
+
+def show_short_help(command: str) -> None:
+    """Print what a command does, and a line for each option that matters first."""
+    about, usage, options = COMMANDS[command]
+    width = max(map(len, options)) + 2
+    print(f"Usage: {usage}\n\n{about}\n")
+    for name, words in options.items():
+        print(f"  --{name:{width}}{words}")
+    print(f"\nAll others, with their defaults: mpoe {command} --help all")

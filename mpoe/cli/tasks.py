@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpoe.cli.command import CommandError, close_matches, option
+from mpoe.cli.command import CommandError, close_matches, comma_separated, option
 from mpoe.cli.options import read_json_option
 from mpoe.data.spec import TaskSpec
 from mpoe.data.tables import find_files
@@ -83,8 +83,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         # lists may also be comma-separated, as in the original's configurations
         for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
-            parts = ",".join(map(str, getattr(self, name))).split(",")
-            setattr(self, name, [part.strip() for part in parts if part.strip()])
+            setattr(self, name, comma_separated(getattr(self, name)))
         if isinstance(self.label_words, str):  # a mapping in the record of a run
             words = read_json_option("label_words", self.label_words)
             if not isinstance(words, dict):

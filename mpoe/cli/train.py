@@ -32,7 +32,7 @@ from mpoe.cli.expert import (
     stage_expert,
 )
 from mpoe.cli.models import Source
-from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
+from mpoe.cli.options import WIDER, ExpertOptions, RunOptions, expert_options_of
 from mpoe.cli.outputs import REPORT_FILE, RESULTS_FILE, write_json
 from mpoe.cli.settle import (
     items_of_step,
@@ -91,17 +91,18 @@ class Plan:
     @property
     def mixture_options(self) -> list[str]:
         """Given options that describe a mixture, or what it is compared with."""
-        names = {f.name for f in dataclasses.fields(ExpertOptions)} | {"baseline", "load_layer"}
-        return sorted(
-            name for name in names & self.given if name != "load_layer" or self.run.load_layer
-        )
+        names = expert_options_of(self.given)
+        if "baseline" in self.given:
+            names.append("baseline")
+        if self.run.load_layer:
+            names.append("load_layer")
+        return names
 
 
 @as_command(*GROUPS, config=True)
 def command(request: Request) -> None:
     """Train as the options say."""
-    options, data, experts, arguments = request.options
-    run(Plan(options, data, experts, arguments, frozenset(request.given), request.typed))
+    run(Plan(*request.options, given=frozenset(request.given), command=request.typed))
 
 
 def run(plan: Plan) -> dict:
@@ -140,7 +141,7 @@ def run(plan: Plan) -> dict:
         raise CommandError("save_base is for --expert; other runs save the whole model")
     warn_of_rate(plan, source)
     config = settle_experts(plan, source)
-    if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
+    if source.is_in(folder):
         raise CommandError(
             f"output_dir must be another folder than the model's; got {folder} for both"
         )
@@ -152,7 +153,7 @@ def run(plan: Plan) -> dict:
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     described = read_descriptions(data.task_file)
     # Not by the run's seed: mpoe evaluate draws the same items for every run, and for the base.
-    drawn_by = 0 if arguments.data_seed is None else arguments.data_seed
+    drawn_by = arguments.data_seed or 0
     find_tasks = partial(
         resolve, options=data, style=source.style, data_seed=drawn_by, described=described
     )
@@ -180,15 +181,16 @@ def run(plan: Plan) -> dict:
     trainer = make_trainer(
         _prepare_model(source, config, plan, labels), tokenizer, items, validation, arguments
     )
-    if plan.run.print_num_parameters and trainer.is_world_process_zero():
+    first = arguments.process_index == 0
+    if plan.run.print_num_parameters and first:
         total = f"parameters: {trainer.model.num_parameters():,}"
         getattr(trainer.model, "print_trainable_parameters", partial(print, total))()
     if plan.run.find_rate and not plan.run.resume:
         settings["learning_rate_from"] = search_rate(trainer, items.dataset)
         settings["training"]["learning_rate"] = arguments.learning_rate
-    first = arguments.process_index == 0
-    for task in tasks if first else ():
-        show_first_item(task, pools[task.name][0], tokenizer, source.style)
+    if first:
+        for task in tasks:
+            show_first_item(task, pools[task.name][0], tokenizer, source.style)
     with hold(folder) if first else contextlib.nullcontext():
         with arguments.main_process_first(desc="output folder"):
             if first:
@@ -221,7 +223,7 @@ def run(plan: Plan) -> dict:
             trainer.save_model(str(staging))  # every process takes part in it
             if arguments.should_save:
                 tokenizer.save_pretrained(staging)
-        if statistics_of is not None and trainer.is_world_process_zero():
+        if statistics_of is not None and first:
             expert = stage_expert(trainer, tokenizer, statistics_of, plan, sizes, seconds)
         if arguments.should_save and staging.is_dir():
             publish_run(folder)
@@ -363,15 +365,14 @@ def finish(
     model = trainer.model
     folder = Path(str(arguments.output_dir))
     seconds, done = spent
+    steps = trainer.state.global_step
     is_expert = plan.run.expert is not None
     evaluated = losses_beside_base(trainer, sizes) if is_expert else {}
     if not trainer.is_world_process_zero():
         return {}
     if not is_expert:
-        evaluated = evaluate_tasks(
-            model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4
-        )
-    steps = trainer.state.global_step
+        at_once = arguments.per_device_eval_batch_size * 4
+        evaluated = evaluate_tasks(model, tokenizer, tasks, "validation", at_once)
     parameters = dict.fromkeys(("total", "trainable"), model.num_parameters())
     device = f"{arguments.device.type}, {torch.get_num_threads()} threads"
     if arguments.device.type == "cuda":
@@ -380,6 +381,7 @@ def finish(
         parameters = model.parameter_report()
         scores = {f"validation, {task}": values for task, values in evaluated["scores"].items()}
         write_card(model, folder, scores)
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     results: dict = {
         "model": start,
         "class": type(model).__name__,
@@ -395,9 +397,7 @@ def finish(
         },
         "steps": steps,
         "seconds": round(seconds, 2),
-        "train_loss": next(
-            (log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log), None
-        ),
+        "train_loss": losses[-1] if losses else None,
         "validation": evaluated["scores"],
         "mean_validation": evaluated["mean"],
         "constant": evaluated["constant"],

@@ -17,8 +17,7 @@ from mpoe.cli.command import (
     option_names,
     parse,
 )
-from mpoe.cli.main import COMMANDS
-from mpoe.cli.short_help import SHORT
+from mpoe.cli.short_help import COMMANDS
 from mpoe.cli.train import GROUPS
 from mpoe_kernels import backend_reasons
 from mpoe_kernels.version import __version__
@@ -82,11 +81,7 @@ def test_lists_and_booleans_from_a_file_and_what_is_empty_there(tmp_path):
 def test_short_help_names_options_that_are_there(name, cli):
     whole = cli(name, "--help", "all").out
     options = set(re.findall(r"(?:--|, |^)(\w+)", whole, re.MULTILINE))  # the Trainer's in lists
-    assert set(SHORT[name].options) <= options
-
-
-def test_every_command_has_a_short_help():
-    assert set(SHORT) == set(COMMANDS)
+    assert set(COMMANDS[name].options) <= options
 
 
 def test_help_of_train_shows_what_matters_first(cli, refused):

@@ -7,7 +7,7 @@ A choice, made by one timing, is judged against every strategy on every backend 
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -53,11 +53,12 @@ def first_use(problem: Problem) -> tuple[Candidate, float]:
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
         os.environ.pop(autotune.SETTING, None)
         autotune.forget()
-        start = time.perf_counter()
-        candidate = autotune.resolve_contraction(problem)
-        seconds = time.perf_counter() - start
-    autotune.forget()
-    return candidate, seconds
+        try:
+            start = time.perf_counter()
+            candidate = autotune.resolve_contraction(problem)
+            return candidate, time.perf_counter() - start
+        finally:
+            autotune.forget()
 
 
 def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
@@ -90,20 +91,48 @@ def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
     return call
 
 
+def strategies_of(problem: Problem) -> list[str]:
+    """Those of at most `MOST_FLOPS` times the fewest FLOPs."""
+    plans = problem._replace(keeps=False).plans()
+    most = MOST_FLOPS * plans[0].flops
+    return [plan.strategy for plan in plans if plan.flops <= most]
+
+
+def seconds_of(samples: Mapping[str, Sequence[float]], chosen: str) -> dict[str, float]:
+    """Seconds by name: the median ratio to the choice's in the same round, times the choice's."""
+    rounds = samples[chosen]
+    seconds = {}
+    for name, others in samples.items():
+        ratios = [other / one for other, one in zip(others, rounds, strict=True)]
+        seconds[name] = median(ratios) * median(rounds)
+    return seconds
+
+
+def add_to_row(section: dict[str, Any], name: str, phase: str, **facts: Any) -> None:
+    """Put a phase's facts into the case's row, which is made if there is none."""
+    rows = {row["name"]: row for row in section["rows"]}
+    if name not in rows:
+        rows[name] = {"name": name}
+        section["rows"].append(rows[name])
+    row = rows[name]
+    for fact, value in facts.items():
+        row.setdefault(fact, {})[phase] = value
+    took = sum(seconds[row["chosen"][of]] for of, seconds in row["seconds"].items())
+    row["ratio"] = took / sum(min(seconds.values()) for seconds in row["seconds"].values())
+
+
 def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, phase: str) -> None:
     whose = "choice" if backend == AUTO else f"choice on {backend}"
     title = f"{whose} by one timing against the best of another"
     section = bench_run.section(title, key="planner", backend=backend)
     problem = problem_of(case, backend, phase)
-    candidate, seconds = first_use(problem)
+    candidate, first = first_use(problem)
     chosen = f"{candidate.name} [{candidate.backend}]"
-    plans = problem._replace(keeps=False).plans()
-    most = MOST_FLOPS * plans[0].flops
-    strategies = [plan.strategy for plan in plans if plan.flops <= most]
     call = calls_of(case)
     functions = {chosen: call(phase, candidate.backend, candidate.strategy)}
+    strategies = dict.fromkeys([*strategies_of(problem), candidate.strategy])
     for kernels in available_backends() if backend == AUTO else (backend,):
-        for strategy in dict.fromkeys((*strategies, candidate.strategy)):
+        for strategy in strategies:
             try:
                 functions.setdefault(f"{strategy} [{kernels}]", call(phase, kernels, strategy))
             except BackendError:
@@ -115,26 +144,10 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
     benchmark.name = f"{case.name}, {phase}"
     if benchmark.stats is None:
         return
-    chosen_seconds = samples[chosen]
-    times = {}
-    for name, seconds_of_rounds in samples.items():
-        pairs = zip(seconds_of_rounds, chosen_seconds, strict=True)
-        ratio = median(one / other for one, other in pairs)
-        times[name] = ratio * median(chosen_seconds)
-    best = min(times, key=times.__getitem__)
-    rows = section["rows"]
-    if not rows or rows[-1]["name"] != case.name:
-        rows.append({"name": case.name, "chosen": {}, "best": {}, "seconds": {}, "first_use": {}})
-    row = rows[-1]
-    row["chosen"][phase] = chosen
-    row["best"][phase] = best
-    row["seconds"][phase] = times
-    row["first_use"][phase] = seconds
-    took = 0.0
-    least = 0.0
-    for of_phase, times_of_phase in row["seconds"].items():
-        took += times_of_phase[row["chosen"][of_phase]]
-        least += times_of_phase[row["best"][of_phase]]
-    row["ratio"] = took / least
-    x = times[chosen] / times[best]
+    seconds = seconds_of(samples, chosen)
+    best = min(seconds, key=seconds.__getitem__)
+    add_to_row(
+        section, case.name, phase, chosen=chosen, best=best, seconds=seconds, first_use=first
+    )
+    x = seconds[chosen] / seconds[best]
     benchmark.extra_info.update({"x": x, "chosen": chosen, "best": best})

@@ -102,7 +102,8 @@ class Plan:
 @as_command(*GROUPS, config=True)
 def command(request: Request) -> None:
     """Train as the options say."""
-    run(Plan(*request.options, given=frozenset(request.given), command=request.typed))
+    options, data, experts, arguments = request.options
+    run(Plan(options, data, experts, arguments, frozenset(request.given), request.typed))
 
 
 def run(plan: Plan) -> dict:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mpoe_bench.contender import peak_memory, resident_peak
 from mpoe_bench.run import Budget, facts_of, in_turn
+from mpoe_bench.test_bench import add_to_row, seconds_of
 
 
 class Machine:
@@ -80,3 +81,17 @@ def test_resident_memory_sees_what_torch_does_not_allocate():
         pytest.skip("this system does not tell a process's peak of resident memory")
     assert peak_memory(work)[0]["peak"] < count / 4
     assert peak_memory(work, resident=True)[0]["peak"] == pytest.approx(2 * count, rel=0.2)
+
+
+def test_a_choice_is_judged_by_all_phases_of_its_case():
+    section = {"rows": []}
+    samples = {"chain": [1.0, 2.0, 3.0], "rebuild": [0.5, 1.0, 6.0]}
+    seconds = seconds_of(samples, "chain")
+    assert seconds == {"chain": 2.0, "rebuild": 1.0}  # ratios .5, .5 and 2
+    add_to_row(section, "a", "forward", chosen="chain", seconds=seconds)
+    add_to_row(section, "b", "forward", chosen="rebuild", seconds=seconds)
+    add_to_row(section, "a", "backward", chosen="rebuild", seconds={"chain": 4.0, "rebuild": 5.0})
+    first, second = section["rows"]
+    assert first["chosen"] == {"forward": "chain", "backward": "rebuild"}
+    assert first["ratio"] == (2.0 + 5.0) / (1.0 + 4.0)
+    assert (second["name"], second["ratio"]) == ("b", 1.0)

@@ -1,5 +1,5 @@
-"""Studies: a tiny one end to end, stopped and continued; what files may say; sizes, statistics,
-routers."""
+"""Studies: a tiny one end to end, stopped and continued; what files may say; sizes and
+statistics."""
 
 import json
 import math
@@ -13,8 +13,6 @@ from mpoe_bench.study.__main__ import main, open_study, records_in
 from mpoe_bench.study.arms import (
     costs,
     dense_model,
-    mutual_information,
-    router_facts,
     run_once,
     schedule,
     steps_of,
@@ -120,8 +118,6 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(study_file, data, capsys
     rate = ArmsResults(study, records).chosen_rate(16, "neurons")
     losses = {each: records[f"16/4 neurons {each:g} 0"]["validation"] for each in study.rates[16]}
     assert losses[rate] == min(losses.values())
-    assert records[first]["router"].keys() == {"entropy", "mass", "token", "domain", "use"}
-    assert records["16/4 dense 0.004 0"]["router"] == {}
     text = table.read_text()
     assert "waits" not in text
     assert "| neurons | dense | x | 2 |" in text
@@ -343,24 +339,6 @@ def test_a_mean_gain_may_be_enough(study_file, losses, verdict):
         f"The study has {'succeeded' if verdict == 'enough' else 'failed'}"
         in ArmsResults(study, records).success()
     )
-
-
-def test_what_explains_an_expert():
-    classes = torch.arange(400) % 4
-    assert mutual_information(classes, classes[:, None], 4) == pytest.approx(1.0)
-    assert mutual_information(classes, torch.zeros(400, 1, dtype=torch.long), 4) == pytest.approx(
-        0.0
-    )
-    logits = 50 * torch.nn.functional.one_hot(classes, 4).float()
-    facts = router_facts(
-        [[logits[:200]], [logits[200:]]], 1, classes, torch.zeros(400, dtype=torch.long)
-    )
-    assert facts["entropy"] == pytest.approx(0.0, abs=1e-3)
-    assert facts["token"] == pytest.approx(1.0, abs=0.05)
-    assert facts["domain"] == 0.0
-    assert facts["use"] == pytest.approx(1.0)
-    undecided = router_facts([[torch.zeros(400, 4)]], 2, classes, classes)
-    assert (undecided["entropy"], undecided["mass"]) == (1.0, 0.5)
 
 
 COMPOSED = NEURONS.with_name("composed.toml")

@@ -1,4 +1,4 @@
-"""A study with arms: their models and FLOPs, one training loop, what their routers do.
+"""A study with arms: their models and FLOPs, and one training loop.
 
 Within a seed every arm has the same start and the same data in the same order.
 """
@@ -8,13 +8,13 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -144,59 +144,6 @@ def steps_of(study: Study, key: str, corner: Corner) -> int:
     return round(corner.steps * spent / costs(study, key, model, layers).whole)
 
 
-def mutual_information(classes: Tensor, chosen: Tensor, experts: int) -> float:
-    """How much a token's class tells about its expert, relative to log E.
-
-    Args:
-        classes: int64 ``[T]``.
-        chosen: experts of every token, int64 ``[T, K]``.
-        experts: E.
-    """
-    repeated = classes.repeat_interleave(chosen.shape[1])
-    information = mutual_info_score(repeated.numpy(), chosen.flatten().numpy())
-    return float(information) / (math.log(experts) or 1.0)
-
-
-def router_facts(
-    logits: Sequence[Sequence[Tensor]], top_k: int, tokens: Tensor, domains: Tensor
-) -> dict[str, float]:
-    """Means over layers.
-
-    Args:
-        logits: per call and layer ``[T, E]``.
-        top_k: experts per token.
-        tokens, domains: of all calls' tokens, int64 ``[T]``.
-
-    Returns:
-        ``entropy`` of a token's probabilities relative to log E (0: decided, 1: undecided), and
-        ``mass`` of the chosen ones; ``token`` and ``domain``: how much the byte and the domain tell
-        about the expert (`mutual_information`, less that of shuffled classes, which only measures
-        how few tokens there are); ``use``: entropy of the experts' shares of all tokens, relative
-        to log E.
-    """
-    facts = dict.fromkeys(("entropy", "mass", "token", "domain", "use"), 0.0)
-    shuffled = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
-    for layer in zip(*logits, strict=True):
-        scores = torch.cat(list(layer)).double().softmax(-1)
-        experts = scores.shape[1]
-        mass, chosen = scores.topk(top_k, -1)
-        share = torch.bincount(chosen.reshape(-1), minlength=experts) / chosen.numel()
-        entropy = -torch.xlogy(scores, scores).sum(-1).mean()
-        use = -torch.xlogy(share, share).sum()
-        of_layer = {
-            "entropy": float(entropy) / math.log(experts),
-            "mass": float(mass.sum(-1).mean()),
-            "use": float(use) / math.log(experts),
-        }
-        for name, classes in (("token", tokens), ("domain", domains)):
-            explained = mutual_information(classes, chosen, experts)
-            by_chance = mutual_information(classes[shuffled], chosen, experts)
-            of_layer[name] = explained - by_chance
-        for name, value in of_layer.items():
-            facts[name] += value / len(logits[0])
-    return {name: round(value, 4) for name, value in facts.items()}
-
-
 WARMUP = 0.05  # share of the steps
 CLIP = 1.0
 WEIGHT_DECAY = 0.01
@@ -301,26 +248,16 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Tr
 
 
 @torch.no_grad()
-def evaluate(model: Any, blocks: Blocks, routed: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Loss per byte of every domain, and `router_facts` if ``routed``."""
+def evaluate(model: Any, blocks: Blocks) -> dict[str, float]:
+    """Loss per byte of every domain."""
     losses = {}
-    logits = []
     for domain, ids in blocks.items():
         total = 0.0
         for part in ids.split(BATCH):
             output = model(input_ids=part, labels=part)
-            loss = output.get("task_loss")
-            if loss is None:
-                loss = output.loss
-            total += float(loss) * len(part)
-            logits.append(output.get("router_logits"))
+            total += float(output.get("task_loss", output.loss)) * len(part)
         losses[domain] = total / len(ids)
-    if not routed:
-        return losses, {}
-    sizes = torch.tensor([ids.numel() for ids in blocks.values()])
-    tokens = torch.cat(list(blocks.values())).flatten()
-    domains = torch.arange(len(sizes)).repeat_interleave(sizes)
-    return losses, router_facts(logits, model.mpoe_config.top_k, tokens, domains)
+    return losses
 
 
 def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Record:
@@ -338,15 +275,14 @@ def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) ->
             "test": math.inf,
         }
     model.eval()
-    arm = study.arms[run.arm]
     size = run.corner.model
-    validation, _ = evaluate(model, data["validation"], False)
-    test, router = evaluate(model, data["test"], arm.experts is not None)
+    validation = evaluate(model, data["validation"])
+    test = evaluate(model, data["test"])
     mixture = costs(study, run.arm, size, run.corner.layers)
     dense = costs(study, study.reference, size, run.corner.layers)
     return {
-        "validation": round(sum(validation.values()) / len(validation), 5),
-        "test": round(sum(test.values()) / len(test), 5),
+        "validation": round(fmean(validation.values()), 5),
+        "test": round(fmean(test.values()), 5),
         "parts": {domain: round(loss, 4) for domain, loss in test.items()},
         "hidden": dense_hidden(study, run.arm, size),
         "steps": steps_of(study, run.arm, run.corner),
@@ -354,7 +290,6 @@ def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) ->
         "parameters": round(mixture.parameters / dense.parameters, 3),
         "flops": round(mixture.flops / dense.flops, 3),
         "whole_flops": round(mixture.whole / dense.whole, 3),
-        "router": router,
         "cpu_seconds": round(seconds, 1),
     }
 

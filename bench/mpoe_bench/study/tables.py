@@ -177,25 +177,6 @@ class ArmsResults:
         header = "corner", "arm", "beside", "must win", "seeds", "gain", ""
         return "Comparisons written down before the first run", words, header, rows
 
-    def of_routers(self) -> Section:
-        """What the routers do, in the mean over finished seeds."""
-        names = ("entropy", "mass", "token", "domain", "use")
-        rows = []
-        for corner, arms in self.study.corners().items():
-            for arm in arms:
-                done = self.finished(corner, arm).values()
-                routers = [record["router"] for record in done if record.get("router")]
-                if routers:
-                    means = [fmean(router[name] for router in routers) for name in names]
-                    rows.append((corner, self.study.arms[arm].name, *means))
-        words = (
-            "Entropy of a token's probabilities (0 decided, 1 undecided) and the mass of its "
-            "chosen experts; how much the byte and the domain tell about the expert, less what "
-            "chance tells; entropy of the shares of all tokens. All but the mass are relative to "
-            "log E."
-        )
-        return "Routers", words, ("corner", "arm", *names), rows
-
     def of_rates(self) -> list[Section]:
         """Validation losses of the candidates."""
         study = self.study
@@ -218,5 +199,5 @@ class ArmsResults:
         """The whole page."""
         corners = self.study.corners().items()
         sections = [self.of_corner(corner, arms) for corner, arms in corners]
-        sections += [self.of_comparisons(), self.of_routers(), *self.of_rates()]
+        sections += [self.of_comparisons(), *self.of_rates()]
         return page(self.study.title, [self.study.question, self.success()], sections)

@@ -121,7 +121,7 @@ def _steps(a: Arguments, parts: int) -> float:
 TRIPS: dict[str, Callable[[Arguments], Sequence[float]]] = {
     "histogram_kernel": lambda a: (a.size / a.BLOCK,),
     "scatter_kernel": lambda a: (cdiv(a.grid[0], a.CHUNK), a.size / a.BLOCK),
-    "sort_kernel": lambda a: 2 * (cdiv(a.slots, a.BLOCK),),
+    "sort_kernel": lambda a: 2 * (cdiv(a.tokens * a.TOP_K, a.BLOCK),),
     "logits_kernel": lambda a: (cdiv(min(a.share, a.width), a.BK),),
     "combine_backward_kernel": lambda a: (cdiv(a.F, a.BN),),
     "grouped_rows_kernel": lambda a: (cdiv(a.K, a.BK),),
@@ -141,7 +141,7 @@ TRIPS: dict[str, Callable[[Arguments], Sequence[float]]] = {
     "neurons_hidden_kernel": lambda a: [
         cdiv(width, a.BK) for width in (a.width, a.out_width)[: 1 + (a.grad is not None)]
     ],
-    "neurons_rows_kernel": lambda a: (1 + (a.more_rows is not None)) * (cdiv(a.neurons, a.BK),),
+    "neurons_rows_kernel": lambda a: (1 + (a.more_weights is not None)) * (cdiv(a.neurons, a.BK),),
     # A loop over slots for each of the gradients; a program runs one of the four, or none.
     "neurons_weights_kernel": lambda a: [
         math.ceil(_rows(a) / a.BK) / 4

@@ -36,7 +36,6 @@ from mpoe_kernels.contract import BlockDims, autotune, contractions
 from mpoe_kernels.linear import triton as linear_triton
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.linear.triton import MOST_EXPERTS
-from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.routing import triton_gates as gates_of_router
 from mpoe_kernels.testing.launches import Launch, recorded
 
@@ -294,10 +293,8 @@ def run_routing(
 
 
 def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
-    """At every power of two of pairs that one program sorts, and beyond."""
-    powers = [1 << bit for bit in range(4, routing.FEW.bit_length())]
-    pairs = [(tokens, 1) for tokens in (4096, *powers)]
-    pairs += product(TOKENS, (2, 8))
+    """Of pairs that one launch sorts, and of more."""
+    pairs = [(4096, 1), *product(TOKENS, (2, 8))]
     loads = (*sizes.experts, MOST_EXPERTS)
     for experts, (tokens, top_k), limited in product(loads, pairs, (False, True)):
         work = partial(run_routing, experts, tokens, top_k, sizes.model, dtype, limited)

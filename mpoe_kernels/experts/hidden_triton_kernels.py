@@ -38,7 +38,7 @@ from mpoe_kernels.triton.device_functions import (
 def hidden_rows_kernel(
     grad,  # of a backward, or None
     u,
-    u_gate,
+    u_gate,  # or None
     gates,
     order,  # None: a program has a pair of `index`
     index,
@@ -67,7 +67,7 @@ def hidden_rows_kernel(
 ):
     """Grid ``(tiles of BM slots, shares of the groups, parts of BN of a group's units)``. Of a
     group's parts, the first one also computes the gates' gradients."""
-    expert, place, pair, used = slots_of_program(order, index, EXPERTS, SCAN, BM)
+    expert, place, pair, used = slots_of_program(order, index, tl.program_id(0), EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
     unit = tl.program_id(2) * BN + tl.arange(0, BN)
@@ -95,6 +95,10 @@ def hidden_rows_kernel(
     dgate = tl.zeros((BM,), dtype=tl.float32)
     for group in tl.range(begin, end):
         start = pair // TOP_K * F + group * B
+        rows = u + start
+        rows_gate = rows
+        if u_gate is not None:
+            rows_gate = u_gate + start
         at = (e * OWN + group % OWN) * B * B
         at_bias = e * F + group * B
         acc = tl.zeros((BM, BN), dtype=tl.float32)
@@ -102,8 +106,8 @@ def hidden_rows_kernel(
         for n0 in tl.range(0, B, BK):
             n = n0 + tl.arange(0, BK)
             h, value, z = hidden_units(
-                u + start,
-                u_gate + start,
+                rows,
+                rows_gate,
                 used,
                 B,
                 right,
@@ -149,7 +153,7 @@ def hidden_rows_kernel(
 def hidden_blocks_kernel(
     grad,
     u,
-    u_gate,
+    u_gate,  # or None
     gates,
     order,
     right,
@@ -197,7 +201,9 @@ def hidden_blocks_kernel(
             weight = gates_of_pairs(gates, pair, used)[:, None]
             start = (pair // TOP_K).to(tl.int64) * F + group * B
             rows = u + start
-            rows_gate = u_gate + start
+            rows_gate = rows
+            if u_gate is not None:
+                rows_gate = u_gate + start
             h, value, z = hidden_units(
                 rows,
                 rows_gate,

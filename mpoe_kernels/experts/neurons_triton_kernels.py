@@ -65,7 +65,7 @@ def neurons_fused_kernel(
 
     Every part of the columns computes the hidden activations.
     """
-    expert, _place, pair, used = slots_of_program(order, None, EXPERTS, SCAN, BM)
+    expert, _place, pair, used = slots_of_program(order, None, tl.program_id(0), EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
     share = tl.cdiv(tl.cdiv(last - first, BK), tl.num_programs(1)) * BK
@@ -135,7 +135,7 @@ def neurons_hidden_kernel(
 ):
     """Grid ``(tiles of BM slots, parts of BN neurons)``: hidden activations; of a backward those
     times the gate, and the gradients of ``x up`` and ``x gate_up``."""
-    expert, place, pair, used = slots_of_program(order, index, EXPERTS, SCAN, BM)
+    expert, place, pair, used = slots_of_program(order, index, tl.program_id(0), EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
     if grad is not None:
@@ -182,53 +182,72 @@ def neurons_hidden_kernel(
 @triton.jit
 def neurons_rows_kernel(
     rows,  # [s, n]
-    more_rows,  # or None
+    more_rows,
     gates,  # None: rows are as they are
-    order,
+    order,  # None: a program has a token, whose pairs are in `index`
+    index,
     weights,  # [e, n, c]
-    more_weights,
+    more_weights,  # or None
     out,
     columns,
     first,
     last,
     neurons,
     EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,  # of a token, without an order; 1 with it
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tiles of BM slots, parts of BN columns)``: rows of places times their experts'
-    weights, times the gate; with ``more_rows`` the sum of two such products."""
-    expert, place, pair, used = slots_of_program(order, None, EXPERTS, SCAN, BM)
+    """Grid ``(tiles of BM slots, or tokens; parts of BN columns)``: rows times their experts'
+    weights, times the gate; with ``more_weights`` the sum of two such products. A token's rows are
+    added in order."""
+    tile = tl.program_id(0) * CHOICES
+    expert, place, pair, used = slots_of_program(order, index, tile, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
     c = first + tl.program_id(1) * BN + tl.arange(0, BN)
-    size = tl.where(expert == EXPERTS, 0, neurons)  # no expert: zeros
-    at = place * neurons
-    at_weights = expert.to(tl.int64) * neurons * columns
-    rows += at
-    weights += at_weights
-    acc = rows_times(rows, used, size, weights, c, columns, False, BK, PRECISION)
-    if more_rows is not None:
-        more_rows += at
-        more_weights += at_weights
-        acc += rows_times(more_rows, used, size, more_weights, c, columns, False, BK, PRECISION)
-    if gates is not None:
-        gate = gates_of_pairs(gates, pair, used)[:, None]
-        acc = tl.where(expert == EXPERTS, 0.0, acc * gate)
-    store_rows(out, pair, acc, used, c - first, last - first)
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for choice in tl.range(0, CHOICES):
+        if order is None:
+            expert, place, pair, used = slots_of_program(
+                order, index, tile + choice, EXPERTS, SCAN, BM
+            )
+        size = tl.where(expert == EXPERTS, 0, neurons)  # no expert: zeros
+        at = place * neurons
+        at_weights = expert.to(tl.int64) * neurons * columns
+        acc = rows_times(
+            rows + at, used, size, weights + at_weights, c, columns, False, BK, PRECISION
+        )
+        if more_weights is not None:
+            acc += rows_times(
+                more_rows + at,
+                used,
+                size,
+                more_weights + at_weights,
+                c,
+                columns,
+                False,
+                BK,
+                PRECISION,
+            )
+        if gates is not None:
+            gate = gates_of_pairs(gates, pair, used)[:, None]
+            # Of float32 this choice keeps product and sum from becoming one FMA.
+            acc = tl.where(expert == EXPERTS, 0.0, acc * gate)
+        total += acc.to(out.dtype.element_ty).to(tl.float32)  # rounded as rows of pairs are
+    store_rows(out, pair // CHOICES, total, used, c - first, last - first)
 
 
 @triton.jit
-def neurons_few_kernel(
-    h_rows,  # [p, n]
-    gates,
-    index,
-    down,
-    out,  # [t, o]
-    out_width,
+def weight_gradient(
+    rows,  # [s, n]
+    tokens,  # [t, c]; None: ones, with one column
+    order,
+    out,  # [e, n, c]
+    columns,
     neurons,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -237,59 +256,28 @@ def neurons_few_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tokens, parts of BN columns)``: the sum over a token's choices in order; of BM rows
-    the first counts."""
-    used = tl.arange(0, BM) == 0
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    total = tl.zeros((BM, BN), dtype=tl.float32)
-    for choice in tl.range(0, TOP_K):
-        pair = tl.program_id(0).to(tl.int64) * TOP_K + choice
-        expert = tl.load(index + pair)
-        chosen = (expert >= 0) & (expert < EXPERTS)
-        weights = down + tl.where(chosen, expert, 0) * neurons * out_width
-        rows = h_rows + tl.where(used, pair, 0) * neurons
-        size = tl.where(chosen, neurons, 0)
-        acc = rows_times(rows, used, size, weights, c, out_width, False, BK, PRECISION)
-        gate = gates_of_pairs(gates, pair, chosen)
-        # Rounded before it is added, as rows of pairs are: of float32 a choice keeps the two from
-        # becoming one FMA.
-        row = tl.where(chosen, acc * gate, 0.0).to(out.dtype.element_ty)
-        total += row.to(tl.float32)
-    token = (tl.program_id(0) + tl.arange(0, BM)).to(tl.int64)
-    store_rows(out, token, total, used, c, out_width)
-
-
-@triton.jit
-def weight_gradient(
-    rows,  # [s, n]
-    tokens,  # [t, c]
-    pairs,  # [s]
-    low,  # the expert's first place
-    high,
-    out,  # [n, c]
-    columns,
-    neurons,
-    TOP_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """The program's ``BM`` neurons and ``BN`` columns of ``rows^T tokens``."""
+    """The program's ``BM`` neurons and ``BN`` columns of ``rows^T tokens`` over its expert's slots
+    in order."""
+    e = tl.program_id(0).to(tl.int64)
     parts = (columns + BN - 1) // BN
     first_neuron = tl.program_id(1) // parts * BM
     n = first_neuron + tl.arange(0, BM)
     c = tl.program_id(1) % parts * BN + tl.arange(0, BN)
     if first_neuron < neurons:
+        high = tl.load(order + e + 1)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for first in tl.range(low, high, BK):
+        for first in tl.range(tl.load(order + e), high, BK):
             place = first + tl.arange(0, BK)
             used = place < high
-            token = (tl.load(pairs + place, mask=used, other=0) // TOP_K).to(tl.int64)
             row = row_tile(rows + place.to(tl.int64) * neurons, used, n, neurons)
-            right = row_tile(tokens + token * columns, used, c, columns)
-            acc = tl.dot(tl.trans(row), right, acc, input_precision=PRECISION)
-        store_rows(out, n, acc, n < neurons, c, columns)
+            if tokens is None:
+                acc += tl.sum(row.to(tl.float32), 0)[:, None]
+            else:
+                pair = tl.load(order + EXPERTS + 2 + place, mask=used, other=0)
+                token = (pair // TOP_K).to(tl.int64)
+                right = row_tile(tokens + token * columns, used, c, columns)
+                acc = tl.dot(tl.trans(row), right, acc, input_precision=PRECISION)
+        store_rows(out + e * neurons * columns, n, acc, n < neurons, c, columns)
 
 
 @triton.jit
@@ -314,38 +302,36 @@ def neurons_weights_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(EXPERTS, parts of BM neurons and BN columns, 4)``: gradients of weights, over an
-    expert's slots in order; the last axis is up, down, gate_up and bias."""
-    e = tl.program_id(0).to(tl.int64)
-    low = tl.load(order + e)
-    high = tl.load(order + e + 1)
-    pairs = order + EXPERTS + 2
+    """Grid ``(EXPERTS, parts of BM neurons and BN columns, 4)``: gradients of weights; the last
+    axis is up, down, gate_up and bias."""
     which = tl.program_id(2)
     if which == 0:
         if dup is not None:
-            to = dup + e * neurons * width
             weight_gradient(
-                dvalue_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK
+                dvalue_rows, x, order, dup, width, neurons, EXPERTS, TOP_K, PRECISION, BM, BN, BK
             )
     elif which == 1:
         if ddown is not None:
-            to = ddown + e * neurons * out_width
             weight_gradient(
-                h_rows, grad, pairs, low, high, to, out_width, neurons, TOP_K, PRECISION, BM, BN, BK
+                h_rows,
+                grad,
+                order,
+                ddown,
+                out_width,
+                neurons,
+                EXPERTS,
+                TOP_K,
+                PRECISION,
+                BM,
+                BN,
+                BK,
             )
     elif which == 2:
         if dgate_up is not None:
-            to = dgate_up + e * neurons * width
             weight_gradient(
-                dz_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK
+                dz_rows, x, order, dgate_up, width, neurons, EXPERTS, TOP_K, PRECISION, BM, BN, BK
             )
     elif dbias is not None:
-        first_neuron = tl.program_id(1) * BM
-        n = first_neuron + tl.arange(0, BM)
-        if first_neuron < neurons:
-            total = tl.zeros((BM,), dtype=tl.float32)
-            for first in tl.range(low, high, BK):
-                place = first + tl.arange(0, BK)
-                row = row_tile(dz_rows + place.to(tl.int64) * neurons, place < high, n, neurons)
-                total += tl.sum(row.to(tl.float32), 0)
-            tl.store(dbias + e * neurons + n, total.to(dbias.dtype.element_ty), mask=n < neurons)
+        weight_gradient(
+            dz_rows, None, order, dbias, 1, neurons, EXPERTS, TOP_K, PRECISION, BM, BN, BK
+        )

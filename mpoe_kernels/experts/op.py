@@ -93,12 +93,9 @@ class HiddenCall(Differentiable):
         return self.u.shape[1]
 
     @property
-    def kernel_activation(self) -> str:
-        """``gelu_new`` becomes ``gelu_tanh`` where results need not be bit-identical to
-        Transformers' formula."""
-        if self.activation == "gelu_new":
-            return "gelu_tanh"
-        return self.activation
+    def rows(self) -> Tensor:
+        """u."""
+        return self.u
 
 
 @dataclass
@@ -161,6 +158,11 @@ class NeuronCall(Differentiable):
         """O."""
         return self.down.shape[2]
 
+    @property
+    def rows(self) -> Tensor:
+        """x."""
+        return self.x
+
 
 @dataclass
 class NeuronBackwardCall(NeuronCall):
@@ -176,31 +178,29 @@ class NeuronBackwardCall(NeuronCall):
     OP: ClassVar = "neuron_experts_backward"
 
 
+_TRITON = lazily("mpoe_kernels.experts.triton", "forward", "backward")
 # What kernels of both forms take.
 ForwardCall = HiddenCall | NeuronCall
 BackwardCall = HiddenBackwardCall | NeuronBackwardCall
 
 
-def _define(call: type[Any], backward_call: type[Any], triton: str) -> Any:
-    """The op of one form; ``triton``: the module of its Triton kernels."""
+def _define(call: type[Any], backward_call: type[Any]) -> Any:
+    """The op of one form."""
     functions = {call.OP: "forward", backward_call.OP: "backward"}
-    in_triton = lazily(triton, "forward", "backward")
     add_kernels("native", native, functions)
     add_kernels("eager", eager, functions)
-    add_kernels("triton", in_triton, functions)
-    rows = call.DIFFERENTIABLE[0]
+    add_kernels("triton", _TRITON, functions)
 
-    def fake(made: Any) -> Tensor:
-        tokens: Tensor = getattr(made, rows)
-        return tokens.new_empty(tokens.shape[0], made.out_features)
+    def fake(made: ForwardCall) -> Tensor:
+        return made.rows.new_empty(made.rows.shape[0], made.out_features)
 
     # Gates keep the router's float32.
     autocast = [field for field in call.DIFFERENTIABLE if field != "gates"]
     return define_differentiable(call.OP, call, backward_call, fake, autocast=autocast)
 
 
-_hidden = _define(HiddenCall, HiddenBackwardCall, "mpoe_kernels.experts.hidden_triton")
-_neurons = _define(NeuronCall, NeuronBackwardCall, "mpoe_kernels.experts.neurons_triton")
+_hidden = _define(HiddenCall, HiddenBackwardCall)
+_neurons = _define(NeuronCall, NeuronBackwardCall)
 
 
 def hidden_experts(

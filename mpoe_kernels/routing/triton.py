@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,9 @@ from mpoe_kernels.routing.op import (
     DispatchCall,
     RouteCall,
 )
-from mpoe_kernels.triton.start import Tile, cdiv, dense, power_of_two, start
+from mpoe_kernels.triton.start import cdiv, dense, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
-FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
 MOST_AT_ONCE = 4096  # pairs sorted by one launch, in which every expert's program reads them all
 # Of the pairs that two launches sort, in which a program reads the counts of them all.
 MOST_PARTS = 512
@@ -38,46 +37,58 @@ def sort_pairs(
     capacity: int | None = None,
     token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a `RouteCall` asks for."""
+    """What a `RouteCall` asks for. In one launch, of more pairs in two, with a capacity in four."""
+    offsets = top_k_index.new_empty(num_experts + 1, dtype=torch.int32)
+    token_of_slot = top_k_index.new_empty(top_k_index.numel(), dtype=torch.int64)
+    slot_of_token = top_k_index.new_empty(top_k_index.shape, dtype=torch.int64)
+    _sort(top_k_index, num_experts, capacity, token_mask, offsets, token_of_slot, slot_of_token)
+    return offsets, token_of_slot, slot_of_token
+
+
+def _sort(
+    top_k_index: Tensor,
+    num_experts: int,
+    capacity: int | None,
+    token_mask: Tensor | None,
+    offsets: Tensor,
+    token_of_slot: Tensor,
+    slot_of_token: Tensor | None,
+) -> None:
+    """Writes the last three, see `triton_kernels`."""
     tokens, top_k = top_k_index.shape
     pairs = tokens * top_k
-    index = top_k_index.contiguous()
     mask = dense(token_mask)
     if mask is not None:
         mask = mask.view(torch.uint8)
-    offsets = index.new_empty(num_experts + 1, dtype=torch.int32)
-    token_of_slot = index.new_empty(pairs, dtype=torch.int64)
-    slot_of_token = index.new_empty(tokens, top_k, dtype=torch.int64)
-    if pairs == 0:
-        return offsets.zero_(), token_of_slot, slot_of_token
     given: dict[str, Any] = {
-        "index": index,
+        "index": top_k_index.contiguous(),
         "mask": mask,
         "tokens": tokens,
         "EXPERTS": num_experts,
         "TOP_K": top_k,
     }
-    results = {"offsets": offsets, "token_of_slot": token_of_slot, "slot_of_token": slot_of_token}
-    if pairs <= FEW:
+    results = {
+        "offsets": offsets,
+        "token_of_slot": token_of_slot,
+        "slot_of_token": slot_of_token,
+        "OFFSETS": len(offsets),
+    }
+    if pairs == 0 or (pairs <= MOST_AT_ONCE and capacity is None):
         start(
-            kernels.route_few_kernel,
-            (1,),
-            capacity=capacity or 0,
-            HAS_CAPACITY=capacity is not None,
-            BINS=power_of_two(num_experts + 2),
-            BLOCK=max(16, power_of_two(pairs)),
-            num_warps=8,
+            kernels.sort_kernel,
+            (num_experts + 1,),
+            BLOCK=SORT_BLOCK,
+            num_warps=16,
             **given,
             **results,
         )
-        return offsets, token_of_slot, slot_of_token
+        return
     given |= _counted(pairs, num_experts)
     if capacity is not None:
-        keys = index.new_empty(pairs, dtype=torch.int32)
+        keys = top_k_index.new_empty(pairs, dtype=torch.int32)
         _two(given, True, kernels.drop_kernel, keys=keys, capacity=capacity)
         given |= {"index": keys, "mask": None}
-    _two(given, False, kernels.scatter_kernel, OFFSETS=num_experts + 1, **results)
-    return offsets, token_of_slot, slot_of_token
+    _two(given, False, kernels.scatter_kernel, **results)
 
 
 def _counted(pairs: int, num_experts: int) -> dict[str, int]:
@@ -99,28 +110,19 @@ def _two(given: dict[str, Any], by_choice: bool, kernel: Any, **others: Any) -> 
     start(kernel, (parts,), counts=counts, CHUNK=chunk, **given, **others)
 
 
-Tiles = tuple[Tile, ...]
-
-
 class SortedSlots(NamedTuple):
     """(token, choice) pairs sorted by expert; those without an expert are last.
 
     Attributes:
         order: int32 ``[E + 2 + T K]``: the first place of every expert, that of the pairs without
             one, T K; then the pair ``token K + choice`` at every place.
-        experts, top_k, pairs: E, K and T K.
+        experts, pairs: E and T K.
     """
 
     order: Tensor
     experts: int
-    top_k: int
     pairs: int
     pair_experts: None = None  # see `PairsAlone`
-
-    @property
-    def scan(self) -> int:
-        """The constant of `expert_tile`."""
-        return power_of_two(max(2, self.experts))
 
     def tiles(self, rows: int) -> int:
         """At most so many tiles of ``rows`` slots of one expert are there, however tokens chose."""
@@ -130,15 +132,6 @@ class SortedSlots(NamedTuple):
     def fit(self, rows: int) -> bool:
         """Whether ``rows`` slots of an expert are as many as there are on average."""
         return self.pairs <= min(self.pairs, self.experts) * rows
-
-    def among(self, tiles: Tiles) -> Tiles:
-        """Of several tiles, the last of which is for few slots of an expert: that one, or all
-        others."""
-        if len(tiles) == 1:
-            return tiles
-        if self.fit(tiles[-1].rows):
-            return tiles[-1:]
-        return tiles[:-1]
 
 
 class PairsAlone(NamedTuple):
@@ -155,9 +148,9 @@ class PairsAlone(NamedTuple):
         """One of each pair, of however many rows."""
         return self.pair_experts.numel()
 
-    def among(self, tiles: Tiles) -> Tiles:
-        """The one for few slots of an expert."""
-        return tiles[-1:]
+    def fit(self, rows: int) -> bool:
+        """One slot fits any tile."""
+        return True
 
 
 Slots = SortedSlots | PairsAlone
@@ -166,75 +159,62 @@ Slots = SortedSlots | PairsAlone
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
     """Sort the pairs of ``top_k_index [T, K]``; an entry outside ``0..E-1``: no expert. In one
     launch, of more pairs in two."""
-    index = top_k_index.contiguous()
     pairs = top_k_index.numel()
-    order = index.new_empty(num_experts + 2 + pairs, dtype=torch.int32)
-    if pairs <= MOST_AT_ONCE:
-        start(
-            kernels.sort_kernel,
-            (num_experts + 1,),
-            index=index,
-            order=order,
-            slots=pairs,
-            EXPERTS=num_experts,
-            BLOCK=SORT_BLOCK,
-            num_warps=4,
-        )
-    else:  # a pair is a token with one choice
-        given: dict[str, Any] = {
-            "index": index,
-            "mask": None,
-            "tokens": pairs,
-            "EXPERTS": num_experts,
-            "TOP_K": 1,
-            **_counted(pairs, num_experts),
-        }
-        _two(
-            given,
-            False,
-            kernels.scatter_kernel,
-            OFFSETS=num_experts + 2,
-            offsets=order,
-            token_of_slot=order[num_experts + 2 :],
-            slot_of_token=None,
-        )
-    return SortedSlots(order, num_experts, top_k_index.shape[1], pairs)
+    order = top_k_index.new_empty(num_experts + 2 + pairs, dtype=torch.int32)
+    offsets = order[: num_experts + 2]
+    pair_of_slot = order[num_experts + 2 :]
+    index = top_k_index.reshape(pairs, 1)  # a pair is a token with one choice
+    _sort(index, num_experts, None, None, offsets, pair_of_slot, None)
+    return SortedSlots(order, num_experts, pairs)
 
 
-def sum_choices(
-    outs: Mapping[str, Tensor],
-    columns: int,
-    top_k: int,
-    step: int,
-    write: Callable[[Mapping[str, Tensor], int, int], None],
-) -> None:
-    """Sums ``[T, columns]`` over a token's choices, in order, of rows ``[T K, ..]`` that
-    ``write(rows, first, last)`` writes for some of the columns, a multiple of ``step``: as many as
-    `MOST_ROWS` holds. All ``outs`` are alike; rows have their names."""
+def rows_to_sum(
+    outs: Mapping[str, Tensor], columns: int, top_k: int, step: int
+) -> Iterator[tuple[Mapping[str, Tensor], int, int]]:
+    """Memory for rows of pairs, which the caller's loop fills and which are summed after that.
+
+    Args:
+        outs: alike, ``[T, columns]``: the sums over a token's choices, in order.
+        columns, top_k: sizes.
+        step: pieces of the columns are multiples of it, and as large as `MOST_ROWS` allows.
+
+    Yields:
+        rows ``[T K, last - first]`` by the names of ``outs``, first, last. With one choice they are
+        the sums.
+    """
     if top_k == 1 or not outs:
-        write(outs, 0, columns)
+        yield outs, 0, columns
         return
     like = next(iter(outs.values()))
-    tokens = like.shape[0]
-    row_bytes = len(outs) * tokens * top_k * like.element_size()
+    pairs = len(like) * top_k
+    row_bytes = len(outs) * pairs * like.element_size()
     most = max(1, MOST_ROWS // (row_bytes * step)) * step
     for first in range(0, columns, most):
         last = min(first + most, columns)
-        rows = {name: like.new_empty(tokens * top_k, last - first) for name in outs}
-        write(rows, first, last)
+        rows = {name: like.new_empty(pairs, last - first) for name in outs}
+        yield rows, first, last
         for name, out in outs.items():
-            start(
-                kernels.sum_choices_kernel,
-                (cdiv(tokens, SUMMED["BM"]), cdiv(last - first, SUMMED["BN"])),
-                rows=rows[name],
-                out=out,
-                tokens=tokens,
-                columns=columns,
-                first=first,
-                last=last,
-                TOP_K=top_k,
-                **SUMMED,
-            )
+            _collect(rows[name], out[:, first:last], top_k, SUMMED)
+
+
+def _collect(
+    rows: Tensor, out: Tensor, top_k: int, tile: Mapping[str, int], **slots: Tensor | None
+) -> None:
+    """Writes sums of rows, those of pairs or the ``slots`` of `collect_rows`."""
+    tokens, columns = out.shape
+    arguments = {"slot_of_token": None, "weights": None, "filled": None} | slots
+    start(
+        kernels.collect_kernel,
+        (cdiv(tokens, tile["BM"]), cdiv(columns, tile["BN"])),
+        rows=rows,
+        out=out,
+        tokens=tokens,
+        F=columns,
+        stride=out.stride(0),
+        TOP_K=top_k,
+        **arguments,
+        **tile,
+    )
 
 
 def collect_rows(
@@ -246,18 +226,14 @@ def collect_rows(
     Tokens from the number ``filled [1]`` on, if it is given, have no pairs."""
     tokens, top_k = slot_of_token.shape
     out = rows.new_empty(tokens, rows.shape[1])
-    start(
-        kernels.collect_kernel,
-        (cdiv(tokens, ROWS["BM"]), cdiv(rows.shape[1], ROWS["BN"])),
-        rows=rows.contiguous(),
+    _collect(
+        rows.contiguous(),
+        out,
+        top_k,
+        ROWS,
         slot_of_token=slot_of_token.contiguous(),
         weights=dense(weights),
         filled=filled,
-        out=out,
-        tokens=tokens,
-        F=rows.shape[1],
-        TOP_K=top_k,
-        **ROWS,
     )
     return out
 

@@ -1,12 +1,19 @@
 """A stable counting sort of (token, choice) pairs, and the row movements it describes.
 
-Arrays are indexed by token, by pair ``token TOP_K + choice``, by expert, or by slot: the place of a
-pair in the sort.
+How arrays are indexed (t: token, j: choice, e: expert, p = t TOP_K + j: pair, s: slot, the place of
+a pair in the sort, f: feature):
+
+    index[p], mask[t]           the expert of a pair; whether a token is routed
+    keys[p]                     the expert of a pair that was not dropped; EXPERTS: none
+    counts[program, key]        pairs of every key in a program's part of the pairs
+    offsets[e]                  first slot of an expert; offsets[EXPERTS]: of the pairs without one
+    token_of_slot[s]            a slot's token
+    slot_of_token[p]            a pair's slot, -1 without an expert
+    rows[s, f], out[t, f]       rows of slots; of tokens
 
 Counting takes two launches: a histogram for every part of the pairs, and a stable scatter, in which
-a program adds the histograms of all parts. A few pairs (decoding) take one, and so do some
-thousands where nothing is masked or dropped (`sort_kernel`). No launch depends on a number that
-only the device knows.
+a program adds the histograms of all parts. Some thousands of pairs take one where none is dropped
+(`sort_kernel`). No launch depends on a number that only the device knows.
 """
 
 from __future__ import annotations
@@ -114,6 +121,18 @@ def stable_rank(key, here):
     return tl.sum(earlier.to(tl.int32), 1)
 
 
+@triton.jit
+def store_slots(
+    token_of_slot, slot_of_token, pair, slot, key, mask, EXPERTS: tl.constexpr, TOP_K: tl.constexpr
+):
+    """What a sort says of pairs and their slots; a pair without an expert has none."""
+    token = (pair // TOP_K).to(token_of_slot.dtype.element_ty)
+    tl.store(token_of_slot + slot, token, mask=mask)
+    if slot_of_token is not None:
+        slot = tl.where(key == EXPERTS, -1, slot)
+        tl.store(slot_of_token + pair, slot.to(tl.int64), mask=mask)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def scatter_kernel(
     index,  # [tokens, TOP_K], or keys of the pairs
@@ -145,132 +164,83 @@ def scatter_kernel(
         inside = pair < tokens * TOP_K
         key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
         slot = stable_rank(key, here) + tl.gather(earlier, key, 0)
-        token = (pair // TOP_K).to(token_of_slot.dtype.element_ty)
-        tl.store(token_of_slot + slot, token, mask=inside)
-        if slot_of_token is not None:
-            slot = tl.where(key == EXPERTS, -1, slot)
-            tl.store(slot_of_token + pair, slot.to(tl.int64), mask=inside)
+        store_slots(token_of_slot, slot_of_token, pair, slot, key, inside, EXPERTS, TOP_K)
         earlier += tl.histogram(key, BINS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def route_few_kernel(
-    index,
-    mask,
-    offsets,
-    token_of_slot,
-    slot_of_token,
-    tokens,
-    capacity,
-    EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    HAS_CAPACITY: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid ``(1,)``: the whole of `route` for at most ``BLOCK`` pairs."""
-    pair = tl.arange(0, BLOCK)
-    inside = pair < tokens * TOP_K
-    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
-    if HAS_CAPACITY:
-        turn = (pair % TOP_K) * tokens + pair // TOP_K
-        rank = stable_rank(key, turn)
-        key = tl.where(inside & (rank >= capacity), EXPERTS, key)
-    slot = stable_rank(key, pair) + tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
-    tl.store(token_of_slot + slot, (pair // TOP_K).to(tl.int64), mask=inside)
-    slot = tl.where(key == EXPERTS, -1, slot)
-    tl.store(slot_of_token + pair, slot.to(tl.int64), mask=inside)
-    count = tl.histogram(key, BINS)
-    bins = tl.arange(0, BINS)
-    tl.store(offsets + bins, tl.cumsum(count, 0) - count, mask=bins <= EXPERTS)
-
-
-@triton.jit(do_not_specialize=COUNTS)
 def sort_kernel(
-    index,  # [slots]: experts of pairs
-    order,  # see `routing.triton.SortedSlots`
-    slots,
+    index,  # [tokens, TOP_K]
+    mask,
+    offsets,  # [OFFSETS]
+    token_of_slot,
+    slot_of_token,  # or None
+    tokens,
     EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    OFFSETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid ``(EXPERTS + 1,)``: each counts the pairs of earlier experts and gives its own their
-    places, in order; the last expert is none."""
+    """Grid ``(EXPERTS + 1,)``: what the other two do, in one launch: each program counts the pairs
+    of earlier experts and gives its own their slots, in order; the last expert is none."""
     e = tl.program_id(0)
+    pairs = tokens * TOP_K
     earlier = tl.zeros((BLOCK,), dtype=tl.int32)
-    for first in tl.range(0, slots, BLOCK):
+    for first in tl.range(0, pairs, BLOCK):
         pair = first + tl.arange(0, BLOCK)
-        key = tl.load(index + pair, mask=pair < slots, other=-1)
-        earlier += ((key >= 0) & (key < tl.minimum(e, EXPERTS))).to(tl.int32)
-    place = tl.sum(earlier, 0)
-    tl.store(order + e, place)
-    for first in tl.range(0, slots, BLOCK):
+        key = pair_key(pair, pair < pairs, index, mask, EXPERTS, TOP_K)
+        earlier += (key < e).to(tl.int32)
+    begin = tl.sum(earlier, 0)
+    tl.store(offsets + e, begin)
+    for first in tl.range(0, pairs, BLOCK):
         pair = first + tl.arange(0, BLOCK)
-        inside = pair < slots
-        key = tl.load(index + pair, mask=inside, other=-1)
-        key = tl.where((key >= 0) & (key < EXPERTS), key, EXPERTS)
-        mine = inside & (key == e)
+        key = pair_key(pair, pair < pairs, index, mask, EXPERTS, TOP_K)
+        mine = key == e
         count = mine.to(tl.int32)
-        at = order + EXPERTS + 2 + place + tl.cumsum(count, 0) - 1
-        tl.store(at, pair, mask=mine)
-        place += tl.sum(count, 0)
-    if e == EXPERTS:
-        tl.store(order + EXPERTS + 1, place)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def sum_choices_kernel(
-    rows,  # [tokens TOP_K, last - first]
-    out,  # [tokens, columns]
-    tokens,
-    columns,
-    first,
-    last,
-    TOP_K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Grid ``(token blocks, column blocks)``: sums of a token's rows in order, rounded once, in
-    columns from ``first`` to ``last``."""
-    token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
-    used = token < tokens
-    width = last - first
-    total = tl.zeros((BM, BN), dtype=tl.float32)
-    for choice in tl.static_range(TOP_K):
-        pair = rows + (token * TOP_K + choice) * width
-        total += row_tile(pair, used, column, width).to(tl.float32)
-    inside = used[:, None] & (column < width)[None, :]
-    at = token[:, None] * columns + first + column[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+        slot = begin + tl.cumsum(count, 0) - 1
+        store_slots(token_of_slot, slot_of_token, pair, slot, key, mine, EXPERTS, TOP_K)
+        begin += tl.sum(count, 0)
+    if e == OFFSETS - 2:
+        tl.store(offsets + e + 1, begin)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def collect_kernel(
     rows,  # [N, F]
-    slot_of_token,  # [T, K]
+    slot_of_token,  # [T, K]; None: rows are those of pairs
     weights,  # [T, K] or None
     filled,  # how many tokens have rows, or None: all
-    out,  # [T, F]
+    out,  # [T, >= F]
     tokens,
     F,
+    stride,  # of out
     TOP_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Grid ``(token blocks, column blocks)``: sum of a token's rows, weighted; dropped pairs are
-    not even read."""
-    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    """Grid ``(token blocks, column blocks)``: sum of a token's rows in order, weighted, rounded
+    once; dropped pairs are not even read."""
+    token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), dtype=tl.float32)
-    with_rows = token < (tokens if filled is None else tl.load(filled))
+    inside = token < tokens
+    with_rows = inside
+    if filled is not None:
+        with_rows = token < tl.load(filled)
     for choice in tl.static_range(TOP_K):
-        slot = tl.load(slot_of_token + token * TOP_K + choice, mask=with_rows, other=-1)
+        pair = token * TOP_K + choice
+        slot = tl.where(with_rows, pair, -1)
+        if slot_of_token is not None:
+            slot = tl.load(slot_of_token + pair, mask=with_rows, other=-1)
         value = row_tile(rows + slot * F, slot >= 0, column, F).to(tl.float32)
         if weights is not None:
-            weight = tl.load(weights + token * TOP_K + choice, mask=slot >= 0, other=0.0)
+            weight = tl.load(weights + pair, mask=slot >= 0, other=0.0)
             value = value * weight.to(tl.float32)[:, None]
         total += value
-    store_rows(out, token.to(tl.int64), total, token < tokens, column, F)
+    mask = inside[:, None] & (column < F)[None, :]
+    tl.store(
+        out + token[:, None] * stride + column[None, :], total.to(out.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -71,48 +71,34 @@ def part_of_rows(
 
 
 @triton.jit
-def expert_tile(order, tile, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
+def slots_of_program(
+    order, index, tile, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr
+):
     """``(expert, place, pair, used)`` of a tile of at most ``BM`` slots of one expert: their places
-    and pairs ``[BM]``, and which of them are the expert's. ``order``: see
-    `routing.triton.SortedSlots`.
+    and pairs ``[BM]``, and which of them are the expert's.
 
-    Expert ``EXPERTS`` is none. The grid has more tiles than there are: past the last one the expert
-    is ``EXPERTS + 1``. ``SCAN`` is a power of two that is at least ``EXPERTS``.
+    Args:
+        order: see `routing.triton.SortedSlots`; None: a tile is one pair, its first row.
+        index: experts of pairs, without ``order``.
+        tile: its number. There may be more than tiles: past the last one nothing is used, and the
+            expert is ``EXPERTS + 1`` or more. Expert ``EXPERTS`` is none.
+        SCAN: a power of two above the number of experts.
     """
-    e = tl.arange(0, SCAN)
-    low = tl.load(order + e, mask=e < EXPERTS, other=0)
-    high = tl.load(order + e + 1, mask=e < EXPERTS, other=0)
-    ends = tl.cumsum((high - low + BM - 1) // BM, 0)
-    passed = ends <= tile
-    expert = tl.minimum(tl.sum(passed.to(tl.int32), 0), EXPERTS)
-    first = tl.load(order + expert) + (tile - tl.max(tl.where(passed, ends, 0), 0)) * BM
-    stop = tl.load(order + expert + 1)
-    place = first + tl.arange(0, BM)
-    used = place < stop
-    pair = tl.load(order + EXPERTS + 2 + place, mask=used, other=0)
-    expert = tl.where(first < stop, expert, EXPERTS + 1)
-    return expert, place.to(tl.int64), pair.to(tl.int64), used
-
-
-@triton.jit
-def pair_tile(index, pair, EXPERTS: tl.constexpr, BM: tl.constexpr):
-    """The same of slots that are not sorted: a tile is one pair, its first row."""
-    expert = tl.load(index + pair)
-    expert = tl.where((expert >= 0) & (expert < EXPERTS), expert, EXPERTS).to(tl.int32)
     row = tl.arange(0, BM)
-    place = (pair + row).to(tl.int64)
-    return expert, place, place, row == 0
-
-
-@triton.jit
-def slots_of_program(order, index, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
-    """`expert_tile`, or `pair_tile` where nothing is sorted (``order`` is None), of a program's
-    number."""
     if order is None:
-        tile = pair_tile(index, tl.program_id(0), EXPERTS, BM)
+        expert = tl.load(index + tile)
+        expert = tl.where((expert >= 0) & (expert < EXPERTS), expert, EXPERTS).to(tl.int32)
+        place = (tile + row).to(tl.int64)
+        pair = place
+        used = row == 0
     else:
-        tile = expert_tile(order, tl.program_id(0), EXPERTS, SCAN, BM)
-    return tile
+        pairs = tl.load(order + EXPERTS + 1)
+        expert, low, first, rows = part_of_rows(order, tile, pairs, BM, 1, EXPERTS, SCAN, True)
+        place = low + first + row
+        used = place < low + rows
+        pair = tl.load(order + EXPERTS + 2 + place, mask=used, other=0).to(tl.int64)
+        place = place.to(tl.int64)
+    return expert, place, pair, used
 
 
 @triton.jit
@@ -139,12 +125,14 @@ def store_rows(out, rows, values, used, columns, last):
 
 @triton.jit
 def activate(z, NAME: tl.constexpr):
-    """Activation of a float32 pre-activation."""
+    """Activation of a float32 pre-activation; ``gelu_new`` has not the bits of Transformers'
+    formula."""
     if NAME == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif NAME == "gelu":
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif NAME == "gelu_tanh":  # 0.5 (1 + tanh u) is the logistic function of 2 u
+    elif NAME == "gelu_tanh" or NAME == "gelu_new":
+        # 0.5 (1 + tanh u) is the logistic function of 2 u
         z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     elif NAME == "silu":
         z = z * tl.sigmoid(z)
@@ -160,7 +148,7 @@ def through_activation(grad, z, NAME: tl.constexpr):
     elif NAME == "gelu":
         slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
         grad *= slope + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif NAME == "gelu_tanh":
+    elif NAME == "gelu_tanh" or NAME == "gelu_new":
         s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
         grad *= s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     elif NAME == "silu":

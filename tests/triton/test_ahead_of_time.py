@@ -16,8 +16,7 @@ import triton
 from gpu_compile import Binary, Job, compiled, job_of
 
 import mpoe_kernels
-from mpoe_kernels.experts import hidden_triton as hidden
-from mpoe_kernels.experts import neurons_triton as neurons
+from mpoe_kernels.experts import triton as experts
 from mpoe_kernels.linear.triton import MOST_EXPERTS, grouped
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.testing.launches import Launch, recorded
@@ -103,33 +102,28 @@ def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(
 @in_two_dtypes
 def test_every_tile_of_experts_is_compiled(architecture, dtype):
     """Of both tables for blocks, with the tile that the architecture may have of its own."""
-    tables = {"hidden": (hidden.TILES, hidden.LARGE_TILES), "neurons": (neurons.TILES,)}
-    for family in tables:
+    small = {kernel: choices[dtype.itemsize] for kernel, choices in experts.HIDDEN_TILES.items()}
+    large = small
+    if dtype == torch.bfloat16:
+        large = dict(experts.LARGE_BLOCK_TILES)
+        if architecture == "sm_100":
+            small["blocks"] = experts.TileChoice((experts.SM_100_TILE,))
+        if architecture in experts.IN_REGISTERS:
+            small["blocks"] = large["blocks"] = experts.TileChoice((experts.SMALL_TILE,))
+    neurons = {kernel: choices[dtype.itemsize] for kernel, choices in experts.NEURON_TILES.items()}
+    names = {"forward": "rows"}
+    for family, tables in (("hidden", (small, large)), ("neurons", (neurons,))):
         problems = shipped.FAMILIES[family](dtype, False, shipped.T5_BASE)
-        started = launches_of(problems, architecture)
         found = {
-            (x.name, x.arguments["BM"], x.arguments["num_warps"])
-            for x in started
-            if "BM" in x.arguments
+            (launch.name, launch.arguments["BM"], launch.arguments["num_warps"])
+            for launch in launches_of(problems, architecture)
+            if "BM" in launch.arguments
         }
-        for table in tables[family]:
-            for kernel, tiles in table.items():
-                special_names = {"forward": "rows", "few hidden": "hidden", "few rows": "few"}
-                name = f"{family}_{special_names.get(kernel, kernel)}_kernel"
-                special = (
-                    kernel == "blocks"
-                    and architecture in hidden.IN_REGISTERS
-                    and dtype == torch.bfloat16
-                )
-                wanted = [hidden.SMALL_TILE] if special else tiles[dtype.itemsize]
-                if (architecture, kernel, table) == (
-                    "sm_100",
-                    "blocks",
-                    hidden.TILES,
-                ) and dtype == torch.bfloat16:
-                    wanted = [hidden.SM_100_TILE]
-                for tile in wanted:
-                    assert (name, tile.rows, tile.warps) in found
+        for table in tables:
+            for kernel, choice in table.items():
+                name = f"{family}_{names.get(kernel, kernel)}_kernel"
+                for tile in (*choice.many, choice.few, choice.alone):
+                    assert tile is None or (name, tile.rows, tile.warps) in found, (kernel, tile)
 
 
 @pytest.mark.slow
@@ -143,15 +137,6 @@ def test_kernels_of_experts_fit_smaller_cards(dtype):
     ]
     assert [binary.problems("sm_80") for binary in built] == [[]] * len(built)
     assert max(binary.shared for binary in built) <= 99 << 10
-
-
-def test_every_number_of_pairs_that_one_program_sorts_is_compiled():
-    problems = shipped.FAMILIES["routing"](torch.bfloat16, True, shipped.T5_BASE)
-    started = launches_of(problems, "sm_90")
-    wanted = {max(16, 1 << (pairs - 1).bit_length()) for pairs in range(1, routing.FEW + 1)}
-    assert {
-        launch.arguments["BLOCK"] for launch in started if launch.name == "route_few_kernel"
-    } == wanted
 
 
 @pytest.mark.parametrize("sizes", shipped.LARGE_SIZES, ids=str)
@@ -202,12 +187,12 @@ def test_numbers_that_grow_with_the_tokens_are_not_specialised():
     for tokens in (1, 16, 17):
         rows = torch.empty(tokens * 2, 64, dtype=torch.bfloat16, device="meta")
         with recorded("sm_90") as found:
-            routing.sum_choices({"out": rows.new_empty(tokens, 64)}, 64, 2, 16, lambda *_: None)
+            list(routing.rows_to_sum({"out": rows.new_empty(tokens, 64)}, 64, 2, 16))
         jobs |= {job_of(launch, "sm_90") for launch in found}
     (job,) = jobs
     assert dict(job.signature)["tokens"] == "i32"
     assert "tokens" not in job.aligned
-    assert "last" in job.aligned
+    assert {"F", "stride"} <= set(job.aligned)
 
 
 @pytest.fixture

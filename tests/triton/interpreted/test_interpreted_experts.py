@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from mpoe_kernels.experts import hidden_triton as hidden
-from mpoe_kernels.experts import neurons_triton as neurons
+from mpoe_kernels.experts import triton as experts
+from mpoe_kernels.experts.triton import HIDDEN_TILES, NEURON_TILES, TileChoice
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.routing.triton import SortedSlots
 from mpoe_kernels.testing.launches import recorded
@@ -19,16 +19,29 @@ from tests.cases import either, pairwise
 from tests.expert_problems import HiddenProblem, NeuronProblem
 from tests.expert_scenarios import CASES, ExpertScenarios
 
-KERNELS = {HiddenProblem: hidden, NeuronProblem: neurons}
+TABLES = {HiddenProblem: "HIDDEN_TILES", NeuronProblem: "NEURON_TILES"}
+KERNELS = dict.fromkeys(TABLES, experts)
 HALVES = (torch.bfloat16, torch.float16)
 SIZES = (2, 4)  # bytes of a number, by which tiles are chosen
-of_each_kind = pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__name__)
+of_each_kind = pytest.mark.parametrize("kind", TABLES, ids=lambda kind: kind.__name__)
 
 
 class TestScenarios(ExpertScenarios):
     backend, kernels = "triton", KERNELS
     dtypes = (torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in HALVES))
     slow_cases = ("many experts", "top-4", "wide blocks", "parts of a tile", "one neuron")
+
+
+def use_tile(monkeypatch, kind, tile):
+    """Every kernel of a form takes this tile."""
+    table = getattr(experts, TABLES[kind])
+    choice = dict.fromkeys(SIZES, TileChoice((tile,)))
+    monkeypatch.setattr(experts, TABLES[kind], dict.fromkeys(table, choice))
+
+
+def tiles_of(choice):
+    """All tiles of a choice."""
+    return (*choice.many, *filter(None, (choice.few, choice.alone)))
 
 
 def mostly_slow(kind, *default):
@@ -42,9 +55,8 @@ def mostly_slow(kind, *default):
 @mostly_slow(HiddenProblem, "no full tile", "parts of a block")
 def test_several_tiles_and_parts(name, share, monkeypatch):
     """Products of 16 units; programs of rows take one group, or with many programs several."""
-    tiles = dict.fromkeys(SIZES, (Tile(16, 16, 16, 4),))
-    monkeypatch.setattr(hidden, "TILES", dict.fromkeys(hidden.TILES, tiles))
-    monkeypatch.setattr(hidden, "_share", lambda groups, *_: min(groups, share))
+    use_tile(monkeypatch, HiddenProblem, Tile(16, 16, 16, 4))
+    monkeypatch.setattr(experts, "_share", lambda groups, *_: min(groups, share))
     HiddenProblem(**CASES[HiddenProblem][name], dtype=torch.float32).check("triton")
 
 
@@ -52,9 +64,8 @@ def test_several_tiles_and_parts(name, share, monkeypatch):
 @mostly_slow(NeuronProblem, "no full tile", "gated")
 def test_both_ways_in_small_tiles(name, on_chip, monkeypatch):
     """With the hidden neurons on chip or not; several tiles of every size."""
-    tiles = dict.fromkeys(SIZES, (Tile(16, 64 if on_chip else 16, 16, 4),))
-    monkeypatch.setattr(neurons, "TILES", dict.fromkeys(neurons.TILES, tiles))
-    monkeypatch.setattr(neurons, "ON_CHIP", dict.fromkeys(SIZES, on_chip))
+    use_tile(monkeypatch, NeuronProblem, Tile(16, 64 if on_chip else 16, 16, 4))
+    monkeypatch.setattr(experts, "ON_CHIP", dict.fromkeys(SIZES, on_chip))
     NeuronProblem(**CASES[NeuronProblem][name], dtype=torch.float32).check("triton")
 
 
@@ -74,23 +85,22 @@ def test_half_precision(kind, own, dtype):
 @pytest.mark.parametrize(
     "of, dtype",
     pairwise(
-        [(kind, kernel) for kind in KERNELS for kernel in KERNELS[kind].TILES],
+        [(HiddenProblem, kernel) for kernel in HIDDEN_TILES]
+        + [(NeuronProblem, kernel) for kernel in NEURON_TILES],
         [torch.float32, torch.bfloat16],
     ),
 )
 def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(of, dtype, monkeypatch):
     kind, kernel = of
-    tiles, own = (
-        KERNELS[kind].TILES[kernel],
-        {"groups": 2, "block": 8} if kind is HiddenProblem else {},
-    )
+    own = {"groups": 2, "block": 8} if kind is HiddenProblem else {}
+    table = getattr(experts, TABLES[kind])
     problem = kind(tokens=20, experts=2, dtype=dtype, gated=True, none_share=0.0, **own)
     others = torch.arange(20) != 7
     monkeypatch.setattr(
-        neurons, "ON_CHIP", dict.fromkeys(SIZES, 1000 * (kernel == "fused"))
+        experts, "ON_CHIP", dict.fromkeys(SIZES, 1000 * (kernel == "fused"))
     )  # else it is not launched
-    for tile in tiles[dtype.itemsize]:
-        monkeypatch.setitem(tiles, dtype.itemsize, (tile,))
+    for tile in tiles_of(table[kernel][dtype.itemsize]):
+        monkeypatch.setitem(table[kernel], dtype.itemsize, TileChoice((tile,)))
         clean, rows = problem.computed("triton"), problem.inputs[problem.ROWS]
         kept = rows[7].clone()
         rows[7] = torch.nan
@@ -147,7 +157,9 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch(name, dtype, monkeypat
     monkeypatch.setattr(routing, "MOST_AT_ONCE", 0)
     for tile in range(3):
         monkeypatch.setattr(start, "_first", lambda ways, tile=tile: ways[min(tile, len(ways) - 1)])
-        monkeypatch.setattr(SortedSlots, "among", lambda _, tiles: tiles)
+        monkeypatch.setattr(
+            TileChoice, "of", lambda choice, _: tiles_of(choice._replace(alone=None))
+        )
         assert torch.equal(kernels.forward(call), whole), tile
 
 
@@ -156,10 +168,10 @@ def test_rows_of_pairs_that_do_not_fit_go_in_pieces(kind, monkeypatch):
     """Of as many columns as fit; the bits stay."""
     sizes = {"groups": 4, "block": 5} if kind is HiddenProblem else {"width": 80, "out": 70}
     problem = kind(tokens=40, experts=3, gated=True, with_bias=True, dtype=torch.float32, **sizes)
-    monkeypatch.setattr(hidden, "_share", lambda *_: 1)
+    monkeypatch.setattr(experts, "_share", lambda *_: 1)
     whole = problem.computed("triton")
     added = []
-    kernel = routing.kernels.sum_choices_kernel
+    kernel = routing.kernels.collect_kernel
     monkeypatch.setattr(routing, "MOST_ROWS", 1)
 
     def note(*arguments, **options):
@@ -219,9 +231,9 @@ def test_launches_of_the_hidden_side(per_group, gated):
     problem = HiddenProblem(
         **sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32
     )
-    rows = ["sort_kernel", "hidden_rows_kernel", "sum_choices_kernel"]
+    rows = ["sort_kernel", "hidden_rows_kernel", "collect_kernel"]
     assert names(problem) == rows
-    sums = ["sum_choices_kernel"] * gated
+    sums = ["collect_kernel"] * gated
     assert names(problem, True, False, False, False, False, True, False) == [*rows, *sums]
     assert names(problem, *[True] * 7) == [*rows, *sums, "hidden_blocks_kernel"]
     assert names(problem, False, True, *[False] * 5) == rows[:2], "the gates' gradients are no rows"
@@ -235,8 +247,8 @@ def test_launches_of_the_hidden_side(per_group, gated):
 def test_launches_of_neurons(gated):
     sizes = {"experts": 4, "top_k": 2, "gated": gated, "dtype": torch.float32}
     problem = NeuronProblem(tokens=50, with_bias=True, **sizes)
-    assert names(problem) == ["sort_kernel", "neurons_fused_kernel", "sum_choices_kernel"]
-    rows = ["sort_kernel", "neurons_hidden_kernel", "neurons_rows_kernel", "sum_choices_kernel"]
+    assert names(problem) == ["sort_kernel", "neurons_fused_kernel", "collect_kernel"]
+    rows = ["sort_kernel", "neurons_hidden_kernel", "neurons_rows_kernel", "collect_kernel"]
     assert names(NeuronProblem(tokens=50, neurons=200, **sizes)) == rows
     few_slots = NeuronProblem(tokens=50, **sizes | {"experts": 8})
     assert names(few_slots) == rows
@@ -248,7 +260,7 @@ def test_launches_of_neurons(gated):
 @pytest.mark.parametrize("most, warps", [(4, 4), (3, 8)])
 def test_warps_beside_many_experts(most, warps, monkeypatch):
     """`tools/gpu_compile.py` sees what fewer would spill."""
-    monkeypatch.setattr(neurons, "MOST_IN_FOUR_WARPS", most)
+    monkeypatch.setattr(experts, "MOST_IN_FOUR_WARPS", most)
     launches = started(
         NeuronProblem(tokens=100, experts=4, top_k=2, neurons=200, dtype=torch.bfloat16)
     )
@@ -270,7 +282,7 @@ def test_a_few_pairs_are_not_sorted():
     )
     assert [(one.name, one.grid) for one in found] == [
         ("neurons_hidden_kernel", (8, 4)),
-        ("neurons_few_kernel", (1, 24)),
+        ("neurons_rows_kernel", (1, 24)),
     ]
     hidden_side = HiddenProblem(tokens=8, top_k=8, groups=3, block=16, dtype=torch.bfloat16)
     assert [one.grid for one in started(hidden_side)] == [(64, 3, 1), (2, 1)]
@@ -288,7 +300,7 @@ def test_the_backward_finds_the_forwards_sort(kind):
         for launch in found
         if launch.arguments.get("order") is not None
     }
-    assert order == {sorts[0].arguments["order"].data_ptr()}
+    assert order == {sorts[0].arguments["offsets"].data_ptr()}
     with recorded("sm_90") as found, torch.autograd.profiler.profile():
         kind(tokens=50, dtype=torch.float32).computed("triton")
     assert [launch.name for launch in found].count("sort_kernel") == 2
@@ -296,7 +308,7 @@ def test_the_backward_finds_the_forwards_sort(kind):
 
 @of_each_kind
 def test_one_choice_needs_no_sum(kind):
-    assert "sum_choices_kernel" not in names(kind(tokens=90, top_k=1, dtype=torch.float32))
+    assert "collect_kernel" not in names(kind(tokens=90, top_k=1, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("tokens, least", [(64, 0.45), (4096, 0.9)])
@@ -304,10 +316,10 @@ def test_most_rows_of_tiles_are_in_use(tokens, least):
     """64 experts, eight per token, chosen at random: more rows in a tile than slots of an expert
     would be idle."""
     index = torch.rand(tokens, 64).topk(8).indices
-    slots = SortedSlots(torch.empty(66 + index.numel()), 64, 8, index.numel())
+    slots = SortedSlots(torch.empty(66 + index.numel()), 64, index.numel())
     counts = index.flatten().bincount(minlength=64)
-    kernel = "hidden" if slots.fit(neurons.FEW_SLOTS) else "fused"
-    rows = slots.among(neurons.TILES[kernel][2])[0].rows
+    kernel = "hidden" if slots.fit(experts.FEW_SLOTS) else "fused"
+    rows = NEURON_TILES[kernel][2].of(slots)[0].rows
     assert (
         index.numel() / (rows * (counts + rows - 1).div(rows, rounding_mode="floor").sum()) >= least
     )

@@ -28,10 +28,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("few, most_parts", [(256, 512), (0, 512), (0, 2)])
+@pytest.mark.parametrize("most, most_parts", [(1000, 512), (0, 512), (0, 2)])
 @pytest.mark.parametrize("tokens, experts, top_k, capacity, masked", CASES)
-def test_route_equals_loops(tokens, experts, top_k, capacity, masked, few, most_parts, monkeypatch):
-    monkeypatch.setattr(routing, "FEW", few)  # 0: several launches for any number of pairs
+def test_route_equals_loops(
+    tokens, experts, top_k, capacity, masked, most, most_parts, monkeypatch
+):
+    """In one launch, or several for any number of pairs; with a capacity always in several."""
+    monkeypatch.setattr(routing, "MOST_AT_ONCE", most)
+    monkeypatch.setattr(routing, "SORT_BLOCK", 32)
     monkeypatch.setattr(routing, "BLOCK", 32)
     monkeypatch.setattr(routing, "COUNTED", 64)
     monkeypatch.setattr(routing, "MOST_PARTS", most_parts)

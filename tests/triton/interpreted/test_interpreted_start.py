@@ -4,8 +4,13 @@ first."""
 import pytest
 import torch
 
-from mpoe_kernels.experts import hidden_triton as hidden
-from mpoe_kernels.experts import neurons_triton as neurons
+from mpoe_kernels.experts import triton as experts
+from mpoe_kernels.experts.triton import (
+    HIDDEN_TILES,
+    LARGE_BLOCK_TILES,
+    NEURON_TILES,
+    TileChoice,
+)
 from mpoe_kernels.triton import start
 from tests.assertions import refuses
 from tests.expert_problems import HiddenProblem
@@ -28,15 +33,14 @@ def timed(monkeypatch):
     monkeypatch.setattr(start, "in_interpreter", lambda: False)
     monkeypatch.setattr(start, "_milliseconds", milliseconds)
     monkeypatch.setattr(start, "_FASTEST", {})
-    monkeypatch.setattr(
-        hidden, "TILES", dict.fromkeys(hidden.TILES, dict.fromkeys((2, 4), (*TILES, TILES[0])))
-    )
+    choice = dict.fromkeys((2, 4), TileChoice(TILES))
+    monkeypatch.setattr(experts, "HIDDEN_TILES", dict.fromkeys(HIDDEN_TILES, choice))
     return runs
 
 
 def forward(tokens=40, **sizes):
     problem = HiddenProblem(tokens=tokens, experts=1, groups=1, dtype=torch.float32, **sizes)
-    return hidden.forward(problem.call())
+    return experts.forward(problem.call())
 
 
 def test_the_fastest_tile_is_kept(timed):
@@ -106,12 +110,15 @@ def test_nothing_is_timed_where_results_must_not_depend_on_a_clock(why, timed, m
 def test_tiles_of_a_kernel_share_the_order_of_sums_and_the_number_of_parts():
     """Partial results are allocated before the tile is known, and a token's bits must not depend on
     it."""
-    for table in (hidden.TILES, hidden.LARGE_TILES, neurons.TILES):
-        for kernel, by_size in table.items():
-            for tiles in by_size.values():
-                assert (
-                    len({(tile.columns, tile.inner) for tile in tiles}) == 1 or kernel == "weights"
-                )
+    large = {kernel: {2: choice} for kernel, choice in LARGE_BLOCK_TILES.items()}
+    for table in (HIDDEN_TILES, large, NEURON_TILES):
+        for kernel in table.keys() - {"weights"}:
+            for choice in table[kernel].values():
+                few = choice.few or choice.many[0]
+                sizes = {(tile.columns, tile.inner) for tile in (*choice.many, few)}
+                assert len(sizes) == 1, kernel
+                alone = choice.alone or few
+                assert alone.inner == few.inner, kernel
     for size in (2, 4):
-        for same in (("fused", "hidden", "few hidden"), ("rows", "few rows")):
-            assert len({neurons.TILES[kernel][size][0].inner for kernel in same}) == 1
+        fused = NEURON_TILES["fused"][size].many[0]
+        assert fused.inner == NEURON_TILES["hidden"][size].many[0].inner

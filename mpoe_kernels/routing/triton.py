@@ -25,7 +25,7 @@ MOST_AT_ONCE = 4096  # pairs sorted by one launch, in which every expert's progr
 MOST_PARTS = 512
 COUNTED = 4096  # counts that it holds at once
 MOST_ROWS = 1 << 28  # bytes of pairs' rows that wait for their sum at once
-SORT_BLOCK = 1024  # pairs that it reads at once
+SORT_BLOCK = 512  # pairs that it reads at once; of 1024 its machine code loads one after the other
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
 # Where a program sums over a row: so few numbers that the loads of all choices are in flight.
 SUMMED = {"BM": 4, "BN": 256, "num_warps": 4}
@@ -78,7 +78,7 @@ def _sort(
             kernels.sort_kernel,
             (num_experts + 1,),
             BLOCK=SORT_BLOCK,
-            num_warps=16,
+            num_warps=4,
             **given,
             **results,
         )

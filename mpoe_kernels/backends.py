@@ -20,6 +20,7 @@ import torch
 
 import mpoe_kernels.triton.architecture as architecture
 from mpoe_kernels.contract.plan import Contraction
+from mpoe_kernels.cuda_library import card_reasons as cuda_card_reasons
 from mpoe_kernels.cuda_library import unavailable_reasons as cuda_unavailable
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 
@@ -325,7 +326,8 @@ def cuda_backend(
     """
 
     def reasons(request: Request) -> list[str]:
-        return _device_reasons(device_type, request) + _dtype_reasons(request)
+        of_card = cuda_card_reasons(torch.device(request.device))
+        return [*_device_reasons(device_type, request), *_dtype_reasons(request), *of_card]
 
     return Backend(
         name, unavailable_reasons=unavailable_reasons, request_reasons=reasons, places_rows=True

@@ -58,34 +58,43 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
     """Whether code for ``architectures`` (see `INFO_KEYS`) runs on a GPU of this compute
     capability.
 
-    Machine code runs on later minor versions of its major version, PTX on all later ones; 90a only
-    on its own.
+    Machine code runs on later minor versions of its major version, PTX on all later ones; of 100f
+    both run on its family, which is its major version; 90a only on its own.
     """
     for name in architectures.split():
         number, _, kind = name.partition("-")
         target = divmod(int(number.rstrip("af")), 10)
-        ptx = kind != "real" and target <= (major, minor)
-        machine_code = kind != "virtual" and target[0] == major
-        if target == (major, minor) or (
-            number.isdigit() and (ptx or (machine_code and target[1] <= minor))
-        ):
+        runs = target <= (major, minor)
+        if number.endswith("a"):
+            runs = target == (major, minor)
+        elif number.endswith("f") or kind == "real":
+            runs = runs and target[0] == major
+        if runs:
             return True
     return False
 
 
-@lru_cache(maxsize=1)
-def device_reasons() -> tuple[str, ...]:
-    """Why the kernels cannot run on the GPUs of this machine."""
-    if not torch.cuda.is_available():
-        return ("no CUDA device was found",)
+@lru_cache(maxsize=16)
+def card_reasons(device: torch.device) -> tuple[str, ...]:
+    """Why the kernels cannot run on a GPU of this machine: they are not compiled for it."""
     compiled = CUDA_LIBRARY.info.get("architectures", "")
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        if compiled and not runs_on(compiled, major, minor):
-            return (f"it was compiled for {compiled}, cuda:{index} is sm_{major}{minor}",)
-    return ()
+    if device.type != "cuda" or not compiled or not torch.cuda.is_available():
+        return ()
+    major, minor = torch.cuda.get_device_capability(device)
+    if runs_on(compiled, major, minor):
+        return ()
+    return (f"it was compiled for {compiled}, {device} is sm_{major}{minor}",)
 
 
 def unavailable_reasons() -> list[str]:
-    """Why no compiled CUDA kernel can run here."""
-    return [*CUDA_LIBRARY.reasons, *device_reasons()]
+    """Why no compiled CUDA kernel can run here: on none of the GPUs."""
+    reasons = list(CUDA_LIBRARY.reasons)
+    if not torch.cuda.is_available():
+        return [*reasons, "no CUDA device was found"]
+    of_cards: list[str] = []
+    for index in range(torch.cuda.device_count()):
+        of_card = card_reasons(torch.device("cuda", index))
+        if not of_card:
+            return reasons
+        of_cards += of_card
+    return reasons + of_cards

@@ -2,14 +2,15 @@
 offers."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from mpoe_bench.cases import workload_shape
 
-from mpoe_kernels import BackendError, backend_reasons, route, use_backend
+from mpoe_kernels import BackendError, backend_reasons, cuda_library, route, use_backend
 from mpoe_kernels.backends import CUDA, TRITON, Request, select
-from mpoe_kernels.compiled import load_library, open_ops
+from mpoe_kernels.compiled import CompiledLibrary, load_library, open_ops
 from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.contract.ranking import Problem, rank
 from mpoe_kernels.cuda_library import runs_on
@@ -38,6 +39,12 @@ SHIPPED = "80-real 90a-real 100-real 100-virtual"
         ("80", (9, 0), True),
         ("90a", (10, 0), False),
         ("90a-virtual", (9, 0), True),
+        ("100f-real", (10, 0), True),
+        ("100f-real", (10, 3), True),
+        ("100f-virtual", (12, 0), False),
+        ("103f-real", (10, 0), False),
+        ("120f", (12, 1), True),
+        ("120f", (13, 0), False),
     ],
 )
 def test_which_gpus_the_code_runs_on(architectures, capability, runs):
@@ -56,6 +63,38 @@ def test_without_a_gpu_the_backend_says_so():
         1,
         backend="cuda",
     )
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """GPUs of the compute capabilities that a test puts in the list, and code for sm_90 alone."""
+    capabilities = []
+    library = CompiledLibrary(Path("library"), info={"architectures": "90-real"})
+    monkeypatch.setattr(cuda_library, "CUDA_LIBRARY", library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
+    )
+    cuda_library.card_reasons.cache_clear()
+    yield capabilities
+    cuda_library.card_reasons.cache_clear()
+
+
+def test_a_gpu_that_the_code_does_not_run_on_stops_no_other(cards):
+    cards += [(9, 0), (8, 0)]
+    assert cuda_library.unavailable_reasons() == []
+    assert CUDA.request_reasons(Request("combine", "cuda:0", torch.float32)) == []
+    reason = "it was compiled for 90-real, cuda:1 is sm_80"
+    assert CUDA.request_reasons(Request("combine", "cuda:1", torch.float32)) == [reason]
+
+
+def test_where_the_code_runs_on_no_gpu_each_is_named(cards):
+    cards += [(8, 0), (12, 0)]
+    assert cuda_library.unavailable_reasons() == [
+        "it was compiled for 90-real, cuda:0 is sm_80",
+        "it was compiled for 90-real, cuda:1 is sm_120",
+    ]
 
 
 def test_requests_of_other_devices_and_dtypes_are_refused():

@@ -271,21 +271,6 @@ class Differentiable:
         return [value is not None and wants for value, wants in pairs]
 
 
-def new_gradients(call: Any, wanted: Sequence[bool]) -> list[Tensor]:
-    """Memory for the gradients of an experts' backward call: empty where they are not wanted, zeros
-    without a pair."""
-    new = torch.zeros_like
-    if call.top_k_index.numel():
-        new = torch.empty_like
-    gradients = []
-    for value, wants in zip(call.differentiable, wanted, strict=True):
-        gradient = call.grad.new_empty(0)
-        if wants:
-            gradient = new(value, memory_format=torch.contiguous_format)
-        gradients.append(gradient)
-    return gradients
-
-
 def define_differentiable(
     name: str,
     signature: type[Differentiable],

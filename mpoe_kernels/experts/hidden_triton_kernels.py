@@ -10,7 +10,7 @@ b: hidden unit):
     order[EXPERTS + 2 + s]                      the pair at a place
     right[e, g % OWN, b, b'], right_gate, left  blocks; OWN: groups that own some, 1 if they share
     bias[e, f]
-    out[p, f - first B], out_gate               rows of pairs, which `sum_choices_kernel` adds
+    out[p, f - first B], out_gate               rows of pairs, which `collect_kernel` adds
 
 A row of a product depends on one slot alone, so an Inf or NaN stays with its token. Blocks of more
 than ``BN`` units are computed in parts, each of which recomputes the hidden activations.

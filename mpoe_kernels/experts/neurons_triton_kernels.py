@@ -10,7 +10,7 @@ the order):
     order[EXPERTS + 2 + s]      the pair at a place
     up[e, n, i], gate_up[e, n, i], down[e, n, o], bias[e, n]        n: neuron
     h_rows[s, n], dvalue_rows[s, n], dz_rows[s, n]      by place; where nothing is sorted, by pair
-    out[p, c - first]           rows of pairs, which `sum_choices_kernel` adds
+    out[p, c - first]           rows of pairs, which `collect_kernel` adds
                                 c: column, from first to last
 
 A row of a product depends on one slot alone, so an Inf or NaN stays with its token; sums over

@@ -244,40 +244,34 @@ def neurons_rows_kernel(
 @triton.jit
 def weight_gradient(
     rows,  # [s, n]
-    tokens,  # [t, c]; None: ones, with one column
-    order,
-    out,  # [e, n, c]
+    tokens,  # [t, c]
+    pairs,  # [s]
+    low,  # the expert's first place
+    high,
+    out,  # [n, c]
     columns,
     neurons,
-    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The program's ``BM`` neurons and ``BN`` columns of ``rows^T tokens`` over its expert's slots
-    in order."""
-    e = tl.program_id(0).to(tl.int64)
+    """The program's ``BM`` neurons and ``BN`` columns of ``rows^T tokens``."""
     parts = (columns + BN - 1) // BN
     first_neuron = tl.program_id(1) // parts * BM
     n = first_neuron + tl.arange(0, BM)
     c = tl.program_id(1) % parts * BN + tl.arange(0, BN)
     if first_neuron < neurons:
-        high = tl.load(order + e + 1)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for first in tl.range(tl.load(order + e), high, BK):
+        for first in tl.range(low, high, BK):
             place = first + tl.arange(0, BK)
             used = place < high
+            token = (tl.load(pairs + place, mask=used, other=0) // TOP_K).to(tl.int64)
             row = row_tile(rows + place.to(tl.int64) * neurons, used, n, neurons)
-            if tokens is None:
-                acc += tl.sum(row.to(tl.float32), 0)[:, None]
-            else:
-                pair = tl.load(order + EXPERTS + 2 + place, mask=used, other=0)
-                token = (pair // TOP_K).to(tl.int64)
-                right = row_tile(tokens + token * columns, used, c, columns)
-                acc = tl.dot(tl.trans(row), right, acc, input_precision=PRECISION)
-        store_rows(out + e * neurons * columns, n, acc, n < neurons, c, columns)
+            right = row_tile(tokens + token * columns, used, c, columns)
+            acc = tl.dot(tl.trans(row), right, acc, input_precision=PRECISION)
+        store_rows(out, n, acc, n < neurons, c, columns)
 
 
 @triton.jit
@@ -302,36 +296,38 @@ def neurons_weights_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(EXPERTS, parts of BM neurons and BN columns, 4)``: gradients of weights; the last
-    axis is up, down, gate_up and bias."""
+    """Grid ``(EXPERTS, parts of BM neurons and BN columns, 4)``: gradients of weights, over an
+    expert's slots in order; the last axis is up, down, gate_up and bias."""
+    e = tl.program_id(0).to(tl.int64)
+    low = tl.load(order + e)
+    high = tl.load(order + e + 1)
+    pairs = order + EXPERTS + 2
     which = tl.program_id(2)
     if which == 0:
         if dup is not None:
+            to = dup + e * neurons * width
             weight_gradient(
-                dvalue_rows, x, order, dup, width, neurons, EXPERTS, TOP_K, PRECISION, BM, BN, BK
+                dvalue_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK
             )
     elif which == 1:
         if ddown is not None:
+            to = ddown + e * neurons * out_width
             weight_gradient(
-                h_rows,
-                grad,
-                order,
-                ddown,
-                out_width,
-                neurons,
-                EXPERTS,
-                TOP_K,
-                PRECISION,
-                BM,
-                BN,
-                BK,
+                h_rows, grad, pairs, low, high, to, out_width, neurons, TOP_K, PRECISION, BM, BN, BK
             )
     elif which == 2:
         if dgate_up is not None:
+            to = dgate_up + e * neurons * width
             weight_gradient(
-                dz_rows, x, order, dgate_up, width, neurons, EXPERTS, TOP_K, PRECISION, BM, BN, BK
+                dz_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK
             )
     elif dbias is not None:
-        weight_gradient(
-            dz_rows, None, order, dbias, 1, neurons, EXPERTS, TOP_K, PRECISION, BM, BN, BK
-        )
+        first_neuron = tl.program_id(1) * BM
+        n = first_neuron + tl.arange(0, BM)
+        if first_neuron < neurons:
+            total = tl.zeros((BM,), dtype=tl.float32)
+            for first in tl.range(low, high, BK):
+                place = first + tl.arange(0, BK)
+                row = row_tile(dz_rows + place.to(tl.int64) * neurons, place < high, n, neurons)
+                total += tl.sum(row.to(tl.float32), 0)
+            tl.store(dbias + e * neurons + n, total.to(dbias.dtype.element_ty), mask=n < neurons)

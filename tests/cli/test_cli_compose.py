@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mpoe import (
@@ -18,6 +19,7 @@ from mpoe import (
     convert_to_mpoe,
     load_expert,
     load_mpoe,
+    merge_expert,
     save_expert,
     start_expert,
 )
@@ -303,6 +305,8 @@ def test_texts_a_trained_router_and_one_network(folder, capsys):
     assert not [name for name in names if (folder / "plain" / name).exists()]
     merged = AutoModelForCausalLM.from_pretrained(folder / "plain")
     assert (type(merged).__name__, merged.config.n_inner) == ("GPT2LMHeadModel", 512 + 8 + 9)
+    wanted = merge_expert(load_stand_in("gpt2")[0], [folder / f for f in files.split()], weight=0.5)
+    assert_close(merged.state_dict(), wanted.state_dict())
 
 
 def test_what_a_file_expects_and_what_a_mixture_holds(folder, capsys):

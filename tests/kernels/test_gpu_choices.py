@@ -12,7 +12,7 @@ from mpoe_bench.cases import workload_shape
 from mpoe_bench.layers import cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels.backends import BACKENDS, Request, select
+from mpoe_kernels.backends import BACKENDS, Candidate, Request, select
 from mpoe_kernels.contract import STRATEGIES, BlockDims, may_round_to_tf32
 from mpoe_kernels.contract.autotune import _key
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
@@ -58,6 +58,12 @@ def test_what_waits_is_never_chosen():
             assert able
             assert not any(candidate.waits for candidate in able)
             assert shortlist(able)
+
+
+def test_variants_of_a_strategy_are_timed_where_another_has_none():
+    ways = {"alone": "rebuild", "first": "left_first", "second": "left_first"}
+    able = [Candidate("triton", name, strategy, len) for name, strategy in ways.items()]
+    assert shortlist(able) == able
 
 
 @pytest.mark.usefixtures("card")

@@ -245,6 +245,12 @@ def test_who_else_has_a_part_in_a_call_gets_the_ops(calls, kind):
             assert calls == []
 
 
+@every_kind
+def test_router_and_experts_have_the_backend_of_the_configuration(kind):
+    layer = made(kind, options={"backend": "eager"})
+    assert layer.router.backend == layer.experts.backend == "eager"
+
+
 def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch):
     layer, x, chosen = made(), torch.randn(3, I), mixture.chosen_for
 

@@ -143,6 +143,19 @@ def test_counting_targets():
     refuses(ValueError, "the model returned no loss", split_loss, {"logits": 1})
 
 
+def mean_of_batches(model, rows, size):
+    """The loss per target of a model in eval mode: batches summed in float64."""
+    total, targets = 0.0, 0
+    for start in range(0, len(rows), size):
+        chosen = rows.rows[start : start + size]
+        batch = {key: torch.stack([row[key] for row in chosen]) for key in chosen[0]}
+        count = int(count_targets(batch["labels"], shifts_labels(model)))
+        with torch.no_grad():
+            total += float(model.eval()(**batch).task_loss) * count
+        targets += count
+    return total / targets
+
+
 @every_family
 def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(tmp_path, family):
     model = mpoe_model(family)
@@ -153,6 +166,7 @@ def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(tmp_path, fami
             tmp_path, family, model=model, eval_dataset=rows, per_device_eval_batch_size=size
         )
         losses.append(trainer.evaluate())
+    assert losses[0]["eval_loss"] == pytest.approx(mean_of_batches(model, rows, 3), rel=1e-12)
     batch = {key: torch.stack([row[key] for row in rows.rows]) for key in rows.rows[0]}
     with torch.no_grad():
         outputs = model.eval()(**batch)

@@ -321,6 +321,13 @@ def test_texts_of_the_domains(name):
     assert domain_text(name, True) == held_out
 
 
+def test_a_paragraph_of_licences_is_long_and_comes_once():
+    paragraphs = list(DOMAINS["law"]())
+    letters = ["".join(filter(str.isalnum, text.lower())) for text in paragraphs]
+    assert len(set(letters)) == len(letters)
+    assert min(map(len, paragraphs)) > 80
+
+
 EXAMPLES = ROOT / "examples"
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 

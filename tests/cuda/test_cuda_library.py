@@ -51,6 +51,14 @@ def test_which_gpus_the_code_runs_on(architectures, capability, runs):
     assert runs_on(architectures, *capability) == runs
 
 
+def test_a_torch_without_cuda_does_not_open_the_library(monkeypatch, tmp_path):
+    (tmp_path / cuda_library.LIBRARY).write_bytes(b"code for a GPU")
+    monkeypatch.setattr(cuda_library, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (reason,) = cuda_library._load().reasons
+    assert "is built without CUDA" in reason
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_backend_says_so():
     assert "no CUDA device was found" in backend_reasons()["cuda"]

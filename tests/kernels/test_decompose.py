@@ -101,6 +101,7 @@ def test_balanced_factors_put_the_largest_in_the_middle():
     factors = balanced_factors(1440, 5)
     assert math.prod(factors) == 1440
     assert max(factors) == factors[2]
+    assert balanced_factors(72, 3) == (4, 6, 3)  # the large primes are given first
 
 
 # ------------------------------------------------------------------ matrices

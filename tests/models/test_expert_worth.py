@@ -408,8 +408,11 @@ def test_saves_that_are_refused(tmp_path):
         ("tokenizer must be a tokenizer", {"tokenizer": "a"}),
     ):
         refuses(TypeError, message, save_expert, model, file, **options)
-    next(iter(neuron_modules(model).values())).experts.up.data[0, 0, 0] = float("nan")
-    refuses(ValueError, "finite weights", save_expert, model, file)
+    spoiled = dict(list(model.named_parameters())[:6])
+    for parameter in spoiled.values():
+        parameter.data.view(-1)[0] = float("nan")
+    names = ", ".join(list(spoiled)[:5])
+    refuses(ValueError, f"finite weights; NaN or Inf in {names} and 1 more", save_expert, model, file)
     assert not list(tmp_path.iterdir())
 
 

@@ -411,8 +411,8 @@ def test_saves_that_are_refused(tmp_path):
     spoiled = dict(list(model.named_parameters())[:6])
     for parameter in spoiled.values():
         parameter.data.view(-1)[0] = float("nan")
-    names = ", ".join(list(spoiled)[:5])
-    refuses(ValueError, f"finite weights; NaN or Inf in {names} and 1 more", save_expert, model, file)
+    message = f"finite weights; NaN or Inf in {', '.join(list(spoiled)[:5])} and 1 more"
+    refuses(ValueError, message, save_expert, model, file)
     assert not list(tmp_path.iterdir())
 
 

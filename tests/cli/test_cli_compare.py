@@ -111,6 +111,8 @@ def test_runs_side_by_side(cli, tmp_path):
     assert "<td class=best>0.7000 *</td>" in text
     assert text.count("data:image/png;base64,iVBOR") == 1
     assert [run["name"] for run in read_json(tmp_path / "out/compare.json")] == ["a", "b", "c"]
+    (third / "metrics.jsonl").write_text("")  # killed before it logged a step
+    assert "0, not ended" in cli(f"compare {first} {third} --output_dir {tmp_path}/early").out
 
 
 def test_means_over_seeds(cli, tmp_path):

@@ -429,6 +429,7 @@ def test_tokens_by_their_frequency():
             "the 20 answers have 2 different values, the expected ones 20",
         ),
         (["x" * 60] * 3, ["a", "b", "c"], "xxx..."),
+        (["x" * 40] * 3, ["a", "b", "c"], "x" * 40),
         (["a", "b"] * 4, ["b", "a"] * 4, None),  # wrong, but not collapsed
         (["a"] * 4, ["a"] * 4, None),
         (["a"], ["b"], None),

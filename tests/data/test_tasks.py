@@ -1,6 +1,8 @@
 """Tasks: the registry refuses well; what a few lines of YAML or Python describe."""
 
+import dataclasses
 import json
+from dataclasses import FrozenInstanceError
 
 import pytest
 
@@ -32,6 +34,12 @@ def tiny_task(name="tiny", **changes):
         **changes,
     }
     return Task(**fields)
+
+
+def test_a_task_is_a_value():
+    task = tiny_task()
+    refuses(FrozenInstanceError, "cannot assign to field 'name'", setattr, task, "name", "other")
+    assert {task: 1}[dataclasses.replace(task)] == 1
 
 
 def test_registry():

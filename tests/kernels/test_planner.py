@@ -37,6 +37,13 @@ def optimal_flops(dims, rows):
     return float(info.opt_cost)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_rebuilding_takes_the_cheaper_order_so_a_mirrored_shape_costs_the_same(name):
+    shape = SHAPES[name]
+    mirrored = BlockDims.of_shape(shape.mirrored())
+    assert BlockDims.of_shape(shape).rebuild_flops == mirrored.rebuild_flops
+
+
 def check_against_optimum(shape, rows):
     dims = BlockDims.of_shape(shape)
     optimum = optimal_flops(dims, rows)

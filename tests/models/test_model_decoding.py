@@ -436,3 +436,6 @@ def test_where_full_weights_pay(dtype):
             assert full_weights_pay((shape, shape.mirrored()), experts, slots, dtype)
         for shape in cheap:
             assert not full_weights_pay((shape, shape.mirrored()), experts, slots, dtype)
+    shapes = {"up": costly[0], "down": costly[0].mirrored()}
+    many = MPOExperts(shapes, 512, device="meta")
+    assert many.full_weights_pay(1, dtype)  # of the one expert that can have a slot

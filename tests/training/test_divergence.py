@@ -1,6 +1,7 @@
 """A run that diverges ends with an error; the rates that a run starts from, and the search for
 one."""
 
+import itertools
 import math
 import warnings
 from types import SimpleNamespace
@@ -153,6 +154,16 @@ def test_overflows_that_do_not_end_are_a_divergence(tmp_path):
         trainer.train,
     )
     assert all_finite(trainer.model)
+
+
+def test_overflows_with_steps_between_them_are_no_divergence(tmp_path):
+    trainer = scaled(tmp_path, 2.0**16, max_steps=2 * MOST_SKIPPED)
+    factors = itertools.cycle([math.nan, 1.0])
+    next(p for p in trainer.model.parameters() if p.ndim > 1).register_hook(
+        lambda gradient: gradient * next(factors)
+    )
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 2.0**16 / 2**MOST_SKIPPED
 
 
 def test_a_loss_that_is_not_finite_under_scaling_is_one(tmp_path):

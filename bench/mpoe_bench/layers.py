@@ -25,7 +25,7 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import ACTIVATIONS, MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
 from mpoe_bench.contender import Comparison, Contender, Truth, dtype_name, gradients_of, size_facts
-from mpoe_bench.peers import ORIGINAL, PEERS, STOCK_LAYERS, OriginalLayer
+from mpoe_bench.peers import GRANITE, ORIGINAL, PEERS, GraniteLayer, OriginalLayer
 from mpoe_kernels import plan_contraction
 
 LIMIT = "dense FFN"
@@ -246,14 +246,9 @@ def original_layer(shape: str, experts: int, at: Place) -> Layer:
     return Layer(f"{ORIGINAL} ({shape})", "peer", lambda plain: OriginalLayer(make(), plain))
 
 
-def stock(name: str, at: Place) -> Layer:
-    """One of `STOCK_LAYERS`."""
-
-    def make(_: bool) -> nn.Module:
-        layer = STOCK_LAYERS[name](at.model, at.tokens)
-        return layer.to(at.device, at.dtype)
-
-    return Layer(name, "peer", make)
+def granite(at: Place) -> Layer:
+    """Transformers' own layer."""
+    return Layer(GRANITE, "peer", lambda _: GraniteLayer(at.model).to(at.device, at.dtype))
 
 
 def _built(

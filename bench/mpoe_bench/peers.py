@@ -1,7 +1,7 @@
 """The peers: other mixtures of experts, and how each is made.
 
 Dense experts in a loop and as grouped products, and the original's algorithm, with one expert per
-token; Transformers' own layers.
+token; a layer of Transformers' own.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from mpoe_kernels import MPOShape
 LOOP = "dense experts, loop"
 GROUPED = "dense experts, grouped_mm"
 ORIGINAL = "original: rebuild all"
+GRANITE = "transformers GraniteMoeShared 64, 8"
 Sizes = tuple[int, int, int]  # model I, hidden F, experts E
 # x [T, I], experts int64 [T], gates [T, 1], up [E, F, I] and down [E, I, F] (as in nn.Linear) ->
 # [T, I]
@@ -135,57 +136,35 @@ class OriginalLayer(nn.Module):
         return [rebuilt(chain, module.shape).T for chain in zip(*cores, strict=True)]
 
 
-class _OfTokens(nn.Module):
-    """Sums what layers that take ``[batch, tokens, I]`` make of tokens ``[T, I]``; weights are
-    random."""
+class GraniteLayer(nn.Module):
+    """Transformers' dense network and 64 experts beside it, eight per token, with random weights:
+    the form of neurons.
 
-    def __init__(self, *layers: nn.Module) -> None:
+    All are gated, so that hidden sizes are two thirds of a plain network's of the same weights and
+    FLOPs.
+    """
+
+    def __init__(self, model: int) -> None:
+        from transformers import GraniteMoeSharedConfig
+        from transformers.models.granitemoeshared import modeling_granitemoeshared as granite
+
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        config = GraniteMoeSharedConfig(
+            hidden_size=model,
+            shared_intermediate_size=8 * model // 3,
+            intermediate_size=max(min(64, model // 12) * 2 // 3, 1),
+            num_local_experts=64,
+            num_experts_per_tok=8,
+            num_attention_heads=1,
+        )
+        self.network = granite.GraniteMoeSharedMLP(config)
+        self.experts = granite.GraniteMoeSharedMoE(config)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *others = (layer(x[None])[0] for layer in self.layers)
-        return sum(others, first)
-
-
-def switch_layer(model: int, tokens: int) -> nn.Module:
-    """Switch with eight experts, one per token; none is dropped."""
-    from transformers import SwitchTransformersConfig
-    from transformers.models.switch_transformers.modeling_switch_transformers import (
-        SwitchTransformersSparseMLP,
-    )
-
-    sizes = {"d_model": model, "d_ff": 4 * model, "num_experts": 8, "expert_capacity": tokens}
-    config = SwitchTransformersConfig(**sizes, router_jitter_noise=0.0, dropout_rate=0.0)
-    return _OfTokens(SwitchTransformersSparseMLP(config))
-
-
-def granite_layer(model: int, _: int) -> nn.Module:
-    """A dense network and 64 experts beside it, eight per token: the form of neurons. All are
-    gated, so that hidden sizes are two thirds of a plain network's of the same weights and
-    FLOPs."""
-    from transformers import GraniteMoeSharedConfig
-    from transformers.models.granitemoeshared import modeling_granitemoeshared as granite
-
-    config = GraniteMoeSharedConfig(
-        hidden_size=model,
-        shared_intermediate_size=8 * model // 3,
-        intermediate_size=max(min(64, model // 12) * 2 // 3, 1),
-        num_local_experts=64,
-        num_experts_per_tok=8,
-        num_attention_heads=1,
-    )
-    return _OfTokens(granite.GraniteMoeSharedMLP(config), granite.GraniteMoeSharedMoE(config))
-
-
-# Transformers' own mixture layers, routers included, for a model's size and at most so many tokens:
-# what a model's feed-forward layer, four times as wide inside, could be instead of ours.
-STOCK_LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "transformers Switch 8, 1": switch_layer,
-    "transformers GraniteMoeShared 64, 8": granite_layer,
-}
+        batch = x[None]
+        return (self.network(batch) + self.experts(batch))[0]
 
 
 PEERS = {

@@ -151,8 +151,12 @@ class Run:
                     parameters.append(pytest.param(comparison, name, phase, id=label))
             metafunc.parametrize(("comparison", "name", "phase"), parameters)
         elif "case" in metafunc.fixturenames:
-            for backend, case in judged_of(self.suite, self.sizes, self.device, self.backends):
-                for phase in ("forward", "backward") if case.training else ("forward",):
+            judged = judged_of(self.sizes, self.backends) if self.suite == "planner" else []
+            for backend, case in judged:
+                phases = ["forward"]
+                if case.training:
+                    phases.append("backward")
+                for phase in phases:
                     label = f"{case.name}-{backend}-{phase}"
                     parameters.append(pytest.param(backend, case, phase, id=label))
             metafunc.parametrize(("backend", "case", "phase"), parameters)

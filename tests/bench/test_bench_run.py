@@ -26,7 +26,7 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick):
     results = quick.results
     assert results["failures"] == []
     keys = [section["key"] for section in results["sections"]]
-    assert {"ffn", "train_step", "layers", "planner"} == set(keys)
+    assert {"ffn", "train_step", "layers"} == set(keys)
     main_section = results["sections"][0]
     rows = {row["name"]: row for row in main_section["rows"]}
     backend = "eager" if available_backends() == ("eager",) else "auto"
@@ -81,7 +81,7 @@ def test_results_are_json_without_nan(quick):
 def test_other_suites(suite, monkeypatch):
     seen, plan = [], suites.Plan(suites.SCALES["tiny"], "cpu", ("eager",))
     dtypes = [each.facts["dtype"] for each in plan.of(suite)]
-    monkeypatch.setattr(suites, "HALVES", (torch.bfloat16,))
+    monkeypatch.setattr(suites, "DTYPES", (torch.bfloat16,))
     results = run_suite(suite, threads=1, scale="tiny", on_section=seen.append, backend="eager")
     assert results["failures"] == []
     assert results["sections"] == seen
@@ -111,8 +111,7 @@ def test_other_suites(suite, monkeypatch):
 
 @pytest.mark.slow
 def test_mixtures_around_a_dense_network(monkeypatch):
-    monkeypatch.setattr(suites, "HALVES", (torch.bfloat16,))  # the quick suite has some in float32
-    monkeypatch.setattr(suites, "STOCK_LAYERS", ())  # and these
+    monkeypatch.setattr(suites, "DTYPES", (torch.bfloat16,))  # the quick suite has some in float32
     results = run_suite("layers", threads=1, scale="tiny", backend="eager")
     assert results["failures"] == []
     assert {section["case"]["layers"] for section in results["sections"]} == {1, 2}
@@ -216,4 +215,4 @@ def test_pytest_benchmark_suites_pass_on_tiny_sizes():
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert int(passed.group(1)) > 80, done.stdout  # ops, FFN, decode, train step, layers
+    assert int(passed.group(1)) > 60, done.stdout  # FFN, decoding, train step, layers

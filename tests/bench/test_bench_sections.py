@@ -4,17 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mpoe_bench import run
 from mpoe_bench.contender import NOT_HERE, checked, gradients_of
 from mpoe_bench.layers import (
     LIMIT,
     Place,
     case_layer,
+    granite,
     layers_comparison,
     named_case,
     original_layer,
     peer_layers,
-    stock,
 )
 from mpoe_bench.peers import PEERS
 from mpoe_bench.run import run_suite
@@ -71,7 +70,6 @@ def measure(monkeypatch):
     def measured(builds):
         comparison = replace(honest(), title="t", contenders=builds)
         monkeypatch.setattr(Plan, "of", lambda *_: [comparison])
-        monkeypatch.setattr(run, "judged_of", lambda *_: [])
         return run_suite(threads=1, scale="tiny", backend="eager")
 
     return measured
@@ -153,7 +151,7 @@ def test_every_peer_computes_the_truth(dtype):
             original_layer(shape, EXPERTS, at)
             for shape in ("separable", "paper_4", "paper_full", "light_8")
         ),
-        stock("transformers Switch 8, 1", at),
+        granite(at),
     ]
     comparison = comparison_of(layers, at)
     for name, kind, build in comparison.contenders:

@@ -53,7 +53,6 @@ UP, DOWN, GATE = (
     random_blocks(shape, 2, torch.float32) for shape in (SEPARABLE, SEPARABLE.mirrored(), SEPARABLE)
 )
 NETWORK = ONES(3, 12), route(PAIRS, 2), GATES, UP, DOWN
-SEVERAL = route(torch.arange(9).view(-1, 1).expand(9, 2) % 4, 4)
 BIG = torch.zeros(1 << 16, 1 << 15, dtype=torch.int64, device="meta")
 PLACED = ONES(3, 12), UP, route(PAIRS, 2).expert_offsets, None, route(PAIRS, 2)
 
@@ -153,9 +152,6 @@ CASES = {
         "slot_of_token must be None without row_index; got": lambda: linear(
             slot_of_token=ONES(5, 1).long()
         ),
-        r"slot_of_token must be \[T, K\] with T = 5; got int64 \[4, 1\]": lambda: linear(
-            row_index=torch.arange(5), slot_of_token=ONES(4, 1).long()
-        ),
         "activation must be one of .*did you mean 'relu'": lambda: linear(activation="relo"),
         "strategy must be one of": lambda: linear(strategy="fast"),
         r"backend must be one of \['auto', .*'eager'.*got 'abacus'": lambda: linear(
@@ -183,15 +179,6 @@ CASES = {
             ROUTING, expert_offsets=OFFSETS[:1]
         ),
         r"must have N = T \* K": lambda: replace(ROUTING, token_of_slot=torch.arange(4)),
-        r"x must be of a floating dtype \[T, I\], T = 9, I = 2; got": lambda: dispatch(
-            ONES(4, 2), SEVERAL
-        ),
-        r"y_sorted must be of a floating dtype \[N, F\], N = 18": lambda: combine(
-            ONES(4, 2), SEVERAL, ONES(9, 2)
-        ),
-        r"top_k_weights must be of a floating dtype \[T, K\], T = 9, K = 2": lambda: combine(
-            ONES(18, 2), SEVERAL, ONES(9, 1)
-        ),
         # networks
         "dropout must lie .*; got -1": lambda: mpo_ffn(*NETWORK, dropout=-1),
         r"dropout must lie .*; got 1\.5": lambda: mpo_ffn(*NETWORK, dropout=1.5),
@@ -240,8 +227,6 @@ CASES = {
         "ids must be an int32 or int64 tensor": lambda: mpo_embedding(X, ONE),
         # routing
         "top_k_index must be int32 or int64": lambda: route(GATES, 2),
-        "num_experts must be an integer; got NoneType None": lambda: route(PAIRS, None),
-        r"num_experts must be an integer; got float 3\.0": lambda: route(PAIRS, 3.0),
         "num_experts must be an integer; got bool True": lambda: route(PAIRS, True),
         r"capacity must be an integer; got float 1\.5": lambda: route(PAIRS, 1, capacity=1.5),
         "name must be that of a backend; got None": lambda: use_backend(None).__enter__(),
@@ -277,22 +262,9 @@ CASES = {
 WRONG = {
     HiddenProblem: {
         "right must be of u's dtype": {"u": ONES(7, 12)},
-        r"right must be of u's dtype \[E, G, b, b\]; got": {"right": ONES(4, 4)},
         "b a divisor of F = 12": {
             "right": ONES(5, 1, 5, 5).double(),
             "left": ONES(5, 5, 5).double(),
-        },
-        r"right must be of u's dtype \[E, G, b, b\], .*, b = 4; got .*5, 1, 4, 3": {
-            "right": ONES(5, 4, 3)
-        },
-        r"right must be of u's dtype \[E, G, b, b\], .*, b = 3; got .*5, 1, 3, 4": {
-            "right": ONES(5, 3, 4)
-        },
-        r"left must be of u's dtype \[E, G, b, b\], E = 5, .*; got .*0, 1, 4, 4": {
-            "left": ONES(0, 4, 4)
-        },
-        r"left must be of u's dtype .* G = 1, b = 4; got float64 \[5, 3, 4, 4\]": {
-            "left": ONES(5, 3, 4, 4).double()
         },
         "u_gate and right_gate must be given together; got one of them": {
             "u_gate": ONES(7, 12).double()
@@ -309,15 +281,11 @@ WRONG = {
     },
     NeuronProblem: {
         "up must be of x's dtype": {"x": ONES(7, 12)},
-        r"up must be of x's dtype \[E, m, I\], I = 12; got": {"up": ONES(4, 4)},
         "E must be at least 1; got": {
             "up": ONES(0, 6, 12).double(),
             "down": ONES(0, 6, 9).double(),
         },
-        "up must be of x's dtype .* I = 12; got .*5, 6, 11": {"up": ONES(5, 6, 11)},
-        "up must be of x's dtype .* I = 12; got .*5, 6, 13": {"up": ONES(5, 6, 13)},
         r"bias must be of x's dtype \[E, m\], E = 5, m = 6; got": {"bias": ONES(5, 7)},
-        r"down must be of x's dtype \[E, m, F\], E = 5, m = 6; got": {"down": ONES(4, 4)},
     },
 }
 
@@ -418,9 +386,6 @@ def test_what_is_at_the_edge_is_taken():
     assert (blocks.left.device.type, blocks.num_experts) == ("meta", 1)
     assert mpo_linear(META, blocks).shape == (3, 6)
     assert reconstruct([core.to("meta") for core in CORES]).shape == (6, 6)
-    assert all(
-        bool(torch.isfinite(core).all()) for core in decompose(torch.full((6, 6), 3e38), SHAPE)
-    )
     with torch.autocast("cpu"):
         wide = fold([core.double() for core in CORES], 1)
         assert mpo_linear(X.double(), wide, ONES(6).double()).dtype == torch.float64

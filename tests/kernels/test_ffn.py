@@ -8,7 +8,7 @@ import pytest
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks
 
-from mpoe_kernels import MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_ffn, route
+from mpoe_kernels import MPOShape, Routing, combine, grouped_mpo_linear, mpo_ffn, route
 from mpoe_kernels.backends import places_rows
 from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES, Contraction
 from mpoe_kernels.contract.orders import INDICES, BlockDims
@@ -17,11 +17,11 @@ from mpoe_kernels.linear.eager import candidates
 from mpoe_kernels.linear.eager.library import Library
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from tests.assertions import poisoned_memory
-from tests.cases import SMALL_SHAPES, either, in_two_dtypes, pairwise
-from tests.linear_problem import KernelProblem, check_ffn, leaves
+from tests.cases import SMALL_SHAPES, either, in_two_dtypes
+from tests.linear_problem import KernelProblem, check_ffn
 from tests.linear_scenarios import LinearScenarios
 
-from .backend_cases import BACKENDS, on_every_backend, require, require_strategies
+from .backend_cases import on_every_backend, require, require_strategies
 
 
 def test_ffn_dropout_drops_hidden_activations():
@@ -32,53 +32,6 @@ def test_ffn_dropout_drops_hidden_activations():
     plain = mpo_ffn(x, routing, weights, up, down)
     assert not torch.equal(mpo_ffn(x, routing, weights, up, down, dropout=0.5), plain)
     assert bool((mpo_ffn(x, routing, weights, up, down, dropout=1.0) == 0).all())
-
-
-@pytest.mark.parametrize("name, backend", pairwise(["light", "separable"], BACKENDS))
-def test_one_graph(backend, name):
-    """Of routing, a network and rows there and back, without a number that the host reads."""
-    shape = SMALL_SHAPES[name]
-    strategies = require_strategies(backend, shape, torch.float32)
-    if shape.is_separable and "separable" not in strategies:
-        pytest.skip(f"backend {backend} does not compute the strategy that {name} trains with")
-    up, gate = (random_blocks(shape, 4, torch.float32, requires_grad=True) for _ in range(2))
-    down = random_blocks(shape.mirrored(), 4, torch.float32, requires_grad=True)
-    gate_proj = gate if name == "light" else None
-
-    def mix(x, logits):
-        weights, index = logits.softmax(-1).topk(1)
-        routing = route(index, 4, capacity=3, backend=backend)
-        y = mpo_ffn(
-            x,
-            routing,
-            weights,
-            up,
-            down,
-            gate_proj=gate_proj,
-            activation="gelu_new",
-            backend=backend,
-        )
-        return y + combine(dispatch(x, routing, backend=backend), routing, weights, backend=backend)
-
-    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager", dynamic=True)
-    for tokens in (9, 5):
-        x, logits = (
-            torch.randn(tokens, 12, requires_grad=True),
-            torch.randn(tokens, 4, requires_grad=True),
-        )
-        inputs = [
-            x,
-            logits,
-            *leaves(up),
-            *leaves(down),
-            *([] if gate_proj is None else leaves(gate)),
-        ]
-        expected, got = mix(x, logits), compiled(x, logits)
-        assert torch.equal(got, expected)
-        pairs = zip(
-            *(torch.autograd.grad(y.square().sum(), inputs) for y in (got, expected)), strict=True
-        )
-        assert all(torch.allclose(a, b) for a, b in pairs)
 
 
 @on_every_backend

@@ -1,10 +1,6 @@
 """grouped_mpo_linear on every backend, strategy, dtype and layout of memory, against the float64
 reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -15,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpoe_kernels import MPOBlocks, MPOShape, backends, grouped_mpo_linear, mpo_linear
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.linear.op import ACTIVATIONS
-from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
 from tests.assertions import torch_threads
 from tests.cases import SMALL_SHAPES, pairwise
@@ -307,38 +302,6 @@ def test_every_public_activation_has_a_reference():
         assert torch.allclose(
             got, grouped_mpo_linear_reference(x, blocks, offsets, activation=formula)
         )
-
-
-ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
-
-
-# tools/native_sanitizers.sh also runs these kernels with every instruction set under sanitizers.
-@pytest.mark.parametrize(
-    "isa",
-    [
-        pytest.param(isa, marks=pytest.mark.slow if isa == "avx2" else pytest.mark.exhaustive)
-        for isa in ISAS
-    ],
-)
-def test_every_instruction_set_of_this_machine(isa):
-    require("native")
-    best = NATIVE_LIBRARY.info["isa_detected"]  # what the tests use anyway
-    if ISAS.index(isa) >= ISAS.index(best):
-        pytest.skip(f"this machine's best is {best}")
-    environment = os.environ | {"MPOE_CPU_ISA": isa}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "native",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
 
 
 def small_product():

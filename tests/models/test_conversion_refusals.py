@@ -6,7 +6,7 @@ import transformers
 from transformers import GPT2LMHeadModel
 from transformers.models.distilbert import DistilBertConfig, DistilBertModel
 
-from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
+from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_latent
 from mpoe.models.find import hidden_size_as_mixture
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
@@ -97,11 +97,6 @@ def test_a_mixture(family):
     refuses(ValueError, words, convert_to_mpoe, model, sites=sites)
     words = f"a wider model must be of t5, .*; got {family}"
     refuses(ValueError, words, hidden_size_as_mixture, model, MPOEConfig())
-
-
-def test_dense_experts_are_not_merged_again():
-    model = convert_to_mpoe(dense_model("t5"), MPOEConfig(num_experts=2, expert_type="dense"))
-    refuses(ValueError, "expert_type='dense'", merge_experts, model)
 
 
 def test_experts_without_a_latent_space_are_not_merged_out_of_it():

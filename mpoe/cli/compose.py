@@ -101,39 +101,36 @@ def recipe_words(file: str) -> list[str]:
         ValueError: a file that cannot be read.
     """
     recipe = read_mapping(file, "recipe")
-    kinds = get_type_hints(ComposeOptions)
-    known = ["base", "experts", *kinds]
-    lists = ("experts", "texts", "remove", "background")
-    for key, value in recipe.items():
-        if key not in known:
-            raise CommandError(f"{file}: unknown key {key!r}{close_matches(str(key), known)}")
-        wanted = ""
-        if key in lists:
-            is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
-            wanted = "" if is_list and value else "a list of texts"
-        elif kinds.get(key) is bool:
-            wanted = "" if isinstance(value, bool) else "true or false"
-        elif not isinstance(value, str | int | float) or isinstance(value, bool):
-            wanted = "a text or a number"
-        if wanted:
-            raise CommandError(f"{file}: {key} must be {wanted}; got {quoted(value)}")
     if "base" not in recipe:
         raise CommandError(f"{file}: base must name the model of the experts; it is missing")
+    kinds = {"base": str, "experts": list[str], **get_type_hints(ComposeOptions)}
     tree: Any = yaml.compose(read_utf8(file, Path(file)), yaml.SafeLoader)
     keys = [key.value for key, _ in tree.value]
-    for key in keys:
+    words: list[str] = []
+    for key, value in recipe.items():
+        if key not in kinds:
+            raise CommandError(f"{file}: unknown key {key!r}{close_matches(key, kinds)}")
         if keys.count(key) > 1:  # of which the last would count
             raise CommandError(f"{file}: {key} must be there once; got it {keys.count(key)} times")
-    words = [str(recipe["base"]), *recipe.get("experts", [])]
-    for word in [*words, *(part for key in lists[1:] for part in recipe.get(key, []))]:
-        if word.startswith("-"):
-            raise CommandError(f"{file}: names must not begin with '-'; got {quoted(word)}")
-    for key, value in recipe.items():
-        if key in lists[1:]:
-            words += [f"--{key}", *value]
-        elif key not in ("base", "experts"):
-            words.append(f"--{key}={value}")
-    return words
+        wanted = "a text or a number"
+        fits = isinstance(value, str | int | float) and not isinstance(value, bool)
+        names = [str(value)] if key == "base" else []
+        if kinds[key] == list[str]:
+            wanted = "a list of texts"
+            fits = isinstance(value, list) and {type(part) for part in value} == {str}
+            names = value
+        elif kinds[key] is bool:
+            wanted = "true or false"
+            fits = isinstance(value, bool)
+        if not fits:
+            raise CommandError(f"{file}: {key} must be {wanted}; got {quoted(value)}")
+        for name in names:
+            if name.startswith("-"):
+                raise CommandError(f"{file}: names must not begin with '-'; got {quoted(name)}")
+        if key in ("base", "experts"):
+            continue
+        words += [f"--{key}", *names] if names else [f"--{key}={value}"]
+    return [str(recipe["base"]), *recipe.get("experts", []), *words]
 
 
 def command(arguments: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ AXES = {
     "R": ("b", "iR", "jR"),
     "LC": ("iL", "jL", "iC", "jC", "b"),
     "CR": ("a", "iC", "jC", "iR", "jR"),
-    "W": ("iL", "iC", "iR", "jL", "jC", "jR"),
+    "W": ("iL", "jL", "iC", "jC", "iR", "jR"),
 }
 X_AXES = ("iL", "iC", "iR")
 Y_AXES = ("jL", "jC", "jR")
@@ -177,10 +177,6 @@ def merge_flops(dims: BlockDims, first: str, second: str) -> int:
 def applications(dims: BlockDims, order: tuple[str, ...]) -> tuple[Application, ...]:
     """The products of x with the operands in ``order``; together the operands make the whole
     weight."""
-    if order == ("W",):  # the whole weight is cropped to its true size before it is used
-        i = dims.in_features
-        f = dims.out_features
-        return (Application("W", i, f, 1, f, i),)
     state = X_INDICES
     steps = []
     for operand in order:

@@ -30,7 +30,6 @@ from mpoe_kernels.contract.program import (
     Product,
     Program,
     program_of,
-    value_of,
 )
 from mpoe_kernels.mpo.shape import MPOShape
 
@@ -93,15 +92,13 @@ class Contraction:
         return sum(self._product_flops(product) for product in self.program.products)
 
     def _product_flops(self, product: Product) -> int:
-        """Of one product; a whole weight has its true size."""
+        """Of one product, padding included."""
         dims = self.dims
         axes = self.program.axes
         indices = {*axes[product.first], *axes[product.second]}
         elements = dims.elements(frozenset(indices))
         if product.kind == MERGE:
             return 2 * elements * self.busy_experts
-        if "W" in (value_of(product.second), value_of(product.result)):
-            elements = dims.in_features * dims.out_features
         return 2 * elements * self.slots
 
     @property

@@ -32,6 +32,7 @@ PHASES = ("forward", "backward")
 # The rows that a separable forward keeps for its backward: what its central step gives.
 KEPT = "rows2"
 
+Merge = tuple[str, str, str]  # result, first, second
 # What is built from blocks.
 COMPOSITES = ("LC", "CR", "W")
 
@@ -101,6 +102,15 @@ def _rows_name(position: int, count: int) -> str:
     return f"rows{position}"
 
 
+def _rows_products(order: tuple[str, ...], number: int) -> list[Product]:
+    """The first products of rows with operands."""
+    count = len(order)
+    products = []
+    for k in range(number):
+        products.append(Product(ROWS, _rows_name(k + 1, count), _rows_name(k, count), order[k]))
+    return products
+
+
 def _axes_of(order: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Axes of every name: rows keep their remaining axes in front, what an operand brings comes
     last."""
@@ -116,24 +126,13 @@ def _axes_of(order: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return axes | of_gradients
 
 
-def _with_last_reads(products: list[Product]) -> tuple[Product, ...]:
-    read: set[str] = set()
-    marked = []
-    for product in reversed(products):
-        names = dict.fromkeys((product.first, product.second))
-        last_reads = tuple(name for name in names if name not in read)
-        marked.append(product._replace(last_reads=last_reads))
-        read.update(names)
-    return tuple(reversed(marked))
-
-
 def _parts(operand: str) -> str:
     if operand == "W":
         return "LCR"
     return operand
 
 
-def _merge_gradients(merges: tuple[tuple[str, str, str], ...], wanted: set[str]) -> list[Product]:
+def _merge_gradients(merges: tuple[Merge, ...], wanted: set[str]) -> list[Product]:
     """From the gradients of what was built to those of the blocks.
 
     A plain block's comes first: after it, nobody reads the value of the built one, whose memory can
@@ -153,26 +152,35 @@ def _merge_gradients(merges: tuple[tuple[str, str, str], ...], wanted: set[str])
     return products
 
 
-def _read_values(
-    merges: tuple[tuple[str, str, str], ...], used: set[str], wanted: set[str]
-) -> set[str]:
-    """Operands whose values a backward reads: ``used`` by rows, or the other factor in a merge's
-    gradient."""
-    for result, first, second in reversed(merges):
-        if result in wanted and first in wanted:
-            used = used | {second}
-        if result in wanted and second in wanted:
-            used = used | {first}
-    for result, first, second in reversed(merges):
-        if result in used:
-            used = used | {first, second}
-    return used
+def _built_when_read(products: list[Product], merges: tuple[Merge, ...]) -> tuple[Product, ...]:
+    """The products, what they read built just before; every one with its last reads."""
+    made: set[str] = set()
+    ordered: list[Product] = []
+
+    def build(name: str) -> None:
+        for result, first, second in merges:
+            if result == name and name not in made:
+                made.add(name)
+                build(first)
+                build(second)
+                ordered.append(Product(MERGE, result, first, second))
+
+    for product in products:
+        build(product.first)
+        build(product.second)
+        ordered.append(product)
+    read: set[str] = set()
+    marked = []
+    for product in reversed(ordered):
+        names = dict.fromkeys((product.first, product.second))
+        last_reads = tuple(name for name in names if name not in read)
+        marked.append(product._replace(last_reads=last_reads))
+        read.update(names)
+    return tuple(reversed(marked))
 
 
 @lru_cache(maxsize=4096)
-def recipe(
-    dims: BlockDims, strategy: str
-) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+def recipe(dims: BlockDims, strategy: str) -> tuple[tuple[Merge, ...], tuple[str, ...]]:
     """``(merges, order)``: what a strategy builds once per expert, as (result, first, second), and
     what x is then multiplied by.
 
@@ -198,13 +206,11 @@ def recipe(
 
 @lru_cache(maxsize=4096)
 def forward_program(dims: BlockDims, strategy: str) -> Program:
-    """Build what the strategy builds, then rows meet its operands one after the other."""
+    """Rows meet a strategy's operands one after the other."""
     merges, order = recipe(dims, strategy)
-    products = [Product(MERGE, *merge) for merge in merges]
-    count = len(order)
-    for k, operand in enumerate(order):
-        products.append(Product(ROWS, _rows_name(k + 1, count), _rows_name(k, count), operand))
-    return Program(strategy, "forward", order, _with_last_reads(products), _axes_of(order))
+    products = _rows_products(order, len(order))
+    built = _built_when_read(products, merges)
+    return Program(strategy, "forward", order, built, _axes_of(order))
 
 
 @lru_cache(maxsize=8192)
@@ -228,19 +234,14 @@ def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> 
     for k in range(1, count):
         if order[k] in wanted and not (kept and k == 2):
             recomputed = k
-    used = {operand for k, operand in enumerate(order) if before_needed[k] or k < recomputed}
-    values = _read_values(merges, used, wanted)
-    products = [Product(MERGE, *merge) for merge in merges if merge[0] in values]
-    again = [
-        Product(ROWS, _rows_name(k + 1, count), _rows_name(k, count), order[k])
-        for k in range(recomputed)
-    ]
+    products: list[Product] = []
+    again = _rows_products(order, recomputed)
     # The rows that only C's gradient reads come last, beside what else reads x and L.
     late: list[Product] = []
     if kept:
         late = again
     else:
-        products += again
+        products = again
     for k in reversed(range(count)):
         after = f"d {_rows_name(k + 1, count)}"
         before = _rows_name(k, count)
@@ -256,7 +257,8 @@ def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> 
                 products.append(gradient)
     products += late
     products += _merge_gradients(merges, wanted)
-    return Program(strategy, "backward", order, _with_last_reads(products), _axes_of(order))
+    built = _built_when_read(products, merges)
+    return Program(strategy, "backward", order, built, _axes_of(order))
 
 
 def program_of(

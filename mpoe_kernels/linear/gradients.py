@@ -7,8 +7,8 @@ the gradient of a weight on chip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +22,7 @@ from mpoe_kernels.linear.activation import ACTIVATION_GRADIENT
 from mpoe_kernels.routing.op import DispatchBackwardCall
 
 if TYPE_CHECKING:
-    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 
 Forward = tuple[Tensor, Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -41,20 +41,29 @@ def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int, copie
     return max(1, memory // (copies * largest))
 
 
+def _all() -> slice:
+    return slice(None)
+
+
 @dataclass(frozen=True)
 class Slots:
-    """The slots of some experts.
+    """Some experts and the slots in whose rows theirs are.
 
     Attributes:
-        offsets: ``[E + 1]``; expert e owns ``[offsets[e], offsets[e + 1])``.
+        offsets: ``[E + 1]``; expert e owns ``[offsets[e], offsets[e + 1])``. Not read where
+            ``of_experts`` is given.
         count: N.
-        is_part: there are experts before or after them.
+        is_part: there are experts or slots beside them.
+        experts: their places among all experts.
+        rows: the slots' places among all slots.
         of_experts: how many each owns, and together all of them; None: nobody has read the offsets.
     """
 
     offsets: Tensor
     count: int
     is_part: bool = False
+    experts: slice | list[int] = field(default_factory=_all)
+    rows: slice = field(default_factory=_all)
     of_experts: list[int] | None = None
 
     @property
@@ -78,6 +87,15 @@ class Slots:
         return torch.where(self.owned.view(-1, *ones), rows, 0)
 
 
+def parts_of(call: LinearCall, size: int) -> Iterator[Slots]:
+    """A call's experts, ``size`` at a time."""
+    experts = call.num_experts
+    for first in range(0, experts, size):
+        last = min(first + size, experts)
+        offsets = call.expert_offsets[first : last + 1]
+        yield Slots(offsets, call.slots, size < experts, slice(first, last))
+
+
 def around_gradients(
     call: BackwardCall, gradients: Callable[[Tensor], Gradients], activates: bool = False
 ) -> Backward:
@@ -95,7 +113,8 @@ def around_gradients(
     dbias = None
     if call.need[4]:
         rows = Slots(call.expert_offsets, call.slots).clear(dz)
-        dbias = rows.sum(0, dtype=torch.float32).to(dz.dtype)
+        widest = torch.promote_types(dz.dtype, torch.float32)
+        dbias = rows.sum(0, dtype=widest).to(dz.dtype)
     dx = dleft = dcentral = dright = None
     if any(call.need_of_plan):
         dx, dleft, dcentral, dright = gradients(dz)
@@ -105,14 +124,10 @@ def around_gradients(
         else:
             sum_rows = kernel_for("dispatch_backward", dx.device, dx.dtype, call.backend)
             dx = sum_rows(DispatchBackwardCall(dx, call.slot_of_token, call.backend))
-    return dense_gradients(call, (dx, dleft, dcentral, dright, dbias))
-
-
-def dense_gradients(call: BackwardCall, results: Iterable[Tensor | None]) -> Backward:
-    """Dense ones; empty where there is none."""
-    dx, dleft, dcentral, dright, dbias = [
-        call.grad.new_empty(0) if result is None else result.contiguous() for result in results
-    ]
+    dense = []
+    for result in (dx, dleft, dcentral, dright, dbias):
+        dense.append(dz.new_empty(0) if result is None else result.contiguous())
+    dx, dleft, dcentral, dright, dbias = dense
     return dx, dleft, dcentral, dright, dbias
 
 
@@ -195,7 +210,6 @@ def block_gradients(
             in the shape of the other one.
     """
     d = call.dims
-    experts = call.num_experts
     _, need_left, need_central, need_right = call.need_of_plan
     lefts: list[Tensor] = []
     centrals: list[Tensor] = []
@@ -203,16 +217,13 @@ def block_gradients(
     if not (need_left or need_central or need_right):
         return None, None, None
     central = call.central.reshape(d.a, -1)
-    size = experts_at_once(d, ("LC",), experts, copies=1)
-    for first in range(0, experts, size):
-        last = min(first + size, experts)
-        offsets = call.expert_offsets[first : last + 1]
-        slots = Slots(offsets, call.slots, size < experts)
+    size = experts_at_once(d, ("LC",), call.num_experts, copies=1)
+    for slots in parts_of(call, size):
         busy = slots.busy[:, None, None, None]
-        left = torch.where(busy, call.left[first:last], 0)
+        left = torch.where(busy, call.left[slots.experts], 0)
         left = left.view(-1, d.a)
         if need_left or need_central:
-            half = times(call, dz, call.right[first:last], False, slots)
+            half = times(call, dz, call.right[slots.experts], False, slots)
             half = half.view(len(left), -1)
             if need_left:
                 lefts.append(half @ central.T)
@@ -220,7 +231,7 @@ def block_gradients(
                 centrals.append(float32_mm(left.T, half))
         if need_right:
             half = left @ central
-            half = half.view(last - first, d.iL, d.jL, d.iC, d.jC, d.b)
+            half = half.view(-1, d.iL, d.jL, d.iC, d.jC, d.b)
             rights.append(times(call, dz, half, True, slots))
     dleft = dcentral = dright = None
     if need_left:

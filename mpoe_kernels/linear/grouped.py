@@ -8,6 +8,7 @@ are built for as many experts at a time as `experts_at_once` allows. Nothing her
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -36,6 +37,7 @@ from mpoe_kernels.linear.gradients import (
     Slots,
     around_gradients,
     experts_at_once,
+    parts_of,
 )
 
 if TYPE_CHECKING:
@@ -201,40 +203,32 @@ class Pass:
         program: what is computed.
         grouped: the grouped products.
         rows: rows that are given, by name; ``d y`` before the activation if `late`.
-        results: what is wanted, of every chunk of experts; all of them write to the same rows.
-        of_experts: see `Slots`.
+        wanted: names of what is to be kept.
+        results: that, of all experts: rows ``[N, axes...]``, gradients ``[E, axes...]``.
+        memory: wanted rows that one part after another writes, by name.
         finished: y after bias and activation, and before, if its product did that.
-        memory: wanted rows that one chunk after another writes, by name.
         shared: results of products that were computed with an earlier one, by name.
-        slots: those of the chunk of experts ``first:last`` that is computed.
+        slots: those of the part that is computed.
     """
 
     call: ForwardCall | BackwardCall
     program: Program
     grouped: Grouped
     rows: dict[str, Tensor]
-    results: dict[str, list[Tensor]] = field(default_factory=dict)
-    of_experts: list[int] | None = None
-    finished: tuple[Tensor, Tensor | None] | None = None
+    wanted: list[str]
+    results: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    finished: tuple[Tensor, Tensor | None] | None = None
     shared: dict[str, Named] = field(default_factory=dict)
-    first: int = 0
-    last: int = 0
     slots: Slots = field(init=False)
 
-    def run(self) -> None:
-        """Compute all products, for one chunk of experts after the other."""
+    def run(self, parts: Sequence[Slots] | None) -> None:
+        """Compute all products, for one part of the experts after the other; see `forward`."""
         call = self.call
-        experts = call.num_experts
-        size = experts_at_once(call.dims, self.program.built, experts)
-        for first in range(0, experts, size):
-            self.first = first
-            self.last = min(first + size, experts)
-            offsets = call.expert_offsets
-            if size < experts:
-                offsets = offsets[first : self.last + 1]
-            self.slots = Slots(offsets, call.slots, size < experts, self.of_experts)
-            self._run_chunk()
+        size = experts_at_once(call.dims, self.program.built, call.num_experts)
+        for part in parts_of(call, size) if parts is None else parts:
+            self.slots = part
+            self._run_part()
 
     def shares(self, product: Product) -> bool:
         """Whether one launch gives gradients of rows that are given and of the block that
@@ -269,38 +263,41 @@ class Pass:
                 return self.shares(product)
         return False
 
-    def keep(self, name: str, result: Named) -> Named:
-        """Keeps what is wanted of a chunk's results."""
-        if name in self.results:
-            self.results[name].append(result.arranged(self.program.axes[name]))
-        return result
-
-    def rows_of_parts(self, name: str, like: Tensor, *size: int) -> Tensor | None:
-        """Memory for wanted rows to which one chunk after another writes; None for others."""
-        if name not in self.results:
-            return None
-        if name not in self.memory:
-            self.memory[name] = like.new_zeros(size)
-        return self.memory[name]
-
     def result(self, name: str, columns: int) -> Tensor:
         """Rows ``[N, columns]``."""
-        return self.results[name][-1].flatten(1)[:, :columns]
+        rows = self.results.get(name)
+        if rows is None:
+            return self.call.x.new_zeros(self.call.slots, columns)
+        return rows.flatten(1)[:, :columns]
 
     def block(self, name: str, like: Tensor) -> Tensor | None:
         """The gradient of a block if it was wanted."""
-        parts = self.results.get(f"d {name}")
-        if parts is None:
+        gradient = f"d {name}"
+        if gradient not in self.wanted:
             return None
-        whole = parts[0]
-        if len(parts) > 1:
-            whole = torch.cat(parts)
-            if name == "C":
-                whole = whole.sum(0)
-        return whole.reshape(like.shape).to(like.dtype)
+        if gradient not in self.results:
+            return torch.zeros_like(like)
+        return self.results[gradient].reshape(like.shape).to(like.dtype)
 
-    def _run_chunk(self) -> None:
-        """A tensor lives until its last reader has run, so no weight of one chunk is alive when the
+    def _keep(self, name: str, result: Named) -> None:
+        """Puts a part's result to those of the others."""
+        axes = self.program.axes[name]
+        part = result.arranged(axes)
+        whole = self.results.get(name)
+        if not self.slots.is_part:
+            whole = part
+        elif name in self.memory:
+            whole = self._named(self.memory[name], result.axes).arranged(axes)
+        elif name == "d C":
+            whole = part if whole is None else whole.add_(part)
+        else:
+            if whole is None:
+                whole = part.new_zeros(self.call.num_experts, *part.shape[1:])
+            whole[self.slots.experts] = part
+        self.results[name] = whole
+
+    def _run_part(self) -> None:
+        """A tensor lives until its last reader has run, so no weight of one part is alive when the
         next one's are built."""
         values: dict[str, Named] = {}
         for product in self.program.products:
@@ -317,7 +314,9 @@ class Pass:
                 result = self._gradient(product, first, second)
             else:
                 result = self._merge(product, first, second)
-            values[product.result] = self.keep(product.result, result)
+            if product.result in self.wanted:
+                self._keep(product.result, result)
+            values[product.result] = result
             del first, second, result
             for name in product.last_reads:
                 del values[name]
@@ -330,7 +329,7 @@ class Pass:
             return Named(call.central.unsqueeze(0), axes)
         if name in ("L", "R"):
             blocks = call.left if name == "L" else call.right
-            block = blocks[self.first : self.last]
+            block = blocks[self.slots.experts]
             if self.program.built and self.slots.of_experts is None:
                 # What is built from an idle expert's block must be finite: zero times it is added
                 # to sums.
@@ -338,13 +337,19 @@ class Pass:
                 block = torch.where(busy, block, 0)
             return Named(block, axes)
         rows = self.rows[name]
+        row_index = None
+        if name == "x":
+            row_index = call.row_index
+        if self.slots.of_experts is not None:
+            if row_index is None:
+                rows = rows[self.slots.rows]
+            else:
+                rows = rows.index_select(0, row_index[self.slots.rows])
+                row_index = None
         sizes = _sizes(call.dims, axes)
         padding = math.prod(sizes) - rows.shape[1]
         if padding:
             rows = F.pad(rows, (0, padding))
-        row_index = None
-        if name == "x":
-            row_index = call.row_index
         return Named(rows.view(rows.shape[0], *sizes), axes, row_index)
 
     def _named(self, data: Tensor, axes: Axes) -> Named:
@@ -376,13 +381,13 @@ class Pass:
             (block,) = operand.matrices(met, new)
             data = matrix.flatten(0, 1) @ block
             data = data.view(*matrix.shape[:2], block.shape[1])
+            out = self._part_of_rows(product.result, data, block.shape[1])
+            if out is not None:
+                out.copy_(data)
             return self._named(data, (*kept, *new))
         matrix = rows.matrices(kept, met)
         blocks = operand.factors(met, new)
-        out = None
-        if self.slots.is_part:
-            size = (self.slots.count, matrix.shape[1], blocks.shape[2])
-            out = self.rows_of_parts(product.result, matrix, *size)
+        out = self._part_of_rows(product.result, matrix, blocks.shape[2])
         turned = self._turned(product.result, kept, new)
         axes = (*kept, *new)
         last = self._finishing(product, (*new, *kept) if turned else axes)
@@ -398,6 +403,14 @@ class Pass:
                 z = self._named(pre, axes).arranged(order).flatten(1)
             self.finished = y, z
         return result
+
+    def _part_of_rows(self, name: str, like: Tensor, columns: int) -> Tensor | None:
+        """A part's place in wanted rows ``[N, p, columns]`` of all; None for others."""
+        if name not in self.wanted or not self.slots.is_part:
+            return None
+        if name not in self.memory:
+            self.memory[name] = like.new_zeros(self.call.slots, like.shape[1], columns)
+        return self.memory[name][self.slots.rows]
 
     def _moves(self, rows: Named) -> int:
         """Elements to be moved if rows are to have the order of C; kernels that fuse write them in
@@ -509,7 +522,10 @@ class Pass:
         before = rows.matrices(shared, m)
         after = grads.matrices(shared, n)
         data = self.grouped.blocks(BlocksProduct(before, rows.row_index, after, self.slots))
-        return self._named(data, (*m, *n))
+        gradient = self._named(data, (*m, *n))
+        if product.result == "d W":  # both its readers take it so; now nothing else is built
+            return Named(gradient.arranged(axes).contiguous(), axes)
+        return gradient
 
     def _merge(self, product: Product, first: Named, second: Named) -> Named:
         """Two operands make a third."""
@@ -533,30 +549,30 @@ class Pass:
         return self._named(data, (*m, *n))
 
 
-def forward(call: ForwardCall, grouped: Grouped, of_experts: list[int] | None = None) -> Forward:
+def forward(call: ForwardCall, grouped: Grouped, parts: Sequence[Slots] | None = None) -> Forward:
     """``(y, h, z)``, see `ForwardCall`.
 
     Args:
         call: of the op.
         grouped: the products.
-        of_experts: slots of each, if every slot has an expert, and every one of which something is
-            built a slot.
+        parts: the experts at once and their slots, one part after the other; by default as
+            `experts_at_once` allows, without reading the offsets.
     """
     dims = call.dims
     x = call.x
-    results: dict[str, list[Tensor]] = {"y": []}
+    wanted = ["y"]
     if call.saves_h:
-        results[KEPT] = []
+        wanted.append(KEPT)
     program = program_of(dims, call.strategy, "forward")
-    whole = Pass(call, program, grouped, {"x": x}, results, of_experts)
-    whole.run()
+    whole = Pass(call, program, grouped, {"x": x}, wanted)
+    whole.run(parts)
     h = x.new_empty(0)
     if call.saves_h:
         h = whole.result(KEPT, dims.jC * dims.b).reshape(-1, dims.b)
     if whole.finished is not None:
         y, z = whole.finished
     else:
-        slots = Slots(call.expert_offsets, call.slots, of_experts=of_experts)
+        slots = Slots(call.expert_offsets, call.slots)
         y, z = finished(call, whole.result("y", call.out_features), slots)
         if call.out_index is not None:
             assert call.gates is not None, "out_index comes with gates"
@@ -569,24 +585,34 @@ def forward(call: ForwardCall, grouped: Grouped, of_experts: list[int] | None = 
     return y.contiguous(), h.contiguous(), z.contiguous()
 
 
-def backward(call: BackwardCall, grouped: Grouped, of_experts: list[int] | None = None) -> Backward:
-    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`; ``of_experts`` as in
-    `forward`."""
+def backward(
+    call: BackwardCall, grouped: Grouped, parts: Sequence[Slots] | None = None
+) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`; ``parts`` as in `forward`."""
     need = call.need_of_plan
     h = call.saved_h
-    program = program_of(call.dims, call.strategy, "backward", need, kept=h is not None)
+    needs = [need]
+    if parts is not None and call.strategy == "rebuild":
+        # x's gradient before the others: two weights are never alive beside the half of one, which
+        # is built twice.
+        needs = [(need[0], False, False, False), (False, *need[1:])]
+    programs = []
+    for of_pass in needs:
+        programs.append(program_of(call.dims, call.strategy, "backward", of_pass, h is not None))
     rows = {"x": call.x}
     if h is not None:
         rows[KEPT] = h.view(call.slots, -1)
-    results: dict[str, list[Tensor]] = {}
+    wanted = []
     for name, needed in zip(("d x", "d L", "d C", "d R"), need, strict=True):
         if needed:
-            results[name] = []
-    whole = Pass(call, program, grouped, rows, results, of_experts)
+            wanted.append(name)
+    whole = Pass(call, programs[0], grouped, rows, wanted)
 
     def gradients(dz: Tensor) -> Gradients:
         rows["d y"] = dz
-        whole.run()
+        for program in programs:
+            whole.program = program
+            whole.run(parts)
         dx = None
         if need[0]:
             dx = whole.result("d x", call.in_features)

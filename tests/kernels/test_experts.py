@@ -276,32 +276,27 @@ def test_shared_blocks_need_no_axis_of_groups():
 
 
 @pytest.mark.parametrize(
-    "way, name, rows",
+    "rebuilt, name, rows",
     pairwise(
-        [
-            (None, by_eager._ELEMENTS),
-            *product(["gather", "pairs", "rebuild"], [1, by_eager._ELEMENTS]),
-        ],
+        [None, False, True],
         "light padded one_core centre_last seven_cores separable".split(),
         [0, 1, 5, 400],
     ),
 )
-def test_embedding_against_reference(way, name, rows, monkeypatch):
-    """By the way that is chosen in every dtype and layout; by every way, one group at a time or all
-    at once."""
-    way, elements = way
-    if way is not None:
-        monkeypatch.setattr(by_eager, "_way", lambda *_: way)
-    monkeypatch.setattr(by_eager, "_ELEMENTS", elements)
+def test_embedding_against_reference(rebuilt, name, rows, monkeypatch):
+    """By the way that is chosen in every dtype and layout; by both ways."""
+    if rebuilt is not None:
+        monkeypatch.setattr(by_eager, "_is_rebuilt", lambda *_: rebuilt)
     shape = SMALL_SHAPES[name]
     true = random_blocks(shape, 1, requires_grad=True)
     ids = torch.randint(0, shape.in_features, (rows,))
     want = mpo_embedding_reference(ids, true)
     grad = torch.randn(want.shape, dtype=torch.float64)
     wanted = torch.autograd.grad(want, leaves(true), grad)
-    for dtype, layout in (
-        product(DTYPES, LAYOUTS.values()) if way is None else [(torch.float64, LAYOUTS["dense"])]
-    ):
+    cases = [(torch.float64, LAYOUTS["dense"])]
+    if rebuilt is None:
+        cases = list(product(DTYPES, LAYOUTS.values()))
+    for dtype, layout in cases:
         blocks, plain = cast(true, dtype, layout), cast(true, dtype)
         with poisoned_memory():
             got = mpo_embedding(ids, blocks)
@@ -318,18 +313,16 @@ def test_embedding_against_reference(way, name, rows, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes, pairs, rebuild",
-    [((4, 2, 3, 4, 4, 3, 4, 3, 64, 24), 24, 56), ((2, 2, 4, 4, 2, 30, 5, 6, 40, 24), 11, 40)],
+    "sizes, rows",
+    [((4, 2, 3, 4, 4, 3, 4, 3, 64, 24), 40), ((2, 2, 4, 4, 2, 30, 5, 6, 40, 24), 10)],
 )
-def test_more_rows_are_looked_up_in_another_way(sizes, pairs, rebuild):
+def test_for_more_rows_the_table_is_rebuilt(sizes, rows):
     """The second shape's gathered slices take more memory than its table before they take more
     FLOPs."""
-    ways = [
-        by_eager._way(BlockDims(*sizes), rows)
-        for rows in (1, pairs - 1, pairs, rebuild - 1, rebuild)
-    ]
-    assert ways == ["gather", "gather", "pairs", "pairs", "rebuild"]
-    assert by_eager._way(BlockDims(*sizes), 1, "cuda") == "rebuild"
+    dims = BlockDims(*sizes)
+    assert not by_eager._is_rebuilt(dims, rows)
+    assert by_eager._is_rebuilt(dims, rows + 1)
+    assert by_eager._is_rebuilt(dims, 1, "cuda")
 
 
 def test_pytorch_computes_it_whichever_backend_is_named():

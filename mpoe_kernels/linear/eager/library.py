@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,9 @@ from mpoe_kernels.contract import Contraction
 from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.gradients import Backward, Forward, Slots
 from mpoe_kernels.linear.grouped import BlocksProduct, RowsProduct
-from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 
 class Library:

@@ -128,14 +128,6 @@ class Grouped(Protocol):
         """``[E, k, m]``."""
 
 
-def finished(call: ForwardCall, z: Tensor, slots: Slots) -> tuple[Tensor, Tensor | None]:
-    """y, and z with the bias if it is saved, from the products ``[N, F]``, which are zero in slots
-    that no expert owns."""
-    if call.bias is not None:
-        z = slots.clear(z + call.bias)
-    return ACTIVATION[call.activation](z), z if call.saves_z else None
-
-
 @lru_cache(maxsize=4096)
 def _split(axes: Axes, other: Axes) -> tuple[Axes, Axes]:
     """Axes that ``other`` lacks, and those that it has."""
@@ -573,14 +565,19 @@ def forward(call: ForwardCall, grouped: Grouped, parts: Sequence[Slots] | None =
         y, z = whole.finished
     else:
         slots = Slots(call.expert_offsets, call.slots)
-        y, z = finished(call, whole.result("y", call.out_features), slots)
+        z = whole.result("y", call.out_features)
+        if call.bias is not None:
+            z += call.bias
+            if parts is None or sum(part.count for part in parts) < call.slots:
+                z = slots.clear(z)
+        y = ACTIVATION[call.activation](z)
         if call.out_index is not None:
             assert call.gates is not None, "out_index comes with gates"
             gates = call.gates[call.out_index][:, None]
             gated = y.float() * gates  # y is rounded first, as in `combine`
             placed = slots.clear(gated.to(y.dtype))
             y = torch.empty_like(y).index_copy_(0, call.out_index, placed)
-    if z is None:
+    if z is None or not call.saves_z:
         z = x.new_empty(0)
     return y.contiguous(), h.contiguous(), z.contiguous()
 

@@ -139,11 +139,10 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def show(facts: dict[str, Any]) -> str:
     """The facts of `collect` as text."""
-    lines = [
-        f"mpoe {facts['mpoe']}",
-        *(f"  {name:<16}{text}" for name, text in rows(facts)),
-        "kernel backends",
-    ]
+    lines = [f"mpoe {facts['mpoe']}"]
+    for name, text in rows(facts):
+        lines.append(f"  {name:<16}{text}")
+    lines.append("kernel backends")
     for name, reasons in facts["backends"].items():
         lines.append(f"  {name:<16}{'no' if reasons else 'yes'}")
         for reason in reasons:

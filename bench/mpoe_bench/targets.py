@@ -160,10 +160,10 @@ def _against_others(section: Facts, row: Facts, device: str) -> Judged:
             what += f", {words}, central masked"
             yield what, "less than unmasked", f"{x:.2f} of {whole:.2f}", x < whole
     elif is_trained and LOOP in trained and case["experts"] >= 4:
-        own = _largest(row)
+        experts = _largest(row)
         loop = _largest(trained[LOOP])
         what += f", weights + peak of {words}"
-        yield what, "below dense experts'", f"{own:.0f} of {loop:.0f} MiB", own < loop
+        yield what, "below dense experts'", f"{experts:.0f} of {loop:.0f} MiB", experts < loop
 
 
 def _temporary(row: Facts) -> float:

@@ -86,10 +86,11 @@ def mixture_facts(place: Path, experts: Sequence) -> dict:
 
     values = read_mapping(place / "config.json", "configuration")
     names, config, _ = mixture_config(place)
-    none = told = "absent"
+    none = "absent"
+    background = "absent"
     if NONE in names:
         none = "adds nothing: what is like the background stays as in the base"
-        told = f"{BACKGROUND_FILE}, {(place / BACKGROUND_FILE).stat().st_size:,} bytes"
+        background = f"{BACKGROUND_FILE}, {(place / BACKGROUND_FILE).stat().st_size:,} bytes"
     routing = (values.get("mpoe_routing") or {}).items()
     first = experts[0].facts
     return {
@@ -99,7 +100,7 @@ def mixture_facts(place: Path, experts: Sequence) -> dict:
         "model": first["model"],
         "experts": names,
         "none": none,
-        "background": told,
+        "background": background,
         "experts_per_token": config.top_k,
         "routing": {name: value for name, value in routing if value is not None} or "defaults",
     }

@@ -99,8 +99,9 @@ def table_of_changes(title: str, changes: Mapping[str, Change]) -> Table:
     rows = []
     for name, change in changes.items():
         domain = "" if change.domain is None else f"{change.domain:.3f}"
-        own = (f"{change.own_texts:.3f}", f"{change.answers:.4f}", f"{change.same:.1%}")
-        rows.append([name, domain, *own])
+        own_texts = f"{change.own_texts:.3f}"
+        answers = f"{change.answers:.4f}"
+        rows.append([name, domain, own_texts, answers, f"{change.same:.1%}"])
     return Table(HEADER, rows, title, WORDS)
 
 

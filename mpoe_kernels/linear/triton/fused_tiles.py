@@ -53,7 +53,8 @@ _ROWS_HOPPER = tuple(FusedTile(m, 64, 128, 16384, 4, 2) for m in (128, 64, 32, 1
 _ROWS_BLACKWELL = (FusedTile(128, 64, 128, 12288, 4, 2), *_ROWS_HOPPER[1:])
 _ROWS_AMPERE = (
     FusedTile(64, 64, 64, 12288, 8, 2),
-    *(FusedTile(m, 64, 64, 12288, 4, 2) for m in (32, 16)),
+    FusedTile(32, 64, 64, 12288, 4, 2),
+    FusedTile(16, 64, 64, 12288, 4, 2),
 )
 _ROWS_CDNA = tuple(FusedTile(m, 64, 64, 12288, 4, 1) for m in (64, 32, 16))
 ROWS_TILES: Table = {

@@ -167,7 +167,7 @@ COMMANDS = {
         "Measure MPO experts against the dense layer and their peers on this machine.",
         "mpoe bench [--flag value ...]",
         {
-            "suite": "quick, planner, targets, layers, models or gpu (quick)",
+            "suite": "quick, planner, targets, layers or models (quick)",
             "device": "cpu or cuda (cpu)",
             "out": "folder for report.md and results.json (bench_results)",
             "minutes": "begin nothing new after so long",

@@ -456,14 +456,14 @@ def _changes_row(name: str, training: Mapping) -> str:
         values = training.get(fact)
         measured[fact] = values if isinstance(values, dict) else {}
     losses = measured["held_out"]
-    numbers = [losses.get(way) for way in WAYS] + [kept(losses)]
-    numbers += [measured[fact].get(WAYS[-1]) for fact in ("answers", "same")]
-    formats = (".3f", ".3f", ".3f", ".0%", ".4f", ".1%")
-    cells = [
-        format(number, how) if isinstance(number, float) else "-"
-        for number, how in zip(numbers, formats, strict=True)
-    ]
-    return f"| {name} | {' | '.join(cells)} |"
+    numbers = [(losses.get(way), ".3f") for way in WAYS]
+    numbers.append((kept(losses), ".0%"))
+    numbers.append((measured["answers"].get(WAYS[-1]), ".4f"))
+    numbers.append((measured["same"].get(WAYS[-1]), ".1%"))
+    cells = [name]
+    for number, how in numbers:
+        cells.append(format(number, how) if isinstance(number, float) else "-")
+    return f"| {' | '.join(cells)} |"
 
 
 def expert_repository(path: str | Path) -> dict[str, Path | bytes]:

@@ -204,7 +204,7 @@ def hidden_size_as_mixture(dense: Any, config: MPOEConfig) -> int:
         )
     hidden = int(dense_networks(dense)[0].weight("up").shape[1])
     with torch.device("meta"):
-        mixture = _resized(dense, hidden)
+        mixture = with_own_head(type(dense)(dense.config), dense)
         wider = _resized(dense, hidden + 1)
     install_empty(mixture, find_sites(mixture, config), config)
     size = dense.num_parameters()

@@ -97,6 +97,7 @@ REFUSED = {
     "evaluate t5 --data_dir . --output_file empty": "output_file must be a file",
     "demo --output_dir old": "old holds an earlier demo; give --overwrite",
     "demo --output_dir spoilt --overwrite": "holds a model or a run; choose another folder",
+    "bench --out spoilt --overwrite": "holds a model or a run; choose another folder",
     "convert t5 bert": "OUT bert holds a model; give --overwrite",
     "convert t5 spoilt --overwrite": "OUT spoilt holds run.json, which mpoe did not write",
     "convert t5 ''": "OUT must be a folder; got '', which is no name",

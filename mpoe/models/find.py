@@ -205,10 +205,9 @@ def hidden_size_as_mixture(dense: Any, config: MPOEConfig) -> int:
     hidden = int(dense_networks(dense)[0].weight("up").shape[1])
     with torch.device("meta"):
         mixture = with_own_head(type(dense)(dense.config), dense)
-        wider = _resized(dense, hidden + 1)
+        size = _resized(dense, hidden).num_parameters()
+        per_unit = _resized(dense, hidden + 1).num_parameters() - size
     install_empty(mixture, find_sites(mixture, config), config)
-    size = dense.num_parameters()
-    per_unit = wider.num_parameters() - size
     return hidden + round((mixture.num_parameters() - size) / per_unit)
 
 

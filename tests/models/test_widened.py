@@ -1,5 +1,7 @@
 """Dense networks that are as large as a mixture."""
 
+import copy
+
 import pytest
 import torch
 
@@ -25,6 +27,18 @@ def test_as_many_parameters_and_the_same_outputs(family):
     with torch.inference_mode():
         before, after = (text_rows(result(model(**inputs)), inputs) for model in (dense, wide))
     assert torch.allclose(after, before, atol=1e-4)
+
+
+def test_a_decoder_of_another_size_counts_with_its_own():
+    dense = tiny_model("bart", first_class("bart"))
+    config = copy.deepcopy(dense.config)
+    config.decoder_ffn_dim = 2 * config.encoder_ffn_dim
+    unlike = type(dense)(config)
+    mixture = convert_to_mpoe(unlike, MPOEConfig(num_experts=4, shape="separable"))
+    hidden = hidden_size_as_mixture(unlike, mixture.mpoe_config)
+    wide, wider = widened(dense, hidden), widened(dense, hidden + 1)
+    unit = wider.num_parameters() - wide.num_parameters()
+    assert abs(wide.num_parameters() - mixture.num_parameters()) <= unit / 2
 
 
 def test_new_units_of_t5_learn_from_the_first_step_on():

@@ -15,7 +15,6 @@ from .emulation import SCHEDULES, Schedule, cuda_emulate
 # counter.
 DETECTED_BY = {
     "reverse": {"values", "thread"},
-    "neighbours": {"values", "thread"},
     "pipeline": {"lazy values"},
     "meeting": {"error: __syncthreads divergence: probes.cuh:"},
     "vote": {"error: the mask names lanes that have exited"},

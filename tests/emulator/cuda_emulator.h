@@ -6,5 +6,14 @@
 #include "twins.h"       // what device.cuh offers
 
 namespace emu {
-std::vector<char*>& stack_pool();
+
+// As command lines name them: ascending, descending or random; lazy or eager.
+inline void set_schedule(const std::string& order, const std::string& copies) {
+  config().order = order == "ascending"    ? Order::kAscending
+                   : order == "descending" ? Order::kDescending
+                                           : Order::kRandom;
+  config().blocks_descending = order == "descending";
+  config().cp_async_lazy = copies == "lazy";
 }
+
+}  // namespace emu

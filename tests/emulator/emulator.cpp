@@ -1,11 +1,6 @@
 // The emulator's scheduler: runs one grid. See fibers.h.
 #include "cuda_emulator.h"
 
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
-
 namespace emu {
 namespace {
 
@@ -13,12 +8,12 @@ constexpr std::size_t kPage = 4096;
 constexpr std::size_t kGuard =
     64;  // bytes after dynamic shared memory that must keep their pattern
 
-// Stacks are kept for the next launch.
+thread_local std::vector<char*> stacks;  // kept for the next launch
+
 char* take_stack() {
-  auto& pool = stack_pool();
-  if (!pool.empty()) {
-    char* stack = pool.back();
-    pool.pop_back();
+  if (!stacks.empty()) {
+    char* stack = stacks.back();
+    stacks.pop_back();
     return stack;
   }
   const std::size_t bytes = config().stack_bytes;
@@ -65,12 +60,9 @@ EMU_NO_TSAN int pick(Block& block) {
 }
 
 EMU_NO_TSAN void start(Block& block,
-                       dim3 grid,
                        dim3 dim,
                        std::size_t shared_bytes,
                        const std::function<void()>& body) {
-  block.grid = grid;
-  block.dim = dim;
   block.count = static_cast<int>(dim.x * dim.y * dim.z);
   block.body = &body;
   block.random.seed(config().seed * 7919 + 1);
@@ -112,7 +104,7 @@ EMU_NO_TSAN void start(Block& block,
 EMU_NO_TSAN void finish(Block& block) {
   for (auto& fiber : block.fibers) {
     tsan_destroy(fiber.tsan);
-    stack_pool().push_back(fiber.stack);
+    stacks.push_back(fiber.stack);
   }
   std::free(block.dynamic);
   for (auto& array : block.arrays)
@@ -132,8 +124,8 @@ std::string deadlock(Block& block) {
     text += " (" + line_of(block.barrier_line) + ")";
   text += ", " + std::to_string(warp) + " in warp collectives";
   for (auto& w : block.warps) {
-    for (auto& pending : w.pending)
-      return text + " (" + pending.what + " at " + line_of(pending.where) + ")";
+    if (w.arrived)
+      return text + " (" + w.what + " at " + line_of(w.where) + ")";
   }
   return text;
 }
@@ -152,8 +144,7 @@ EMU_NO_TSAN void run_block(Block& block, uint3 bid) {
       array.used = false;
     for (auto& warp : block.warps) {
       warp.alive = 0;
-      warp.pending.clear();
-      warp.pending.reserve(4);
+      warp.arrived = 0;
     }
     for (auto& fiber : block.fibers) {
       block.warps[fiber.warp].alive |= 1u << fiber.lane;
@@ -178,11 +169,6 @@ EMU_NO_TSAN void run_block(Block& block, uint3 bid) {
 
 }  // namespace
 
-std::vector<char*>& stack_pool() {
-  static thread_local std::vector<char*> pool;
-  return pool;
-}
-
 void launch(dim3 grid, dim3 dim, std::size_t shared_bytes, const std::function<void()>& body) {
   const std::uint64_t total = std::uint64_t(grid.x) * grid.y * grid.z;
   const std::uint64_t threads = std::uint64_t(dim.x) * dim.y * dim.z;
@@ -196,7 +182,7 @@ void launch(dim3 grid, dim3 dim, std::size_t shared_bytes, const std::function<v
   }
   ++stats().launches;
   Block block;
-  start(block, grid, dim, shared_bytes, body);
+  start(block, dim, shared_bytes, body);
   Fiber* outer = g_self;
   for (std::uint64_t i = 0; i < total && block.error.empty(); ++i) {
     const std::uint64_t j = config().blocks_descending ? total - 1 - i : i;

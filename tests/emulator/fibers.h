@@ -79,29 +79,21 @@ struct Fiber {
 struct alignas(64) Tag {  // each has its own cell: TSan merges neighbours
   char cell = 0;
 };
-struct Pending {  // a warp collective that lanes are arriving at
-  unsigned mask = 0;
+struct Warp {
+  unsigned alive = 0;
+  // The collective that lanes are arriving at.
   unsigned arrived = 0;
-  unsigned id = 0;
   const char* what = nullptr;
   Location where;
   void* slot[32];
-};
-struct Warp {
-  unsigned alive = 0;
-  unsigned next_id = 0;
-  Tag tag[32];
-  std::vector<Pending> pending;
 };
 struct SharedArray {
   const void* key;
   unsigned char* data;
   std::size_t bytes;
-  const char* name;
   bool used;
 };
 struct Block {
-  dim3 grid, dim;
   uint3 bid{};
   int count = 0;
   int alive = 0;
@@ -222,74 +214,48 @@ EMU_NO_TSAN inline void block_barrier(const Location& where) {
   tsan_acquire(tag);
 }
 
-// Every lane of `mask` passes its slot; the last to arrive runs function(slots), then all continue.
-// `fence`: the collective orders memory among the lanes (only __syncwarp does).
+// Every lane of the warp passes its slot; the last to arrive runs function(slots), then all continue.
+// It orders no memory among the lanes.
 template <class T, class F>
-EMU_NO_TSAN inline void collective(const char* what,
-                                   unsigned mask,
-                                   T& slot,
-                                   F&& function,
-                                   const Location& where,
-                                   bool fence = false) {
+EMU_NO_TSAN inline void collective(
+    const char* what, unsigned mask, T& slot, F&& function, const Location& where) {
   Fiber& fiber = self();
   Block& block = *fiber.block;
   Warp& warp = block.warps[fiber.warp];
-  unsigned id = 0;
-  bool last = false;
   {
     Quiet quiet;
-    if (!(mask >> fiber.lane & 1))
-      fail(std::string(what) + " at " + line_of(where) + ": own lane is not in the mask");
-    if (mask & ~warp.alive)
+    if (mask != 0xffffffffu)
+      fail(std::string(what) + " at " + line_of(where) + ": only whole warps are emulated");
+    if (warp.alive != mask)
       fail(std::string(what) + " at " + line_of(where) + ": the mask names lanes that have exited");
-    Pending* pending = nullptr;
-    for (auto& other : warp.pending) {
-      if (other.mask & mask)
-        pending = &other;
+    if (warp.arrived == 0) {
+      warp.what = what;
+      warp.where = where;
     }
-    if (!pending) {
-      warp.pending.emplace_back();
-      pending = &warp.pending.back();
-      pending->mask = mask;
-      pending->what = what;
-      pending->where = where;
-      pending->id = warp.next_id++;
-    }
-    id = pending->id & 31;
-    if (fence)
-      tsan_release(&warp.tag[id]);
-    if (pending->mask != mask || std::strcmp(pending->what, what) != 0) {
+    if (std::strcmp(warp.what, what) != 0) {
       fail(std::string("divergent warp collectives: ") + what + " at " + line_of(where) +
-           " meets " + pending->what + " at " + line_of(pending->where));
+           " meets " + warp.what + " at " + line_of(warp.where));
     }
-    pending->slot[fiber.lane] = &slot;
-    pending->arrived |= 1u << fiber.lane;
-    if (pending->arrived == mask) {
+    warp.slot[fiber.lane] = &slot;
+    warp.arrived |= 1u << fiber.lane;
+    if (warp.arrived == mask) {
       void* slots[32];
-      std::memcpy(slots, pending->slot, sizeof slots);
-      warp.pending.erase(warp.pending.begin() + (pending - warp.pending.data()));
+      std::memcpy(slots, warp.slot, sizeof slots);
+      warp.arrived = 0;
       function(slots);
-      for (int lane = 0; lane < 32; ++lane) {
-        if (mask >> lane & 1)
-          set_ready(block, fiber.index - fiber.lane + lane);
-      }
-      last = true;
+      for (int lane = 0; lane < 32; ++lane)
+        set_ready(block, fiber.index - fiber.lane + lane);
     } else {
       fiber.state = State::kWarp;
     }
   }
-  (void)last;
   to_main(fiber);
-  if (fence)
-    tsan_acquire(&warp.tag[id]);
 }
 
 EMU_NO_TSAN inline unsigned char* dynamic_shared() {
   return self().block->dynamic;
 }
-EMU_NO_TSAN inline unsigned char* static_shared(const void* key,
-                                                std::size_t bytes,
-                                                const char* name) {
+EMU_NO_TSAN inline unsigned char* static_shared(const void* key, std::size_t bytes) {
   Quiet quiet;
   Block& block = *self().block;
   for (auto& array : block.arrays) {
@@ -304,7 +270,7 @@ EMU_NO_TSAN inline unsigned char* static_shared(const void* key,
   if (posix_memalign(&data, 128, bytes))
     fail("no memory");
   std::memset(data, config().poison, bytes);
-  block.arrays.push_back({key, static_cast<unsigned char*>(data), bytes, name, true});
+  block.arrays.push_back({key, static_cast<unsigned char*>(data), bytes, true});
   std::size_t total = block.dynamic_bytes;
   for (auto& array : block.arrays)
     total += array.bytes;

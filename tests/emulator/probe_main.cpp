@@ -8,18 +8,11 @@
 
 #include "emulator/probes.cuh"
 
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
-
 namespace {
 
-using Kernel = void (*)(const int*, int*, int, bool);
 struct Probe {
   const char* name;
-  Kernel kernel;
-  unsigned blocks;
+  void (*kernel)(const int*, int*, int, bool);
   unsigned threads;
   int count;
   std::size_t inputs;
@@ -28,76 +21,30 @@ struct Probe {
   int (*expected)(const int* in, int i);  // null: the values are not checked
 };
 
+int same(const int* in, int i) {
+  return in[i];
+}
+int reversed(const int* in, int i) {
+  return in[95 - i];
+}
+int of_the_next_thread(const int* in, int i) {
+  return in[i / 128 * 128 + (i + 4) % 128];
+}
+int votes(const int* in, int) {
+  unsigned odd = 0;
+  for (int i = 0; i < 32; ++i)
+    odd |= static_cast<unsigned>(in[i] % 2) << i;
+  return static_cast<int>(odd);
+}
+
 const Probe kProbes[] = {
-    {"reverse",
-     emu_probes::reverse,
-     1,
-     96,
-     96,
-     96,
-     96,
-     96,
-     [](const int* in, int i) { return in[95 - i]; }},
-    {"neighbours",
-     emu_probes::neighbours,
-     1,
-     128,
-     128,
-     128,
-     128,
-     0,
-     [](const int* in, int i) { return in[i] + in[i ^ 1]; }},
-    {"pipeline",
-     emu_probes::pipeline,
-     1,
-     32,
-     3,
-     384,
-     384,
-     256,
-     [](const int* in, int i) { return in[i / 128 * 128 + (i + 4) % 128]; }},
-    {"meeting",
-     emu_probes::meeting,
-     1,
-     64,
-     64,
-     64,
-     64,
-     0,
-     [](const int* in, int i) { return in[i]; }},
-    {"vote",
-     emu_probes::vote,
-     1,
-     32,
-     32,
-     32,
-     32,
-     0,
-     [](const int* in, int) {
-       unsigned votes = 0;
-       for (int i = 0; i < 32; ++i)
-         votes |= static_cast<unsigned>(in[i] % 2) << i;
-       return static_cast<int>(votes);
-     }},
-    {"shifted",
-     emu_probes::shifted,
-     1,
-     64,
-     64,
-     64,
-     64,
-     0,
-     [](const int* in, int i) { return in[i]; }},
-    {"partial",
-     emu_probes::partial,
-     1,
-     64,
-     64,
-     64,
-     64,
-     64,
-     [](const int* in, int i) { return in[i]; }},
-    {"padded", emu_probes::padded, 1, 32, 0, 1, 128, 16 * 72 / 2, nullptr},
+    {"reverse", emu_probes::reverse, 96, 96, 96, 96, 96, reversed},
+    {"pipeline", emu_probes::pipeline, 32, 3, 384, 384, 256, of_the_next_thread},
+    {"meeting", emu_probes::meeting, 64, 64, 64, 64, 0, same},
+    {"vote", emu_probes::vote, 32, 32, 32, 32, 0, votes},
+    {"shifted", emu_probes::shifted, 64, 64, 64, 64, 0, same},
+    {"partial", emu_probes::partial, 64, 64, 64, 64, 64, same},
+    {"padded", emu_probes::padded, 32, 0, 1, 128, 16 * 72 / 2, nullptr},
 };
 
 int run(const Probe& probe, bool mistake) {
@@ -105,7 +52,7 @@ int run(const Probe& probe, bool mistake) {
   for (std::size_t i = 0; i < probe.inputs; ++i)
     in[i] = static_cast<int>((i * 7919 + 13) % 1009);
   LAUNCH(probe.kernel,
-         dim3(probe.blocks),
+         dim3(1),
          dim3(probe.threads),
          probe.shared_ints * 4,
          nullptr,
@@ -134,12 +81,7 @@ int run(const Probe& probe, bool mistake) {
 int main(int count, char** words) {
   if (count != 5)
     return 64;
-  const std::string order = words[3];
-  emu::config().order = order == "ascending"    ? emu::Order::kAscending
-                        : order == "descending" ? emu::Order::kDescending
-                                                : emu::Order::kRandom;
-  emu::config().blocks_descending = order == "descending";
-  emu::config().cp_async_lazy = std::string(words[4]) == "lazy";
+  emu::set_schedule(words[3], words[4]);
   for (const auto& probe : kProbes) {
     if (words[1] != std::string(probe.name))
       continue;

@@ -20,20 +20,10 @@ inline __global__ void reverse(const int* in, int* out, int count, bool mistake)
     out[i] = values[count - 1 - i];
 }
 
-// Sum of neighbours within a warp. Mistake: no __syncwarp between writing and reading.
-inline __global__ void neighbours(const int* in, int* out, int, bool mistake) {
-  SHARED_ARRAY(int, values, 128);
-  const int i = threadIdx.x;
-  values[i] = in[i];
-  if (!mistake)
-    __syncwarp();
-  out[i] = values[i ^ 1] + values[i];
-}
-
 // Copies through two stages of cp.async. Mistake: the wait leaves one copy too many in flight.
 inline __global__ void pipeline(const int* in, int* out, int steps, bool mistake) {
-  DYN_SHARED(int, stages);  // [2][4 * threads]
-  const int width = 4 * static_cast<int>(blockDim.x);
+  DYN_SHARED(int, stages);  // [2][4 * 32 threads]
+  const int width = 4 * 32;
   const int mine = 4 * static_cast<int>(threadIdx.x);
   const auto load = [&](int step) {
     const dev::Shared to = dev::shared_address(stages + step % 2 * width + mine);
@@ -102,7 +92,7 @@ inline __global__ void padded(const int*, int* out, int, bool mistake) {
   const int stride = mistake ? 64 : mpoe::cuda::padded_stride<T>(64);
   for (int i = lane; i < 16 * 64; i += 32)
     tile[i / 64 * stride + i % 64] = dev::from_float<T>(static_cast<float>(i % 64));
-  __syncwarp();
+  __syncthreads();
   for (int k = 0; k < 64; k += 16) {
     Fragments<T>::A a;
     Fragments<T>::load_a<true>(a, mpoe::cuda::InShared<T>(tile), stride, 0, k, lane);

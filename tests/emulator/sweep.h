@@ -16,12 +16,7 @@ template <class F>
 int sweep(int count, char** words, F&& body) {
   if (count != 3)
     return 64;
-  const std::string order = words[1];
-  config().order = order == "ascending"    ? Order::kAscending
-                   : order == "descending" ? Order::kDescending
-                                           : Order::kRandom;
-  config().blocks_descending = order == "descending";
-  config().cp_async_lazy = std::string(words[2]) == "lazy";
+  set_schedule(words[1], words[2]);
 #ifdef __SANITIZE_ADDRESS__
   // Once another poison: -1 as a place means that there is no line, which a kernel may check.
   if (config().blocks_descending)

@@ -10,11 +10,6 @@
 #include "cuda/linear/rebuilt.cuh"
 #include "native/cpp/truth.h"
 
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
-
 namespace mpoe::cuda {
 
 // Other dtypes take minutes to compile with sanitizers and have the same digits, pipeline and

@@ -4,11 +4,6 @@
 #include "cuda/routing/routing.h"
 #include "native/cpp/sorted.h"
 
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
-
 namespace mpoe::cuda {
 
 namespace {

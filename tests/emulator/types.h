@@ -25,7 +25,7 @@
 #define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(::emu::dynamic_shared())
 #define SHARED_ARRAY(T, name, count) \
   static char name##_key;            \
-  T* name = reinterpret_cast<T*>(::emu::static_shared(&name##_key, sizeof(T) * (count), #name))
+  T* name = reinterpret_cast<T*>(::emu::static_shared(&name##_key, sizeof(T) * (count)))
 #define LAUNCH(kernel, grid, block, smem, stream, ...)                          \
   do {                                                                          \
     (void)(stream);                                                             \
@@ -42,12 +42,6 @@ struct dim3 {
   unsigned y;
   unsigned z;
   constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
-};
-struct alignas(16) uint4 {
-  unsigned x;
-  unsigned y;
-  unsigned z;
-  unsigned w;
 };
 using cudaStream_t = struct CUstream_st*;
 using cudaError_t = int;

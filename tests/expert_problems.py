@@ -117,7 +117,7 @@ class _Problem:
         """Compare with the reference in float64, calibrated by the reference in the same dtype."""
         self.check_results(self.computed(backend), backend, factor)
 
-    def check_results(self, actual, computed_by, factor=2):
+    def check_results(self, actual, computed_by, factor):
         """The same for what `run` returned, or something like it."""
         for dtype in {torch.float64, self.dtype} - self.known.keys():
             self.known[dtype] = self.run(type(self).REFERENCE, dtype)

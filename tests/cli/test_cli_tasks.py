@@ -13,8 +13,8 @@ from tests.assertions import refuses
 from .cli_data import described
 
 
-def tasks(names, style="seq2seq", **options):
-    return resolve(names, DataOptions(**options), style)
+def tasks(names, **options):
+    return resolve(names, DataOptions(**options), "seq2seq")
 
 
 def test_folders_of_known_tasks_are_read_as_described(tmp_path):

@@ -4,7 +4,6 @@ reference."""
 import pytest
 import torch
 
-from mpoe_kernels import hidden_experts, neuron_experts
 from tests.expert_problems import HiddenProblem, NeuronProblem
 
 from .conftest import DEVICE
@@ -12,31 +11,13 @@ from .conftest import DEVICE
 ON_GPU = DEVICE.startswith("cuda")
 TOKENS = 300 if ON_GPU else 19
 COUNTS = (1, 8, 9, 64, 300, 4096) if ON_GPU else (1, 9)
+NEURONS = {"width": 768, "neurons": 64} if ON_GPU else {"width": 32, "neurons": 16}
+HIDDEN = {"groups": 48, "block": 64} if ON_GPU else {"groups": 3, "block": 16}
 SIZES = {
-    "neurons": {
-        "experts": 8,
-        "top_k": 2,
-        "width": 768 if ON_GPU else 32,
-        "neurons": 64 if ON_GPU else 16,
-    },
-    "neurons of 64": {
-        "experts": 64,
-        "top_k": 8,
-        "width": 768 if ON_GPU else 32,
-        "neurons": 64 if ON_GPU else 16,
-    },
-    "hidden": {
-        "experts": 8,
-        "top_k": 2,
-        "groups": 48 if ON_GPU else 3,
-        "block": 64 if ON_GPU else 16,
-    },
-    "hidden of 64": {
-        "experts": 64,
-        "top_k": 2,
-        "groups": 48 if ON_GPU else 3,
-        "block": 64 if ON_GPU else 16,
-    },
+    "neurons": {"experts": 8, "top_k": 2, **NEURONS},
+    "neurons of 64": {"experts": 64, "top_k": 8, **NEURONS},
+    "hidden": {"experts": 8, "top_k": 2, **HIDDEN},
+    "hidden of 64": {"experts": 64, "top_k": 2, **HIDDEN},
 }
 # bfloat16 first: it is what people compute in.
 CASES = [(dtype, name) for dtype in (torch.bfloat16, torch.float32) for name in SIZES]
@@ -78,10 +59,9 @@ def test_neurons_of_any_number_of_tokens(tokens, backend, device, check_able):
 def test_an_infinite_token_spoils_its_own_row_alone(name, backend, device, check_able):
     check_able(backend, op_of(name))
     made = problem_of(name, torch.bfloat16, device, none_share=0.0)
-    op, rows = (hidden_experts, "u") if name == "hidden" else (neuron_experts, "x")
-    whole = made.run(op, torch.bfloat16, backend=backend)["o"]
-    made.inputs[rows][7] = float("inf")
-    spoilt = made.run(op, torch.bfloat16, backend=backend)["o"]
+    whole = made.computed(backend)["o"]
+    made.inputs[made.ROWS][7] = float("inf")
+    spoilt = made.computed(backend)["o"]
     others = torch.arange(TOKENS, device=device) != 7
     assert not torch.isfinite(spoilt[7]).all()
     torch.testing.assert_close(spoilt[others], whole[others])

@@ -15,11 +15,11 @@ from .test_device_ops import make_blocks
 SHAPE = SMALL_SHAPES["light"]
 
 
-def tensors(device, dtype=torch.float32):
+def tensors(device):
     """x, left, central, right."""
     blocks = random_blocks(SHAPE, 3)
     found = (torch.randn(9, SHAPE.in_features), blocks.left, blocks.central, blocks.right)
-    return [t.detach().to(device, dtype).requires_grad_() for t in found]
+    return [t.detach().to(device, torch.float32).requires_grad_() for t in found]
 
 
 def offsets(device):
@@ -76,9 +76,13 @@ def _without_rank(_, function, *arguments):
     function(*arguments)
 
 
-def captured(function, device):
-    """In a CUDA graph; on a CPU the function."""
-    return graphed(function) if device.startswith("cuda") else function
+def captured(step, found, device):
+    """What fills ``found`` with the result of a step, on a GPU in a CUDA graph."""
+
+    def replay():
+        found.copy_(step())
+
+    return graphed(replay) if device.startswith("cuda") else replay
 
 
 def replay_a_decoding_step(backend, name, device):
@@ -100,7 +104,7 @@ def replay_a_decoding_step(backend, name, device):
         with torch.no_grad():
             return mpo_ffn(x, route(index, 3, backend=backend), gates, *parts, backend=backend)
 
-    replay = captured(lambda: found.copy_(step()), device)
+    replay = captured(step, found, device)
     x.copy_(torch.randn_like(x))
     index.copy_(torch.tensor([[2], [2], [0], [2]], device=device))
     replay()
@@ -118,7 +122,7 @@ def replay_experts(backend, name, tokens, device):
         with torch.no_grad():
             return problem.run(type(problem).OP, torch.bfloat16, backend=backend)["o"]
 
-    replay = captured(lambda: found.copy_(step()), device)
+    replay = captured(step, found, device)
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         index.copy_(torch.randint(0, problem.experts, index.shape, generator=generator))

@@ -45,10 +45,9 @@ def make_blocks(shape, experts, dtype, device):
     return MPOBlocks(*parts, shape.in_features, shape.out_features)
 
 
-def make_routing(tokens, experts, kind, device, capacity=None):
-    return route(
-        expert_choice(kind, tokens, experts).to(device), experts, capacity, backend="eager"
-    )
+def make_routing(tokens, experts, capacity, device):
+    index = expert_choice("zipf", tokens, experts).to(device)
+    return route(index, experts, capacity, backend="eager")
 
 
 def strategies_of(backend, shape, dtype, device):
@@ -128,7 +127,7 @@ def test_routing_is_the_same_everywhere(able, tokens, experts, top_k, capacity, 
 
 
 def test_dispatch_and_combine(able, device):
-    routing = make_routing(300, 7, "zipf", device, capacity=50)
+    routing = make_routing(300, 7, 50, device)
 
     def run(backend, kind):
         torch.manual_seed(3)
@@ -151,7 +150,7 @@ def test_rows_at_their_tokens(able, name, dtype, device):
     large = LARGE if device.type == "cuda" else LARGE_ON_CPU  # whose tiles are full long before
     shape = large[name] if name in large else SMALL_SHAPES[name]
     tokens, experts = (300, 7) if name not in large or device.type == "cuda" else (70, 3)
-    routing = make_routing(tokens, experts, "zipf", device, capacity=tokens // 6)
+    routing = make_routing(tokens, experts, tokens // 6, device)
     blocks, gates = make_blocks(shape, experts, dtype, device), torch.rand(tokens, 1, device=device)
     x = torch.randn(tokens, shape.in_features, device=device).to(dtype)
     rows = x, blocks, routing.expert_offsets, torch.randn(shape.out_features).to(device, dtype)

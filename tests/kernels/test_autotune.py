@@ -84,13 +84,13 @@ def test_threads_versions_and_instructions_are_part_of_the_key(seconds, monkeypa
     assert len(choices()) == 6
 
 
-def ranked(problem=PROBLEM):
-    found = resolve_contraction(problem)
+def ranked():
+    found = resolve_contraction(PROBLEM)
     return found.backend, found.strategy
 
 
-def first_of(problem=PROBLEM):
-    return "first", problem.rounded().plans()[0].strategy
+def first_of():
+    return "first", PROBLEM.rounded().plans()[0].strategy
 
 
 def test_the_setting_turns_timing_off(seconds, monkeypatch):

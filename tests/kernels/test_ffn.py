@@ -48,10 +48,10 @@ TOKENS, EXPERTS = 13, 4
 MASK = torch.arange(TOKENS) % 5 != 1
 
 
-def routing_of(capacity=3):
+def routing_of():
     """Some tokens are masked, some are dropped, and one expert is idle."""
     return route(
-        expert_choice("some_idle", TOKENS, EXPERTS, 1), EXPERTS, capacity=capacity, token_mask=MASK
+        expert_choice("some_idle", TOKENS, EXPERTS, 1), EXPERTS, capacity=3, token_mask=MASK
     )
 
 

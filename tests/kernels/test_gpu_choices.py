@@ -128,7 +128,7 @@ CAPABILITIES = ((8, 0), (10, 0))
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
 
 
-def _index(device=None):
+def _index(device):
     return torch.device("cuda" if device is None else device).index or 0
 
 

@@ -258,10 +258,10 @@ def stirred(model):
     return model
 
 
-def fit(model, batches, rate=0.02):
+def fit(model, batches):
     """A step of AdamW for each batch; returns the losses."""
     optimizer, losses = (
-        torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], rate),
+        torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], 0.02),
         [],
     )
     for each in batches:
@@ -302,14 +302,14 @@ def tokenizer(words=VOCABULARY):
     return encode
 
 
-def domain(number, seed=0, rows=32):
+def domain(number, seed=0):
     """Texts of one domain: every token is followed by a fixed one of the same domain, or, one in
     five, by any."""
     generator = torch.Generator().manual_seed(100 * number + seed)
     follower = torch.randperm(DOMAIN, generator=torch.Generator().manual_seed(number))
-    ids = torch.randint(DOMAIN, (rows, 16), generator=generator)
+    ids = torch.randint(DOMAIN, (32, 16), generator=generator)
     for place in range(1, 16):
-        follows = torch.rand(rows, generator=generator) < 0.8
+        follows = torch.rand(32, generator=generator) < 0.8
         ids[:, place] = torch.where(follows, follower[ids[:, place - 1]], ids[:, place])
     ids = ids + number * DOMAIN
     return [{"input_ids": part, "labels": part} for part in ids.split(16)]

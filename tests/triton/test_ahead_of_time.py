@@ -205,10 +205,10 @@ def binary_of(job):
     return compiled(job)[job.name]
 
 
-def planted(size, warps, stages, kind="*bf16", architecture="sm_90"):
+def planted(size, warps, stages, architecture="sm_90"):
     signature = (
-        ("a", kind),
-        ("b", kind),
+        ("a", "*bf16"),
+        ("b", "*bf16"),
         ("out", "*fp32"),
         ("SIZE", "constexpr"),
         ("STAGES", "constexpr"),

@@ -75,25 +75,7 @@ void run(const Case& c, Dtype dtype) {
   p.slots = c.slots;
   p.tokens = c.tokens ? c.tokens : c.slots;
   p.activation = c.activation;
-  for (int64_t s = 0; c.tokens && s < c.slots; ++s)
-    p.row_index.push_back(random.below(c.tokens));
-  const auto array = [&](int64_t count, double scale) {
-    return Array::random(dtype, count, random, scale, c.shift);
-  };
-  const auto scale = [](int64_t sum) {
-    return std::sqrt(3.0 / static_cast<double>(sum));
-  };
-  const Array x = array(p.tokens * d.in_features, 1);
-  const Array left = array(p.experts * d.iL * d.jL * d.a, scale(d.iL));
-  const Array central = array(d.a * d.iC * d.jC * d.b, scale(d.a * d.iC));
-  const Array right = array(p.experts * d.b * d.iR * d.jR, scale(d.b * d.iR));
-  const Array bias = array(d.out_features, 1);
-  p.x = x.values();
-  p.left = left.values();
-  p.central = central.values();
-  p.right = right.values();
-  p.bias = bias.values();
-  p.grad = array(c.slots * d.out_features, 1).values();
+  const truth::Operands in = truth::random_operands(p, dtype, c.tokens != 0, true, c.shift, random);
   const truth::Result truth = truth::solve(p, 0.1);
   Array dz(dtype, c.slots * d.out_features, c.shift);
   for (int64_t i = 0; i < dz.count(); ++i)
@@ -121,22 +103,22 @@ void run(const Case& c, Dtype dtype) {
   const double allowed = 2 * check::tolerance(dtype);
 
   // Runs of bonds: [E, iR, jR, b].
-  Array by_bond = result(right.count());
+  Array by_bond = result(in.right.count());
   const int64_t pairs = d.iR * d.jR;
-  for (int64_t n = 0; n < right.count(); ++n) {
-    by_bond.set(n, right.get((n / (pairs * d.b) * d.b + n % d.b) * pairs + n / d.b % pairs));
+  for (int64_t n = 0; n < in.right.count(); ++n) {
+    by_bond.set(n, in.right.get((n / (pairs * d.b) * d.b + n % d.b) * pairs + n / d.b % pairs));
   }
   const std::string what = std::string(c.name) + (dtype == Dtype::kFloat32 ? ", float32" : "");
   const Array y = result(c.slots * d.out_features);
   const Array z = result(c.slots * d.out_features);
   const Array dx = result(c.slots * d.in_features);
   RebuiltProduct forward{sizes};
-  forward.rows = x.data();
-  forward.left = left.data();
-  forward.central = central.data();
+  forward.rows = in.x.data();
+  forward.left = in.left.data();
+  forward.central = in.central.data();
   forward.right = by_bond.data();
   forward.out = y.data();
-  forward.epilogue = {bias.data(), static_cast<int>(c.activation), z.data()};
+  forward.epilogue = {in.bias.data(), static_cast<int>(c.activation), z.data()};
   rebuilt_product(forward, nullptr);
   check::require_close(y, truth.y, check::tolerance(dtype), what + ": y");
 
@@ -168,9 +150,9 @@ void run(const Case& c, Dtype dtype) {
     }
   }
   const Array dhalf = result(rows * columns);
-  std::vector<float> dright(static_cast<std::size_t>(parts * right.count()), std::nanf(""));
+  std::vector<float> dright(static_cast<std::size_t>(parts * in.right.count()), std::nanf(""));
   GradientProduct product{sizes};
-  product.x = x.data();
+  product.x = in.x.data();
   product.dz = dz.data();
   product.other = by_bond.data();
   product.out = dhalf.data();

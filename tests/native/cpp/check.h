@@ -161,11 +161,9 @@ inline double relative_error(const std::vector<double>& actual, const std::vecto
   return std::sqrt(norm > 0 ? difference / norm : difference);
 }
 
+// Of float32 or bfloat16.
 inline double tolerance(Dtype dtype) {
-  return dtype == Dtype::kFloat64    ? 1e-13
-         : dtype == Dtype::kFloat32  ? 2e-6
-         : dtype == Dtype::kBFloat16 ? 1.5e-2
-                                     : 2e-3;
+  return dtype == Dtype::kFloat32 ? 2e-6 : 1.5e-2;
 }
 
 inline void require_close(const Array& actual,

@@ -14,7 +14,6 @@ namespace {
 using check::Array;
 using truth::Problem;
 using truth::Result;
-using truth::Values;
 
 struct Strategy {
   const char* name;
@@ -67,14 +66,10 @@ const Load kLoads[] = {
 const Load kTiles{
     "tiles of all heights", {0, 1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78, 91, 105}, 105, true};
 
-struct Inputs {
-  Array x, left, central, right, bias, grad;
-};
-
 // Results: y, then the gradients of x, left, central, right and bias, of which `need` says which.
 void run(const Strategy& strategy,
          const Problem& p,
-         const Inputs& in,
+         const truth::Operands& in,
          bool save,
          const bool (&need)[5],
          std::int64_t shift,
@@ -141,36 +136,17 @@ void check_case(
     const Shape& shape, const Load& load, Activation activation, Dtype dtype, int number) {
   check::Random random(static_cast<std::uint64_t>(number) + 1);
   const BlockDims& d = shape.dims;
-  const std::int64_t experts = static_cast<std::int64_t>(load.offsets.size()) - 1,
-                     shift = number % 3;
+  const std::int64_t shift = number % 3;
   Problem p{};
   p.dims = d;
   p.order = order_of(number / 2);  // numbers of one dtype
   p.offsets = load.offsets;
-  p.experts = experts;
+  p.experts = static_cast<std::int64_t>(load.offsets.size()) - 1;
   p.slots = load.slots;
   p.tokens = load.gathered ? 11 : load.slots;
   p.activation = activation;
-  if (load.gathered)
-    for (std::int64_t s = 0; s < load.slots; ++s)
-      p.row_index.push_back(random.below(p.tokens));
-
-  const auto array = [&](std::int64_t count, double scale) {
-    return Array::random(dtype, count, random, scale, shift);
-  };
-  Inputs m;
-  m.x = array(p.tokens * d.in_features, 1);
-  m.left = array(experts * d.iL * d.jL * d.a, std::sqrt(3.0 / static_cast<double>(d.iL)));
-  m.central = array(d.a * d.iC * d.jC * d.b, std::sqrt(3.0 / static_cast<double>(d.a * d.iC)));
-  m.right = array(experts * d.b * d.iR * d.jR, std::sqrt(3.0 / static_cast<double>(d.b * d.iR)));
-  m.bias = array(number % 2 == 0 ? d.out_features : 0, 1);
-  p.x = m.x.values();
-  p.left = m.left.values();
-  p.central = m.central.values();
-  p.right = m.right.values();
-  p.bias = m.bias.values();
-  m.grad = array(load.slots * d.out_features, 1);
-  p.grad = m.grad.values();
+  truth::Operands m =
+      truth::random_operands(p, dtype, load.gathered, number % 2 == 0, shift, random);
   const Result truth = truth::solve(p, 0.1);
   for (std::int64_t i = 0; i < m.grad.count(); ++i)
     m.grad.set(i, p.grad[i]);

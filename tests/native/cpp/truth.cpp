@@ -45,6 +45,32 @@ void each_weight(const BlockDims& d, const F& visit) {
 
 }  // namespace
 
+Operands random_operands(Problem& p,
+                         Dtype dtype,
+                         bool gathered,
+                         bool has_bias,
+                         std::int64_t shift,
+                         check::Random& random) {
+  const BlockDims& d = p.dims;
+  for (std::int64_t s = 0; gathered && s < p.slots; ++s)
+    p.row_index.push_back(random.below(p.tokens));
+  // Sums of as many products have about the size of one.
+  const auto array = [&](Values& values, std::int64_t count, std::int64_t sum) {
+    const double scale = std::sqrt(3.0 / static_cast<double>(sum));
+    check::Array made = check::Array::random(dtype, count, random, scale, shift);
+    values = made.values();
+    return made;
+  };
+  Operands made;
+  made.x = array(p.x, p.tokens * d.in_features, 3);
+  made.left = array(p.left, p.experts * d.iL * d.jL * d.a, d.iL);
+  made.central = array(p.central, d.a * d.iC * d.jC * d.b, d.a * d.iC);
+  made.right = array(p.right, p.experts * d.b * d.iR * d.jR, d.b * d.iR);
+  made.bias = array(p.bias, has_bias ? d.out_features : 0, 3);
+  made.grad = array(p.grad, p.slots * d.out_features, 3);
+  return made;
+}
+
 double activate(Activation activation, double z) {
   switch (activation) {
     case Activation::kRelu: return z > 0 ? z : 0;

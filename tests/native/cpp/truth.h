@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "check.h"
 #include "cpu/linear/linear.h"
 
 namespace mpoe::truth {
@@ -23,6 +24,18 @@ struct Result {
   Values y, z;                                // [N, F]: output and pre-activation
   Values dx, dleft, dcentral, dright, dbias;  // of sum(y * grad)
 };
+
+// The arrays of a problem.
+struct Operands {
+  check::Array x, left, central, right, bias, grad;
+};
+// Random ones for a problem that has its sizes: their values, and rows if they are gathered.
+Operands random_operands(Problem& problem,
+                         Dtype dtype,
+                         bool gathered,
+                         bool has_bias,
+                         std::int64_t shift,
+                         check::Random& random);
 
 double activate(Activation activation, double z);
 double derivative(Activation activation, double z);

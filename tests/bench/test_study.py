@@ -149,15 +149,15 @@ def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file, data):
     [
         (
             ("hidden =", "hiden ="),
-            "arms.fine must have fields among name, experts, .*; unknown or missing: hiden",
+            "arms.fine has no field 'hiden' .did you mean 'hidden'.*; it has name, experts, .*",
         ),
         (
             ('title = "Tiny"', ""),
-            "the study must have fields among title, .*; unknown or missing: title",
+            "the study: .* missing 1 required positional argument: 'title'",
         ),
         (
             ('reference = "dense"', 'reference = "thin"'),
-            "arms must be among dense, neurons, fine, large; got 'thin'",
+            "arms must be one of 'dense', 'neurons', 'fine', 'large'; got 'thin'",
         ),
         (
             ("16 = [0.004, 0.008]", "8 = [0.004]"),
@@ -428,7 +428,6 @@ def test_runs_and_success_of_quiet_experts():
         return dict.fromkeys(texts_of, loss) | {
             "answers": answers,
             "same": 1.0,
-            "prefix": 1.0,
             "objective": loss,
         }
 

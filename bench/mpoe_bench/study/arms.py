@@ -5,7 +5,6 @@ Within a seed every arm has the same start and the same data in the same order.
 
 import argparse
 import copy
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mpoe.config import MPOEConfig
@@ -178,10 +178,12 @@ def train_steps(
     model: nn.Module,
     adam: torch.optim.Optimizer,
     steps: int,
-    numbered: Iterable[tuple[int, Tensor]],
+    batches: Iterable[Tensor],
+    first: int = 0,
     loss_of: Callable[[Any, Tensor], Tensor] | None = None,
 ) -> None:
-    """Train in some of the ``steps`` of a run, at most at ``adam``'s rates.
+    """Train in those of the ``steps`` of a run that begin with ``first``, at most at ``adam``'s
+    rates.
 
     ``loss_of``: the model and token ids -> the loss; default: the model's own.
 
@@ -189,15 +191,14 @@ def train_steps(
         FloatingPointError: the loss is not finite.
     """
     parameters = list(model.parameters())
-    rates = [group["lr"] for group in adam.param_groups]
-    for step, ids in numbered:
-        for group, rate in zip(adam.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step, steps)
+    rates = LambdaLR(adam, lambda step: schedule(first + step, steps))
+    for step, ids in enumerate(batches, first):
         loss = loss_of(model, ids) if loss_of else model(input_ids=ids, labels=ids).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()
         adam.zero_grad()
+        rates.step()
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"is {value} in step {step}")
@@ -225,25 +226,24 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Tr
     layers = run.corner.layers
     steps = steps_of(study, run.arm, run.corner)
     hidden = dense_hidden(study, run.arm, size)
-    numbered = enumerate(batches(data["train"], run.seed, steps))
+    drawn = list(batches(data["train"], run.seed, steps))
 
-    def trained(model: Any, drawn: Iterable[tuple[int, Tensor]]) -> Trained:
+    def trained(model: Any, first: int, end: int) -> Trained:
         begin = time.process_time()
         adam = optimiser(model, run.rate)
-        train_steps(model.train(), adam, steps, drawn)
+        train_steps(model.train(), adam, steps, drawn[first:end], first)
         return Trained(model, time.process_time() - begin)
 
     dense = dense_model(size, hidden, run.seed, layers)
     if arm.experts is None:
-        return trained(dense, numbered)
+        return trained(dense, 0, steps)
     until = round(arm.dense_until * steps)
-    first = list(itertools.islice(numbered, until))
     key = size, layers, hidden, run.seed, run.rate, steps, until
     if key not in starts:
-        starts[key] = trained(dense, first)
+        starts[key] = trained(dense, 0, until)
     start = starts[key]
     mixture = convert(copy.deepcopy(start.model), arm, size, run.seed)
-    end = trained(mixture, numbered)
+    end = trained(mixture, until, steps)
     return Trained(mixture, start.seconds + end.seconds)
 
 

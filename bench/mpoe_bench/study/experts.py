@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
+
+from mpoe.data.predict import token_losses
+from mpoe.models.background import labelled_batches
 
 BATCH = 4
 SAMPLED = 64  # pieces for an expert's statistics
@@ -51,15 +53,9 @@ def drawn(text: Tensor, steps: int, seed: int) -> list[Tensor]:
     return batches
 
 
-@torch.inference_mode()
 def mean_loss(model: Any, ids: Tensor) -> float:
     """Nats per token that is predicted of the pieces ``ids [N, T]``."""
-    parts = []
-    for part in ids.split(8):
-        logits = model(input_ids=part).logits[:, :-1].flatten(0, 1)
-        targets = part[:, 1:].flatten()
-        parts.append(F.cross_entropy(logits, targets, reduction="none"))
-    return round(float(torch.cat(parts).mean()), 5)
+    return round(float(token_losses(model, labelled_batches(ids)).mean()), 5)
 
 
 def adapters(base: Any, places: Mapping[str, Path]) -> Any:
@@ -70,7 +66,3 @@ def adapters(base: Any, places: Mapping[str, Path]) -> Any:
         if name != first:
             model.load_adapter(str(place), adapter_name=name)
     return model.eval()
-
-
-def batched(ids: Tensor) -> list[dict[str, Tensor]]:
-    return [{"input_ids": part} for part in ids.split(8)]

@@ -1,13 +1,14 @@
 """A study's file: what is trained and compared, written down before the first run."""
 
-import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
+
+from mpoe.config.checks import check_choice, check_fields, refusing
 
 Record = dict[str, Any]  # what a run found, JSON-able
 Records = Mapping[str, Record]  # a run's key -> its record
@@ -80,7 +81,7 @@ class Stage:
 
     model: int
     steps: int
-    arms: tuple[str, ...]
+    arms: Sequence[str]
     layers: int = LAYERS
 
     @property
@@ -140,12 +141,12 @@ class Study:
     title: str
     question: str
     reference: str
-    seeds: tuple[int, ...]
-    rates: dict[int, tuple[float, ...]]
+    seeds: Sequence[int]
+    rates: Mapping[int, Sequence[float]]
     rate_steps: int
-    arms: dict[str, Arm]
-    stages: tuple[Stage, ...]
-    comparisons: tuple[Comparison, ...] = ()
+    arms: Mapping[str, Arm]
+    stages: Sequence[Stage]
+    comparisons: Sequence[Comparison] = ()
 
     def corners(self) -> dict[Corner, list[str]]:
         """The arms of every corner, each once, in order."""
@@ -176,38 +177,25 @@ class Study:
 
 
 def made(kind: type, where: str, values: dict[str, Any]) -> Any:
-    """A dataclass from a file's values; lists become tuples.
+    """A dataclass from a file's values.
 
     Raises:
         ValueError: names a field that is unknown or missing.
     """
-    known = {f.name: f.default is not dataclasses.MISSING for f in dataclasses.fields(kind)}
-    wrong = [name for name in values if name not in known]
-    wrong += [name for name, optional in known.items() if not optional and name not in values]
-    if wrong:
-        raise ValueError(
-            f"{where} must have fields among {', '.join(known)}; unknown or missing: "
-            f"{', '.join(wrong)}"
-        )
-    fields = dict(values)
-    for name, value in values.items():
-        if isinstance(value, list):
-            fields[name] = tuple(value)
-    return kind(**fields)
+    check_fields(kind, values, where)
+    with refusing(f"{where}: ", TypeError):
+        return kind(**values)
 
 
 class Expert(NamedTuple):
-    """A training run of the study of quiet experts: neurons, a LoRA, or a LoRA with replay."""
+    """One domain added in the study of quiet experts: neurons, a LoRA, or a LoRA with replay,
+    trained at a rate; or what is made of these without training (``quiet``, ``scaled``)."""
 
     kind: str
     domain: str
     steps: int
-    rate: float
+    rate: float | None
     seed: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.kind} {self.domain} {self.steps} {self.rate:g} {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -216,16 +204,16 @@ class QuietPlan:
 
     title: str
     question: str
-    seeds: tuple[int, ...]
+    seeds: Sequence[int]
     steps: int
-    lengths: tuple[int, ...]
-    domains: tuple[str, ...]
+    lengths: Sequence[int]
+    domains: Sequence[str]
     forgetting: str
-    probes: tuple[str, ...]
-    tenants: tuple[str, ...]
+    probes: Sequence[str]
+    tenants: Sequence[str]
     neurons: int
     rank: int
-    replay_rates: tuple[float, ...]
+    replay_rates: Sequence[float]
     rates: Mapping[str, float]
     adapters: Mapping[str, str | list[str]]
     success: Mapping[str, float]
@@ -234,6 +222,14 @@ class QuietPlan:
     def equal_time(self) -> int:
         """Steps of replay that take about as long as `steps` without."""
         return self.steps // 2
+
+    def key(self, expert: Expert) -> str:
+        """Of the run among the records."""
+        kind, domain, steps, rate, seed = expert
+        if rate is not None:
+            return f"{kind} {domain} {steps} {rate:g} {seed}"
+        key = f"{kind} {domain} {seed}"
+        return key if steps == self.steps else f"{key} {steps}"
 
     def candidates(self, rate: float) -> list[Expert]:
         """The runs by which a rate of replay is judged."""
@@ -244,7 +240,7 @@ class QuietPlan:
         """Rate -> replay's own loss on validation texts, mean over domains; of finished rates."""
         losses = {}
         for rate in self.replay_rates:
-            keys = [expert.key for expert in self.candidates(rate)]
+            keys = [self.key(expert) for expert in self.candidates(rate)]
             if all(key in records for key in keys):
                 losses[rate] = fmean(records[key]["objective"] for key in keys)
         return losses
@@ -271,7 +267,7 @@ def read_study(path: Path) -> Study:
     """
     values = values_of(path)
     rates = values.get("rates", {})
-    values["rates"] = {int(model): tuple(candidates) for model, candidates in rates.items()}
+    values["rates"] = {int(model): candidates for model, candidates in rates.items()}
     arms = values.get("arms", {})
     values["arms"] = {key: made(Arm, f"arms.{key}", arm) for key, arm in arms.items()}
     values["stages"] = [made(Stage, "stages", stage) for stage in values.get("stages", [])]
@@ -287,8 +283,8 @@ def read_study(path: Path) -> Study:
     for arm in study.arms.values():
         named += [arm.flops_of, arm.size_of, arm.budget_of]
     for name in named:
-        if name is not None and name not in study.arms:
-            raise ValueError(f"arms must be among {', '.join(study.arms)}; got {name!r}")
+        if name is not None:
+            check_choice("arms", name, list(study.arms))
     for stage in study.stages:
         if stage.layers < 1:
             raise ValueError(f"layers of a stage must be at least 1; got {stage.layers}")

@@ -4,6 +4,7 @@ quiet.toml."""
 import argparse
 import copy
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,14 +13,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import ArrowConfig, create_arrow_model
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpoe.config import RouterConfig
 from mpoe.models import collect_statistics, compose_experts, save_expert, start_expert
-from mpoe.models.background import background_parts, pooled_background, token_batches
+from mpoe.models.background import (
+    background_batches,
+    background_parts,
+    pooled_background,
+    token_batches,
+)
 from mpoe.models.composition import compose
 from mpoe.models.lora_fit import check_adapter, fit_adapter
 from mpoe.models.walk import routed_layers
@@ -30,7 +36,6 @@ from mpoe_bench.study.experts import (
     PROMPTS,
     SAMPLED,
     adapters,
-    batched,
     drawn,
     mean_loss,
 )
@@ -41,7 +46,7 @@ from mpoe_bench.study.texts import (
     SPLITS,
     Split,
     domain_texts,
-    pieces,
+    pieces_of,
     probe_texts,
     split_of,
     tenant_texts,
@@ -84,7 +89,7 @@ class QuietStudy:
             self.splits[domain] = split_of(self.tokenizer, *texts)
         self.probes = {}
         for probe in self.plan.probes:
-            self.probes[probe] = pieces(self.tokenizer, probe_texts(data, probe), SHOWN)
+            self.probes[probe] = pieces_of(self.tokenizer, probe_texts(data, probe), SHOWN)
 
     def waiting(self, records: Records) -> list[str]:
         return [key for key, _ in self.runs(records) if key not in records]
@@ -105,38 +110,37 @@ class QuietStudy:
         plan = self.plan
         first = plan.seeds[0]
         rates = plan.known_rates(records)
+        untrained = {"quiet": self.quiet, "scaled": self.scaled}
 
-        def own(kind: str, domain: str, steps: int, seed: int) -> tuple[str, Maker]:
-            expert = Expert(kind, domain, steps, rates[kind], seed)
-            return expert.key, partial(self.own, expert)
+        def added(kind: str, domain: str, seed: int, steps: int = plan.steps) -> tuple[str, Maker]:
+            expert = Expert(kind, domain, steps, rates.get(kind), seed)
+            return plan.key(expert), partial(untrained.get(kind, self.own), expert)
 
         yield "base", lambda: self.tests(self.base, plan.domains)
         for seed in plan.seeds:  # what success asks for, first
             for domain in plan.domains:
-                yield own("neurons", domain, plan.steps, seed)
-                yield f"quiet {domain} {seed}", partial(self.quiet, [domain], seed)
-            yield f"mixture {seed}", partial(self.quiet, plan.domains, seed)
+                yield added("neurons", domain, seed)
+                yield added("quiet", domain, seed)
+            yield f"mixture {seed}", partial(self.all_quiet, seed)
         yield "rivals", self.rivals
         for number in TENANTS:
             yield f"tenants {number}", partial(self.tenants, number)
         for seed in plan.seeds:
             for domain in plan.domains:
-                yield own("lora", domain, plan.steps, seed)
-                yield f"scaled {domain} {seed}", partial(self.scaled, domain, seed)
+                yield added("lora", domain, seed)
+                yield added("scaled", domain, seed)
         for rate in plan.replay_rates:
             for expert in plan.candidates(rate):
-                yield expert.key, partial(self.own, expert)
+                yield plan.key(expert), partial(self.own, expert)
         if "replay" not in rates:
             return
         for steps in plan.lengths:
-            for kind in ("neurons", "lora", "replay"):
-                yield own(kind, plan.forgetting, steps, first)
-            shorter = partial(self.quiet, [plan.forgetting], first, steps)
-            yield f"quiet {plan.forgetting} {first} {steps}", shorter
+            for kind in ("neurons", "lora", "replay", "quiet"):
+                yield added(kind, plan.forgetting, first, steps)
         for seed in plan.seeds:
             for domain in plan.domains:
                 for steps in (plan.equal_time, plan.steps):
-                    yield own("replay", domain, steps, seed)
+                    yield added("replay", domain, seed, steps)
         for adapted in plan.adapters:
             for domain in plan.domains:
                 yield f"adapter {adapted}: {domain}", partial(self.adapter, adapted, domain)
@@ -164,24 +168,17 @@ class QuietStudy:
 
     @torch.inference_mode()
     def change_of_answers(self, model: Any) -> dict[str, float]:
-        """On the base's own answers: the KL divergence from the base, the share of equal greedy
-        tokens, and of the tokens before the first other one."""
+        """On the base's own answers: the KL divergence from the base, and the share of equal greedy
+        tokens."""
         divergence = 0.0
         same = 0
-        prefix = 0
         count = 0
         for ids, start, before in self.answers:
             after = answer_scores(model, ids, start)
             divergence += float((before.exp() * (before - after)).sum())
-            equal = before.argmax(-1) == after.argmax(-1)
-            same += int(equal.sum())
-            prefix += int(equal.long().cumprod(0).sum())
-            count += len(equal)
-        return {
-            "answers": round(divergence / count, 5),
-            "same": round(same / count, 4),
-            "prefix": round(prefix / count, 4),
-        }
+            same += int((before.argmax(-1) == after.argmax(-1)).sum())
+            count += len(before)
+        return {"answers": round(divergence / count, 5), "same": round(same / count, 4)}
 
     def tests(self, model: Any, whole: Sequence[str] = ()) -> dict[str, float]:
         """Losses on every domain's test text (all of it for the domains ``whole``) and the probes,
@@ -217,7 +214,7 @@ class QuietStudy:
         return self.splits.get(domain) or tenant_texts(self.tokenizer, domain)
 
     def place(self, expert: Expert) -> Path:
-        name = expert.key.replace(" ", "-")
+        name = self.plan.key(expert).replace(" ", "-")
         if expert.kind == "neurons":
             name = f"{name}.expert"
         return self.folder / name
@@ -244,7 +241,7 @@ class QuietStudy:
         text = self.split(expert.domain)[0]
         batches = drawn(text, expert.steps, expert.seed)
         loss_of = self.loss_with_replay() if expert.kind == "replay" else None
-        train_steps(model, adam, expert.steps, enumerate(batches), loss_of)
+        train_steps(model, adam, expert.steps, batches, loss_of=loss_of)
         return model.eval()
 
     def train(self, expert: Expert) -> Any:
@@ -253,7 +250,7 @@ class QuietStudy:
         place = self.place(expert)
         if expert.kind == "neurons":
             text = self.split(expert.domain)[0]
-            statistics = collect_statistics(model, batched(text[:SAMPLED]))
+            statistics = collect_statistics(model, token_batches(text[:SAMPLED]))
             save_expert(model, place, statistics=statistics)
         else:
             model.save_pretrained(str(place))
@@ -313,33 +310,31 @@ class QuietStudy:
             return start_expert(self.base, expert=place).eval()
         return adapters(self.base, {"own": place})
 
-    def quiet(self, domains: Sequence[str], seed: int, steps: int | None = None) -> Record:
-        """Experts composed with *none*."""
-        return self.tests(self.mixture(domains, seed, steps), domains)
+    def quiet(self, expert: Expert) -> Record:
+        """An expert composed with *none*."""
+        domains = [expert.domain]
+        return self.tests(self.mixture(domains, expert.seed, expert.steps), domains)
 
-    def scaled(self, domain: str, seed: int) -> Record:
-        """LoRA at the scale at which it gains on validation texts what the quiet expert does."""
+    def all_quiet(self, seed: int) -> Record:
+        """Those of all domains, composed with *none*."""
+        return self.tests(self.mixture(self.plan.domains, seed), self.plan.domains)
+
+    def scaled(self, expert: Expert) -> Record:
+        """LoRA at the scale, in parts of 32, at which it gains on validation texts what the quiet
+        expert does; as it is, if it gains less."""
+        domain = expert.domain
         ids = self.split(domain)[1]
-        wanted = mean_loss(self.mixture([domain], seed), ids)
-        model = self.opened(self.file("lora", domain, seed))
-        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-        whole = [dict(layer.scaling) for layer in layers]
+        wanted = mean_loss(self.mixture([domain], expert.seed), ids)
+        model = self.opened(self.file("lora", domain, expert.seed))
 
-        def scale(factor: float) -> None:
-            for layer, scaling in zip(layers, whole, strict=True):
-                layer.scaling = {name: factor * value for name, value in scaling.items()}
+        def gains_as_much(scale: float) -> bool:
+            with rescale_adapter_scale(model, scale):
+                return mean_loss(model, ids[:SHOWN]) <= wanted
 
-        low = 0.0
-        high = 1.0
-        for _ in range(5):
-            middle = (low + high) / 2
-            scale(middle)
-            if mean_loss(model, ids[:SHOWN]) > wanted:
-                low = middle
-            else:
-                high = middle
-        scale(high)
-        return self.tests(model, [domain]) | {"scale": high}
+        scales = [part / 32 for part in range(1, 33)]
+        scale = scales[bisect_left(scales[:-1], True, key=gains_as_much)]
+        with rescale_adapter_scale(model, scale):
+            return self.tests(model, [domain]) | {"scale": scale}
 
     def rivals(self) -> Record:
         """Of the first seed's adapters: PEFT's Arrow and merges, each at the best of its settings
@@ -388,7 +383,7 @@ class QuietStudy:
         mixture = compose(self.base, merged, None, RouterConfig(top_k=2))
         seeing = start_expert(self.base, 1)
         for number, (_, validation, _) in enumerate(self.splits.values()):
-            statistics = collect_statistics(seeing, batched(validation), 0)
+            statistics = collect_statistics(seeing, token_batches(validation), 0)
             for name, layer in routed_layers(mixture):
                 mean = statistics[f"{name}.mean"]
                 layer.router.weight.data[number] = F.normalize(mean, dim=0)
@@ -435,11 +430,9 @@ class QuietStudy:
         """Of one thread: seconds of a background; tokens per second and memory of training, of
         reading and of answering, with an expert, with LoRA and without."""
         begin = time.process_time()
-        parts = background_parts(self.base, self.tokenizer)
+        texts = background_batches(self.base, self.tokenizer)
         sampled = time.process_time()
-        self.background = pooled_background(
-            self.base, [token_batches(ids) for ids in parts.values()]
-        )
+        self.background = pooled_background(self.base, texts)
         background = {
             "sampling": round(sampled - begin),
             "statistics": round(time.process_time() - sampled),

@@ -1,8 +1,8 @@
 """The table of the study of quiet experts, and which lines of its success hold so far."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpoe_bench.study.plan import TENANTS, Expert, QuietPlan, Record, Records
 from mpoe_bench.study.tables import page
@@ -19,36 +19,28 @@ Rows = list[list[Any]]
 Line = tuple[str, str, str]  # what must hold, what was measured, whether it does
 
 
-class Case:
+class Case(NamedTuple):
     """Domains added by one method: what they gain, mean over them, and what they change; losses in
     nats per token.
 
-    ``share``: of the gain of their own neurons, always on; ``None`` while these are not finished.
+    Attributes:
+        gain: mean over the domains.
+        share: of the gain of their own neurons, always on; ``None`` while these are not finished.
+        others, probes: changes of other domains and of probes.
+        answers, same: of the base's own answers: the divergence, and the share of greedy tokens
+            that are equal.
     """
 
-    def __init__(
-        self,
-        plan: QuietPlan,
-        base: Record,
-        record: Record,
-        domains: Sequence[str],
-    ) -> None:
-        self.gain = fmean(base[f"{domain}, all"] - record[f"{domain}, all"] for domain in domains)
-        self.share: float | None = None
-        others = [domain for domain in plan.domains if domain not in domains]
-        self.others = [record[other] - base[other] for other in others]
-        self.probes = [record[probe] - base[probe] for probe in plan.probes]
-        self.elsewhere = fmean([*self.others, *self.probes])
-        self.answers = record["answers"]
-        self.same = record["same"]
-        self.prefix = record["prefix"]
+    gain: float
+    share: float | None
+    others: list[float]
+    probes: list[float]
+    answers: float
+    same: float
 
-    def share_text(self) -> str:
-        return "" if self.share is None else f"{self.share:.1%}"
-
-    def kept(self) -> list[str]:
-        """Cells of the base's own answers: the divergence, and the greedy tokens that are equal."""
-        return [f"{self.answers:.4f}", f"{self.same:.1%}"]
+    @property
+    def elsewhere(self) -> float:
+        return fmean([*self.others, *self.probes])
 
 
 def shares_of(finished: Sequence[Case]) -> list[float]:
@@ -59,6 +51,18 @@ def changes_of(finished: Sequence[Case]) -> tuple[list[float], list[float]]:
     """Of other domains, and of probes."""
     others = [change for case in finished for change in case.others]
     return others, [change for case in finished for change in case.probes]
+
+
+def means(finished: Sequence[Case]) -> list[str]:
+    """Cells of the base's own answers."""
+    answers = fmean(case.answers for case in finished)
+    same = fmean(case.same for case in finished)
+    return [f"{answers:.4f}", f"{same:.1%}"]
+
+
+def share_text(finished: Sequence[Case]) -> str:
+    shares = shares_of(finished)
+    return f"{fmean(shares):.1%}" if shares else ""
 
 
 def line(
@@ -89,22 +93,22 @@ class QuietResults:
         base = self.records.get("base")
         if base is None or record is None:
             return None
-        case = Case(self.plan, base, record, domains)
+
+        def changes(names: Iterable[str]) -> list[float]:
+            return [record[name] - base[name] for name in names]
+
+        gain = -fmean(changes(f"{domain}, all" for domain in domains))
+        share = None
         if all((domain, seed) in self.own_gains for domain in domains):
-            case.share = case.gain / fmean(self.own_gains[domain, seed] for domain in domains)
-        return case
+            share = gain / fmean(self.own_gains[domain, seed] for domain in domains)
+        others = changes(domain for domain in self.plan.domains if domain not in domains)
+        probes = changes(self.plan.probes)
+        return Case(gain, share, others, probes, record["answers"], record["same"])
 
     def of_domain(self, method: str, domain: str, steps: int, seed: int) -> Case | None:
         """One domain added by a method (a kind of run) after some steps."""
-        if method in ("quiet", "scaled"):
-            key = f"{method} {domain} {seed}"
-            if steps != self.plan.steps:
-                key = f"{key} {steps}"
-        elif method in self.rates:
-            key = Expert(method, domain, steps, self.rates[method], seed).key
-        else:
-            return None
-        return self.case(self.records.get(key), [domain], seed)
+        expert = Expert(method, domain, steps, self.rates.get(method), seed)
+        return self.case(self.records.get(self.plan.key(expert)), [domain], seed)
 
     def cases(self, method: str) -> dict[tuple[str, int], Case]:
         """The finished ones of a method, by domain and seed."""
@@ -187,15 +191,11 @@ class QuietResults:
             finished = list(self.cases(method).values())
             if not finished:
                 continue
-            shares = shares_of(finished)
             row = [name, len(finished), fmean(case.gain for case in finished)]
-            row.append(f"{fmean(shares):.1%}" if shares else "")
+            row.append(share_text(finished))
             for changes in changes_of(finished):
                 row.append(f"{fmean(changes):+.3f} ({max(changes):+.3f})")
-            row.append(f"{fmean(case.answers for case in finished):.4f}")
-            row.append(f"{fmean(case.same for case in finished):.1%}")
-            row.append(f"{fmean(case.prefix for case in finished):.1%}")
-            rows.append(row)
+            rows.append(row + means(finished))
         return rows
 
     def of_cases(self) -> Rows:
@@ -205,8 +205,8 @@ class QuietResults:
             for place, case in self.cases(method).items():
                 probes = ", ".join(f"{change:+.3f}" for change in case.probes)
                 worst = f"{max(case.others):+.3f}"
-                row = [*place, name, case.gain, case.share_text(), worst, probes]
-                rows.append([*row, *case.kept()])
+                row = [*place, name, case.gain, share_text([case]), worst, probes]
+                rows.append(row + means([case]))
         return rows
 
     def of_many(self) -> Rows:
@@ -214,7 +214,7 @@ class QuietResults:
         named = {f"quiet experts, seed {seed}": case for seed, case in self.mixtures().items()}
         rows = []
         for name, case in (named | self.rivals()).items():
-            rows.append([name, case.gain, f"{fmean(case.probes):+.3f}", *case.kept()])
+            rows.append([name, case.gain, f"{fmean(case.probes):+.3f}", *means([case])])
         return rows
 
     def of_adapters(self) -> Rows:
@@ -280,7 +280,7 @@ class QuietResults:
             (
                 "One domain added",
                 "Nats per token beside the base.",
-                (*header, *answers, "prefix equal"),
+                (*header, *answers),
                 self.of_methods(),
             ),
             ("Every case", "", (*of_case, ", ".join(plan.probes), *answers), self.of_cases()),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpoe.data.tables import TEXT_COLUMN, find_files, is_text_file, read_table
 from mpoe.data.tasks import get_task
+from mpoe.models.background import pieces
 
 SPLITS = ("train", "validation", "test")
 BLOCK = 128  # bytes
@@ -69,15 +70,13 @@ def column_texts(folder: Path, name: str, columns: Sequence[str], split: str) ->
     return [line.strip() for line in "".join(texts).splitlines()]
 
 
-def cut(ids: Tensor, length: int) -> Tensor:
-    """``[N, length]``; the rest is dropped."""
-    return ids[: len(ids) // length * length].view(-1, length)
-
-
 def byte_blocks(texts: Sequence[str], block: int = BLOCK) -> Tensor:
-    """UTF-8 bytes of ``texts`` with a zero after each, int64 ``[N, block]``."""
+    """UTF-8 bytes of ``texts`` with a zero after each, int64 ``[N, block]``; the rest is
+    dropped."""
     data = bytearray(b"".join(text.encode() + bytes(1) for text in texts))
-    return cut(torch.frombuffer(data, dtype=torch.uint8), block).long()
+    count = len(data) // block
+    data = data[: count * block]
+    return torch.frombuffer(data, dtype=torch.uint8).view(count, block).long()
 
 
 def read_blocks(folder: Path) -> dict[str, Blocks]:
@@ -114,19 +113,16 @@ def batches(train: Blocks, seed: int, steps: int) -> Iterator[Tensor]:
         yield torch.stack([next(pools[index]) for index in chosen.tolist()])
 
 
-def pieces(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> Tensor:
-    """The texts as one, cut into pieces."""
-    joined = "\n".join(texts)
-    if most is not None:
-        joined = joined[: most * LENGTH * 12]
-    ids = tokenizer(joined, verbose=False)["input_ids"]
-    return cut(torch.tensor(ids), LENGTH)[:most]
+def pieces_of(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> Tensor:
+    """The texts as one, cut into pieces: all of them, or the first."""
+    text = "\n".join(texts)
+    return pieces(text, tokenizer, LENGTH, most or len(text))
 
 
 def split_of(tokenizer: Any, train: Sequence[str], *held_out: Sequence[str]) -> Split:
     """Pieces of a domain's or a tenant's texts."""
-    validation, test = (pieces(tokenizer, texts, PIECES) for texts in held_out)
-    return pieces(tokenizer, train), validation, test
+    validation, test = (pieces_of(tokenizer, texts, PIECES) for texts in held_out)
+    return pieces_of(tokenizer, train), validation, test
 
 
 def docstrings(package: str) -> Iterator[str]:

@@ -1,0 +1,117 @@
+"""What the native library computes: the chain's order, few rows of hidden experts, rounding to two
+bytes, widths of integers."""
+
+from dataclasses import replace
+from itertools import permutations
+
+import pytest
+import torch
+from mpoe_bench.cases import random_blocks
+from torch.testing import assert_close
+
+from mpoe_kernels import MPOShape, Routing, combine, dispatch, route
+from mpoe_kernels.contract import BlockDims
+from mpoe_kernels.linear import native
+from mpoe_kernels.linear.native import linear_forward
+from tests.cases import in_half_precision, in_two_dtypes
+from tests.expert_problems import HiddenProblem
+
+from .calls import forward_call
+
+
+@pytest.fixture
+def fresh_sizes():
+    """The library's sizes are made anew, and not kept for another test."""
+    native._sizes.cache_clear()
+    yield
+    native._sizes.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_sizes")
+@pytest.mark.parametrize("order", list(permutations("LCR")), ids="".join)
+def test_a_chain_takes_the_order_that_it_is_given(order, monkeypatch):
+    """The planner decides; every other order has bits of its own."""
+    shape = MPOShape((3, 4, 5), (5, 3, 4), max_bond=7)
+    blocks = random_blocks(shape, 2, torch.float32)
+    call = forward_call(
+        x=torch.randn(3, 60),
+        left=blocks.left,
+        central=blocks.central,
+        right=blocks.right,
+        in_features=60,
+        out_features=60,
+        strategy="chain",
+        save=False,
+    )
+    planned, *_ = linear_forward(call)
+    planned_order = BlockDims.of_shape(shape).chain_order
+    native._sizes.cache_clear()
+    monkeypatch.setattr(BlockDims, "chain_order", order)
+    y, *_ = linear_forward(call)
+    assert_close(y, planned)
+    assert torch.equal(y, planned) == (order == planned_order)
+
+
+@in_two_dtypes
+def test_few_rows_of_hidden_experts(dtype):
+    """Whole vectors of columns, single ones and the rest."""
+    wide = {"top_k": 2, "experts": 4, "groups": 1, "block": 84, "per_group": True, "gated": True}
+    HiddenProblem(tokens=2, **wide, dtype=dtype).check("native")
+    shared = {"top_k": 1, "experts": 5, "groups": 2, "block": 40, "with_bias": True}
+    HiddenProblem(tokens=3, **shared, dtype=dtype).check("native")
+
+
+# ------------------------------------------------------------------ rounding
+
+
+def times_one(rows, gates):
+    """What `combine` writes for one slot per token."""
+    routing = route(torch.zeros(len(rows), 1, dtype=torch.int64), 1)
+    return combine(rows, routing, gates, backend="native")
+
+
+def assert_same_numbers(got, want):
+    """Bit by bit, except that a NaN may be any."""
+    nan = want.isnan()
+    assert torch.equal(got[~nan], want[~nan])
+    assert bool(got[nan].isnan().all())
+
+
+@in_half_precision
+def test_every_value_of_two_bytes_survives(dtype):
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
+    assert_same_numbers(times_one(values, torch.ones(len(values), 1)), values)
+
+
+def ties(dtype):
+    """Every float32 halfway between two neighbours of ``dtype``."""
+    values = torch.arange(2**15, dtype=torch.int16).view(dtype).double()
+    values = values[values.isfinite()]
+    halfway = (values[:-1] + values[1:]) / 2
+    assert torch.equal(halfway.float().double(), halfway), "float32 holds each of them"
+    return torch.cat([halfway, -halfway]).float()
+
+
+@in_half_precision
+def test_rounding_is_that_of_torch(dtype):
+    """A gate times one is rounded as torch rounds that float32: also ties, overflow, subnormals and
+    NaN."""
+    bits = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64)
+    near_limits = torch.tensor(
+        [65504.0, 65519.99, 65520.0, 65536.0, 2**-14, 2**-24, 2**-25, 2**-25 * 1.01, 0.0]
+    )
+    halfway = ties(dtype)
+    assert len(halfway) > 60_000
+    assert not bool((halfway.to(dtype).view(torch.int16) & 1).any()), "each goes to the even one"
+    gates = torch.cat([bits.int().view(torch.float32), halfway, near_limits, -near_limits])[:, None]
+    assert_same_numbers(times_one(torch.ones_like(gates, dtype=dtype), gates), gates.to(dtype))
+
+
+def test_offsets_may_be_int64_and_rows_int32():
+    routing = route(torch.tensor([[0], [1], [0]]), 2)
+    wide = Routing(routing.expert_offsets.long(), routing.token_of_slot, routing.slot_of_token)
+    x = torch.randn(3, 4)
+    assert torch.equal(dispatch(x, wide, backend="native"), dispatch(x, routing, backend="native"))
+    call = forward_call()
+    other = replace(call, expert_offsets=call.expert_offsets.long(), row_index=call.row_index.int())
+    assert torch.equal(linear_forward(other)[0], linear_forward(call)[0])

@@ -1,0 +1,288 @@
+"""What the native library refuses, it refuses in plain words, without a file of its sources."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from mpoe_bench.cases import random_blocks
+
+from mpoe_kernels import MPOShape
+from mpoe_kernels.experts import native as experts
+from mpoe_kernels.experts.op import HiddenCall, NeuronCall
+from mpoe_kernels.linear.native import linear_backward, linear_forward, linear_sizes
+from mpoe_kernels.linear.op import BackwardCall, LinearCall
+from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.routing import native as routing
+from mpoe_kernels.routing.op import RouteCall
+from tests.assertions import refuses
+
+from .calls import SHAPE, forward_call
+
+
+def refuses_plainly(message, function, *arguments):
+    with pytest.raises(ValueError, match=message) as error:
+        function(*arguments)
+    assert type(error.value) is ValueError
+    assert "csrc" not in str(error.value)
+    assert ".cpp" not in str(error.value)
+
+
+# ------------------------------------------------------------------ calls of the ops
+
+
+def backward_call():
+    forward = forward_call()
+    shared = {field.name: getattr(forward, field.name) for field in fields(LinearCall)}
+    slots, bond = 3, forward.right.shape[1]
+    rows = torch.randn(slots, SHAPE.out_features)
+    h = torch.randn(slots * 5, bond)
+    return BackwardCall(**shared, grad=rows, h=h, saved=rows, need=[True] * 4 + [False])
+
+
+def route_call():
+    return RouteCall(torch.zeros(3, 1).long(), 2, None, None, "native")
+
+
+def hidden_call():
+    rows, gates, chosen = torch.randn(3, 4), torch.ones(3, 1), torch.zeros(3, 1).long()
+    core = torch.ones(2, 1, 2, 2)
+    return HiddenCall(rows, gates, chosen, core, core, None, None, None, "relu", "native")
+
+
+def neuron_call():
+    rows, gates, chosen = torch.randn(3, 4), torch.ones(3, 1), torch.zeros(3, 1).long()
+    weights = torch.ones(2, 5, 4)
+    return NeuronCall(rows, gates, chosen, weights, weights, None, None, "relu", "native")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        pytest.param(
+            {"x": torch.empty(3, SHAPE.in_features, device="meta")},
+            r"x must be on the CPU; got float32 \[3, 12\] on meta",
+            id="x on another device",
+        ),
+        pytest.param(
+            {"out_features": 11},
+            "blocks are smaller than the weight: they give 12 x 10, wanted are 12 x 11",
+            id="too many features",
+        ),
+        pytest.param(
+            {"out_features": 0},
+            "in_features and out_features must be positive",
+            id="no features",
+        ),
+        pytest.param({"activation": "tanh"}, "unknown activation tanh", id="activation"),
+        pytest.param({"strategy": "guess"}, "no native kernel for strategy guess", id="strategy"),
+        pytest.param(
+            {"expert_offsets": torch.tensor([0, 1, 4])},
+            "must start at 0, not fall, and end at 3 at most; got 4",
+            id="offsets beyond the slots",
+        ),
+        pytest.param(
+            {"row_index": torch.tensor([0, 1, 3])},
+            r"row_index must lie in 0\.\.2; got 3",
+            id="a row beyond x",
+        ),
+    ],
+)
+def test_a_forward_is_refused(changes, message):
+    call = forward_call()
+    linear_forward(call)
+    refuses_plainly(message, linear_forward, replace(call, **changes))
+
+
+@pytest.mark.parametrize(
+    "dtype, message",
+    [
+        (torch.float64, "x must be float32 or bfloat16; got float64"),
+        (
+            torch.int64,
+            r"dtype must be float32, bfloat16, float16 or float64; got torch\.int64",
+        ),
+    ],
+)
+def test_a_forward_in_another_dtype_is_refused(dtype, message):
+    call = forward_call()
+    tensors = {}
+    for name in ("x", "left", "central", "right"):
+        tensors[name] = getattr(call, name).to(dtype)
+    refuses_plainly(message, linear_forward, replace(call, **tensors))
+
+
+def test_separable_needs_separable_blocks():
+    blocks = random_blocks(MPOShape((2, 3, 2), (2, 5, 2), max_bond=3), 2, torch.float32)
+    call = forward_call(
+        left=blocks.left, central=blocks.central, right=blocks.right, out_features=20
+    )
+    refuses_plainly("strategy separable needs blocks with jL = iR = 1", linear_forward, call)
+
+
+@pytest.mark.parametrize(
+    "kernel, make_call, changes, message",
+    [
+        pytest.param(
+            linear_backward,
+            backward_call,
+            {"h": torch.zeros(3, 3)},
+            r"h must be float32 \[15, 2\]; got float32 \[3, 3\]",
+            id="backward: h",
+        ),
+        pytest.param(
+            routing.route,
+            route_call,
+            {"top_k_index": torch.zeros(3, 0).long()},
+            r"with K >= 1; got \[3, 0\]",
+            id="route: no choice",
+        ),
+        pytest.param(
+            routing.route,
+            route_call,
+            {"num_experts": 0},
+            "num_experts must be",
+            id="route: no expert",
+        ),
+        pytest.param(
+            experts.forward,
+            hidden_call,
+            {"u": torch.zeros(3, 3)},
+            "right must have blocks that divide 3",
+            id="hidden: width of u",
+        ),
+        pytest.param(
+            experts.forward,
+            hidden_call,
+            {"u_gate": torch.zeros(3, 4)},
+            "right_gate must be given with u_gate",
+            id="hidden: half a gate",
+        ),
+        pytest.param(
+            experts.forward,
+            neuron_call,
+            {name: torch.ones(2, 5, 4).double() for name in ("up", "down")}
+            | {"x": torch.ones(3, 4).double()},
+            "x must be float32 or bfloat16; got float64",
+            id="neurons: dtype",
+        ),
+    ],
+)
+def test_a_call_is_refused(kernel, make_call, changes, message):
+    call = make_call()
+    kernel(call)
+    refuses_plainly(message, kernel, replace(call, **changes))
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
+def test_blocks_without_elements(sizes):
+    experts, *_, bond = sizes
+    call = forward_call(
+        left=torch.ones(sizes),
+        central=torch.ones(bond, 1, 1, 1),
+        right=torch.ones(experts, 1, 1, 1),
+        expert_offsets=torch.zeros(experts + 1, dtype=torch.int32),
+        row_index=None,
+        x=torch.ones(3, 2),
+        in_features=2,
+        out_features=3,
+        strategy="rebuild",
+    )
+    refuses(ValueError, r"^blocks must not have an axis of size 0$", linear_forward, call)
+
+
+# ------------------------------------------------------------------ what no caller gives it
+
+
+def raw_sizes(*, chain=(0, 1, 2)):
+    """Of `forward_call`; the order of the products need not be one."""
+    dims = tuple(forward_call().dims)
+    make = NATIVE_LIBRARY.functions.LinearSizes
+    return make("float32", "none", "separable", 2, dims, chain, False, False)
+
+
+def raw_linear_forward(*, slots, offset_bytes, offsets=None):
+    """One row of x without a row_index; no memory for anything else."""
+    call = raw_sizes(), 1, slots, offset_bytes
+    x = rows = bias = y = h = z = None
+    blocks = [None] * 3
+    NATIVE_LIBRARY.functions.linear_forward(*call, x, blocks, offsets, rows, bias, y, h, z)
+
+
+def raw_routed_ffn(*, projections):
+    """So many projections of x, and one down that does not fit them."""
+    projection = linear_sizes(forward_call()), [None] * 4
+    sizes, raw = (1, 1, -1), False
+    x = weight = mask = y = None
+    of_rows = [projection] * projections
+    ffn = NATIVE_LIBRARY.functions.routed_ffn
+    ffn("float32", sizes, raw, x, weight, mask, of_rows, projection, y)
+
+
+def raw_gating(*, dtype="float32", top_k=1):
+    """Of one token, one feature and one expert."""
+    sizes, raw = (1, 1, 1), False
+    x = weight = logits = index = gates = None
+    gating = NATIVE_LIBRARY.functions.gating
+    gating(dtype, "float32", sizes, top_k, raw, x, weight, logits, index, gates)
+
+
+@pytest.mark.parametrize(
+    "chain, message",
+    [
+        ([3, 0, 1], "an operand of the chain must be 0, 1 or 2; got 3"),
+        ([0, 0, 2], "the chain must meet left, central and right once each"),
+    ],
+)
+def test_a_chain_in_no_order(chain, message):
+    refuses_plainly(message, lambda: raw_sizes(chain=chain))
+
+
+def test_offsets_of_another_width():
+    message = "must be int32 or int64"
+    refuses_plainly(message, lambda: raw_linear_forward(slots=1, offset_bytes=2))
+
+
+def test_more_slots_than_rows():
+    offsets = torch.zeros(3, dtype=torch.int32)
+    refuses_plainly(
+        "as many slots as rows of x",
+        lambda: raw_linear_forward(slots=2, offset_bytes=4, offsets=offsets.data_ptr()),
+    )
+
+
+@pytest.mark.parametrize(
+    "projections, message",
+    [
+        (0, "one projection of x, or two"),
+        (1, "the projections of a network must fit each other"),
+    ],
+)
+def test_a_network_that_does_not_fit(projections, message):
+    refuses_plainly(message, lambda: raw_routed_ffn(projections=projections))
+
+
+def test_a_router_in_float64():
+    refuses_plainly("x and weight must not be float64", lambda: raw_gating(dtype="float64"))
+
+
+def test_more_experts_per_token_than_there_are():
+    message = r"top_k must lie in 1\.\.1; got 2"
+    refuses_plainly(message, lambda: raw_gating(top_k=2))
+    refuses_plainly(message, NATIVE_LIBRARY.functions.best_experts, (1, 1, 2), None, None)
+
+
+def test_no_memory_is_a_memory_error():
+    tokens = slots = 0
+    experts = 1 << 50
+    row_bytes = stride_bytes = offset_bytes = 4
+    sizes = tokens, slots, experts, row_bytes, stride_bytes, offset_bytes
+    message = "the native kernels got no memory for what they compute with"
+    dispatch = NATIVE_LIBRARY.functions.dispatch
+    refuses(MemoryError, message, dispatch, *sizes, None, None, None, None)
+
+
+@pytest.mark.parametrize("address", [1.0, -1, "1", 1 << 64])
+def test_addresses_are_integers(address):
+    message = "incompatible function arguments"
+    combine = NATIVE_LIBRARY.functions.combine
+    refuses(TypeError, message, combine, "float32", (0, 1, 0, 1), address, None, None, None)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mpoe.config.checks import check_choice
 from mpoe_bench.suites import SCALES, SUITES
 from mpoe_kernels import BackendError, available_backends, backend_reasons
 from mpoe_kernels.backends import AUTO, Request, select
@@ -63,11 +64,8 @@ def backends_to_measure(
     reasons = backend_reasons()
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:
-        if name != AUTO and name not in reasons:
-            raise ValueError(
-                f"backend must be among {', '.join((ALL, AUTO, *reasons))}; got {name!r}"
-            )
-        if name != AUTO and reasons[name]:
+        check_choice("backend", name, (ALL, AUTO, *reasons))
+        if reasons.get(name):
             raise ValueError(f"backend {name!r} cannot run here: {'; '.join(reasons[name])}")
     return chosen
 
@@ -85,16 +83,11 @@ def check_options(
     Raises:
         ValueError: names the option, what was expected, and what was given.
     """
-    for name, value, known in (
-        ("suite", suite, SUITES),
-        ("device", device, DEVICES),
-        ("scale", scale, SCALES),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    check_choice("suite", suite, SUITES)
+    check_choice("device", device, DEVICES)
+    check_choice("scale", scale, list(SCALES))
     for phase in phases:
-        if phase not in PHASE_NAMES:
-            raise ValueError(f"phases must be among {', '.join(PHASE_NAMES)}; got {phase!r}")
+        check_choice("phases", phase, PHASE_NAMES)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu: torch finds no CUDA device here; got 'cuda'")
     if device == "cuda" and suite == "planner":

@@ -26,9 +26,8 @@ MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"
 _SEEDS = ("seed", "data_seed", "gradient_mask_seed")
 _CURVES = (
-    "From metrics.jsonl. Pale lines are the raw values, the others running means; dots are "
-    "evaluations. Task loss is in nats per target token, without the balancing loss. Entropy / ln "
-    "E is 1 where experts get equal shares."
+    "From metrics.jsonl: a dot for each logged step or evaluation. Task loss is in nats per target "
+    "token, without the balancing loss. Entropy / ln E is 1 where experts get equal shares."
 )
 _LOAD = (
     "A row for each mixture layer, a column for each expert: the share of the layer's tokens that "

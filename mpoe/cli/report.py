@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,7 +264,7 @@ _OF_ONE_RUN = {  # panel -> line -> key of a record
 
 def curves(runs: Mapping[str, Records]) -> Any:
     """Training and validation losses of runs by name, side by side; of a single run also its
-    balancing loss and expert load. Pale lines are the raw values, the others running means."""
+    balancing loss and expert load."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run, records in runs.items():
         task_loss = "task_loss" if any("task_loss" in record for record in records) else "loss"
@@ -284,13 +283,9 @@ def curves(runs: Mapping[str, Records]) -> Any:
                     panels.setdefault(panel, {})[name] = line
     figure, grid = _new(len(panels), 2, 4.6, 3.2)
     for axes, (panel, drawn) in zip(grid, panels.items(), strict=False):
-        for (name, points), colour in zip(drawn.items(), itertools.cycle(COLOURS)):
-            steps, values = zip(*points, strict=True)
-            width = max(1, len(values) // 12)
-            means = [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
-            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-            marker = "o" if width == 1 else None
-            axes.plot(steps, means, color=colour, label=name, marker=marker, markersize=3)
+        axes.set_prop_cycle(color=COLOURS)
+        for name, points in drawn.items():
+            axes.plot(*zip(*points, strict=True), label=name, marker=".", linewidth=0.8)
         axes.set(xlabel="optimizer step", title=panel)
         if panel == "Expert load":
             axes.set_ylim(0, 1.02)

@@ -154,16 +154,16 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
     [
         (
             ["--suite", "slow"],
-            "suite must be one of quick, planner, targets, layers, models; got 'slow'",
+            "suite must be one of 'quick', 'planner', 'targets', 'layers', 'models'; got 'slow'",
         ),
-        (["--device", "tpu"], "device must be one of cpu, cuda; got 'tpu'"),
+        (["--device", "tpu"], "device must be one of 'cpu', 'cuda'; got 'tpu'"),
         (["--threads", 0], f"threads must be between 1 and {CORES}"),
         (["--threads", CORES + 1], f"threads must be between 1 and {CORES}"),
-        (["--backend", "quantum"], "backend must be among all, auto, eager"),
-        (["--backend", "eager,"], "backend must be among all, auto, eager"),
+        (["--backend", "quantum"], "backend must be one of 'all', 'auto', 'eager'"),
+        (["--backend", "eager,"], "backend must be one of 'all', 'auto', 'eager'"),
         (
             ["--phases", "forward,backward"],
-            "phases must be among forward, train, graph; got 'backward'",
+            "phases must be one of 'forward', 'train', 'graph'; got 'backward'",
         ),
         (
             "--suite layers --scale tiny --only nobody".split(),

@@ -93,8 +93,9 @@ class MPOLinear(nn.Module):
         weight = linear_weight(linear)
         shape = MPOShape.paper(*weight.shape) if shape is None else shape
         bias = getattr(linear, "bias", None)
-        placed: dict = {"device": weight.device, "dtype": weight.dtype}
-        module = cls(shape, None, bias is not None, backend, **placed)
+        module = cls(
+            shape, None, bias is not None, backend, device=weight.device, dtype=weight.dtype
+        )
         module.cores.load_weight_(weight, gauge)
         if bias is not None:
             module.cores.bias.data.copy_(bias)  # type: ignore[union-attr]
@@ -175,8 +176,9 @@ class MPOEmbedding(nn.Module):
         check_type("embedding", embedding, nn.Embedding, "an nn.Embedding")
         weight = embedding.weight
         shape = MPOShape.automatic(*weight.shape) if shape is None else shape
-        placed: dict = {"device": weight.device, "dtype": weight.dtype}
-        module = cls(shape, embedding.padding_idx, backend, **placed)
+        module = cls(
+            shape, embedding.padding_idx, backend, device=weight.device, dtype=weight.dtype
+        )
         module.cores.load_weight_(weight, gauge)
         return module.train(embedding.training)
 

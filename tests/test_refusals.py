@@ -131,7 +131,7 @@ CASES = {
             merged().eval().weights_kept().__enter__()
         ),
         "source must be a checkpoint of the original": lambda: import_original("absent", t5()),
-        r"gate_proj shape must be \[6, 6\] like up; got \[2, 3\]": lambda: MPOExperts(
+        r"gate_proj shape must be for a weight \[6, 6\]; got one for \[2, 3\]": lambda: MPOExperts(
             {"up": SHAPE, "down": SHAPE, "gate_proj": MPOShape((2,), (3,))}, 2
         ),
         "model must not be sharded already; it is": lambda: shard_model(sharded()),

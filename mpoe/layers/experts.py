@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoe.config.checks import check_choice
+from mpoe.config.shapes import check_sizes
 from mpoe.layers.cores import Device, DType, ExpertWeights, MPOCores
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import TopKRouter
@@ -43,6 +44,14 @@ def check_activation(name: object) -> str:
     """
     check_choice("activation", name, tuple(ACTIVATIONS))
     return str(name)
+
+
+def sizes_by_kind(
+    in_features: int, hidden_features: int, gated: bool
+) -> dict[str, tuple[int, int]]:
+    """``(in, out)`` of every projection of a feed-forward network."""
+    kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
+    return {**kinds, "gate_proj": kinds["up"]} if gated else kinds
 
 
 class _Network(nn.Module):
@@ -97,23 +106,14 @@ class MPOExperts(_Network):
         self.num_experts = num_experts
         self.backend = backend
         up = shapes["up"]
-        down = shapes["down"]
-        gate = shapes.get("gate_proj")
-        size = [up.in_features, up.out_features]
-        for kind, given, wanted, why in (
-            ("down", down, size[::-1], ", the way back of up"),
-            ("gate_proj", gate or up, size, " like up"),
-        ):
-            got = [given.in_features, given.out_features]
-            if got != wanted:
-                raise ValueError(f"the {kind} shape must be {wanted}{why}; got {got}")
         std = {**DEFAULT_STD, **(init_std or {})}
-        placed: dict = {"device": device, "dtype": dtype}
-        self.up = MPOCores(up, num_experts, bias, std["up"], **placed)
-        self.down = MPOCores(down, num_experts, bias, std["down"], **placed)
         self.gate_proj = None
-        if gate is not None:
-            self.gate_proj = MPOCores(gate, num_experts, False, std["gate_proj"], **placed)
+        sizes = sizes_by_kind(up.in_features, up.out_features, "gate_proj" in shapes)
+        for kind, size in sizes.items():
+            shape = check_sizes(f"the {kind} shape", shapes[kind], *size)
+            has_bias = bias and kind != "gate_proj"
+            cores = MPOCores(shape, num_experts, has_bias, std[kind], device=device, dtype=dtype)
+            setattr(self, kind, cores)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,19 +134,28 @@ class MPOExperts(_Network):
         shapes = tuple(cores.shape for cores in self.projections().values())
         return slots > 0 and full_weights_pay(shapes, min(slots, self.num_experts), slots, dtype)
 
-    def as_dense(self, weight_of: Callable[[MPOCores], Tensor]) -> DenseExperts:
+    def as_dense(
+        self, weight_of: Callable[[MPOCores], Tensor], own_bias: bool = False
+    ) -> DenseExperts:
         """Dense experts with the same biases, and these weights ``[E, in, out]`` of every
-        projection."""
-        size = (self.up.in_features, self.up.out_features, self.num_experts)
+        projection; ``own_bias`` as in `DenseExperts`."""
         dense = DenseExperts(
-            *size, self.activation, self.up.bias is not None, self.is_gated, device="meta"
+            self.up.in_features,
+            self.up.out_features,
+            self.num_experts,
+            self.activation,
+            self.up.bias is not None,
+            self.is_gated,
+            own_bias=own_bias,
+            device="meta",
         )
-        for kind, cores in self.projections().items():
-            weights: ExpertWeights = dense.projections()[kind]
+        for kind, weights in dense.projections().items():
+            cores = self.projections()[kind]
             weights.init_std = cores.init_std
             weights.weight = nn.Parameter(weight_of(cores))
-            if cores.bias is not None:
-                weights.bias = nn.Parameter(cores.bias.detach().clone())
+            if weights.bias is not None:
+                bias = weights.weight.new_zeros(()) if cores.bias is None else cores.bias.detach()
+                weights.bias = nn.Parameter(bias.expand(weights.bias.shape).clone())
         return dense.train(self.training)
 
     # --------------------------------------------------------------- forward
@@ -232,19 +241,25 @@ class DenseExperts(_Network):
         self.activation = check_activation(activation)
         self.num_experts = num_experts
         std = {**DEFAULT_STD, **(init_std or {})}
-        inward = (in_features, hidden_features, num_experts)
-        outward = (hidden_features, in_features, num_experts)
-        placed: dict = {"device": device, "dtype": dtype}
-        # If experts have their own biases, so does the projection before the activation.
-        owns = own_bias and (bias or not gated)
-        self.up = ExpertWeights(*inward, bias, std["up"], own_bias=owns, **placed)
-        owns = bias and own_output_bias
-        self.down = ExpertWeights(*outward, bias, std["down"], own_bias=owns, **placed)
         self.gate_proj = None
-        if gated:
-            self.gate_proj = ExpertWeights(
-                *inward, False, std["gate_proj"], own_bias=own_bias, **placed
+        # If experts have their own biases, so does the projection before the activation.
+        owns = {
+            "up": own_bias and (bias or not gated),
+            "down": own_output_bias and bias,
+            "gate_proj": own_bias,
+        }
+        for kind, size in sizes_by_kind(in_features, hidden_features, gated).items():
+            has_bias = bias and kind != "gate_proj"
+            weights = ExpertWeights(
+                *size,
+                num_experts,
+                has_bias,
+                std[kind],
+                own_bias=owns[kind],
+                device=device,
+                dtype=dtype,
             )
+            setattr(self, kind, weights)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,7 +15,7 @@ from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.context import RouterRecord, check_mask, current_routing, is_recorded
 from mpoe.layers.cores import Device, DType
 from mpoe.layers.drop_in import linear_weight
-from mpoe.layers.experts import DenseExperts, MPOExperts
+from mpoe.layers.experts import DenseExperts, MPOExperts, sizes_by_kind
 from mpoe.layers.losses import count_choices
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
@@ -35,14 +35,6 @@ def is_observed(*modules: nn.Module) -> bool:
         ):
             return True
     return _has_any_global_hook()
-
-
-def sizes_by_kind(
-    in_features: int, hidden_features: int, gated: bool
-) -> dict[str, tuple[int, int]]:
-    """``(in, out)`` of every projection of a feed-forward network."""
-    kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
-    return {**kinds, "gate_proj": kinds["up"]} if gated else kinds
 
 
 @functools.cache

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from mpoe.config import MPOEConfig
 from mpoe.layers.cores import Device, DType, FromInitialValues
 from mpoe.layers.drop_in import is_conv1d
-from mpoe.layers.experts import check_activation
-from mpoe.layers.feed_forward import KeptFeedForward, MPOEFeedForward, is_observed, sizes_by_kind
+from mpoe.layers.experts import check_activation, sizes_by_kind
+from mpoe.layers.feed_forward import KeptFeedForward, MPOEFeedForward, is_observed
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels.experts import ACTIVATIONS, hidden_experts, routed_hidden
 

@@ -21,7 +21,7 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
 from mpoe.models.find import dense_networks, find_sites
-from mpoe.models.sites import EmbeddingSite, FFNSite, Report
+from mpoe.models.sites import EmbeddingSite, FFNSite, Report, set_module
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
 from mpoe.models.walk import modules_of, neuron_modules, rate_ratios_of
 from mpoe_kernels import backend_reasons
@@ -88,8 +88,10 @@ def _copy_without(model: Model, shared: Sequence[nn.Module]) -> Model:
 
 
 def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> None:
-    """Turn ``model`` into a ``cls``: same modules and parameters, configs of the MPOE type."""
+    """Turn ``model`` into a ``cls``: same modules and parameters, configs of the MPOE type,
+    with the rate ratios of its cores."""
     source = type(model.config)
+    mpoe.rate_ratios = rate_ratios_of(model)
     mapped: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -181,7 +183,6 @@ def convert_to_mpoe(
         module: Any = site.build(config)
         report |= site.load(module, config)
         site.install(model, module, config)
-    config.rate_ratios = rate_ratios_of(model)
     if given is not None:
         model.config.mpoe_sites = given
     adopt_class(model, cls, config)
@@ -234,12 +235,8 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
         return as_stock(model if is_dense or has_neurons else merge_experts(model), as_)
     if is_dense:
         raise ValueError(f"model must have MPO experts; got expert_type={mpoe.expert_type!r}")
-    merged = _copy_without(model, list(modules_of(model, MPOExperts).values()))
-    for feed_forward in modules_of(merged, MPOEFeedForward).values():
-        if isinstance(feed_forward.experts, MPOExperts):
-            feed_forward.experts = feed_forward.experts.as_dense(
-                lambda cores: cores.dense_weights().contiguous()
-            )
+    whole = modules_of(model, MPOExperts)
+    merged = _copy_without(model, list(whole.values()))
     layers = modules_of(merged, HiddenFeedForward)
     # A bias before the activation passes through an expert's block, so every dense expert needs its
     # own.
@@ -249,29 +246,22 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
         for bias in (layer.experts.bias, getattr(layer.projections()["up"], "bias", None))
     )
     config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=has_bias, rate_ratios={})
-    sites = dense_networks(merged) if layers else []
-    for site in sites:
+    for name, experts in whole.items():
+        dense = experts.as_dense(lambda cores: cores.dense_weights().contiguous(), has_bias)
+        set_module(merged, name, dense)
+    for site in dense_networks(merged) if layers else []:
         if site.name in layers:
-            dense: Any = site.build(config)
-            fill_merged(dense, layers[site.name])
-            site.install(merged, dense, config)
-    if has_bias:  # other shapes have one bias or none
-        for feed_forward in modules_of(merged, MPOEFeedForward).values():
-            experts = feed_forward.experts
-            weights: Any = experts.gate_proj if experts.is_gated else experts.up
-            bias = weights.bias
-            if bias is None:
-                bias = weights.weight.new_zeros(weights.out_features)
-            weights.bias = nn.Parameter(bias.expand(weights.num_experts, -1).clone())
+            mixture: Any = site.build(config)
+            fill_merged(mixture, layers[site.name])
+            site.install(merged, mixture, config)
     return _with_config(merged, config)
 
 
 @torch.no_grad()
 def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
-    """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent
-    to."""
-    if merged.router is not None and layer.router is not None:
-        merged.router.load_state_dict(layer.router.state_dict())
+    """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent to,
+    behind its router."""
+    merged.router = layer.router
     experts = layer.experts
     for kind, weights in merged.experts.projections().items():
         weights.weight.copy_(layer.expert_weights(kind))

@@ -32,7 +32,7 @@ from mpoe.layers.cores import rate_ratios
 from mpoe.models.convert import adopt_class, converted_class, one_at_a_time
 from mpoe.models.find import find_sites
 from mpoe.models.sites import FFNSite, install_empty
-from mpoe.models.walk import mpo_modules, rate_ratios_of
+from mpoe.models.walk import mpo_modules
 from mpoe.models.weight_files import first_line
 from mpoe_kernels import MPOShape, reconstruct
 
@@ -216,7 +216,6 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
     missing = [name for name in missing if name.endswith(".router.weight")]
     if missing:
         raise ValueError(f"the checkpoint must hold every router; missing {missing[:3]}")
-    config.rate_ratios = rate_ratios_of(model)
     adopt_class(model, converted_class(base), config)
     if lost := checkpoint.lost:
         warnings.warn(

@@ -18,6 +18,11 @@ def either(name):
     return pytest.mark.parametrize(name, [False, True])
 
 
+def named_cases(parameters, cases):
+    """Values of a test's parameters, by the case's name."""
+    return pytest.mark.parametrize(parameters, list(cases.values()), ids=list(cases))
+
+
 def every_refusal(table):
     """Parameters ``kind, message, calls`` of a test, by ``{error: {message: call or calls}}``."""
     cases = [

@@ -17,26 +17,31 @@ def empty_cache(tmp_path, monkeypatch):
     autotune.forget()
 
 
+class StandIn:
+    """A kernel that computes nothing."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self, call):
+        return None
+
+
 @pytest.fixture
 def seconds(monkeypatch):
-    """Times of two stand-ins, ``first`` (preferred) and ``second``, by name of backend; their calls
-    compute nothing."""
-    found = {"first": 2.0, "second": 1.0}
+    """Times of two stand-ins, ``first`` (preferred) and ``second``, by name of backend."""
+    times = {"first": 2.0, "second": 1.0}
 
-    def backend(name):
-        # A kernel by which `_seconds` below can tell whose it is.
-        return Backend(
-            name,
-            {},
-            candidates=lambda plan: [Candidate(name, plan.strategy, plan.strategy, name.index)],
-        )
+    def candidates_of(name):
+        return lambda plan: [Candidate(name, plan.strategy, plan.strategy, StandIn(name))]
 
-    for name in found:
-        monkeypatch.setitem(backends.BACKENDS, name, backend(name))
-    monkeypatch.setitem(backends.PREFERRED, "cpu", tuple(found))
-    monkeypatch.setattr(
-        autotune,
-        "_seconds",
-        lambda runs, device: [found[run.func.__self__] + (k > 1) for k, run in enumerate(runs)],
-    )
-    return found
+    def timed(runs, device):
+        """Of `functools.partial` of stand-ins; the second best strategy takes a second more."""
+        return [times[run.func.name] + (place > 1) for place, run in enumerate(runs)]
+
+    for name in times:
+        backend = Backend(name, {}, candidates=candidates_of(name))
+        monkeypatch.setitem(backends.BACKENDS, name, backend)
+    monkeypatch.setitem(backends.PREFERRED, "cpu", tuple(times))
+    monkeypatch.setattr(autotune, "_seconds", timed)
+    return times

@@ -1,12 +1,8 @@
-"""The choice by one timing: what is timed, what it depends on, where nothing is timed, and the file
-that keeps it."""
+"""The choice by one timing: what is timed, what it depends on, and where nothing is timed."""
 
-import errno
 import json
-import os
-import tempfile
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +14,9 @@ from mpoe_kernels import grouped_mpo_linear
 from mpoe_kernels.contract import STRATEGIES, BlockDims, autotune, kept
 from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction
 from mpoe_kernels.contract.ranking import Problem
+from mpoe_kernels.native_library import NATIVE_LIBRARY
 from tests.assertions import in_threads, refuses, torch_threads
-from tests.cases import SMALL_SHAPES, either
+from tests.cases import SMALL_SHAPES, either, named_cases
 
 LINEAR = "grouped_mpo_linear"
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
@@ -51,42 +48,51 @@ def test_one_choice_for_rows_up_to_a_power_of_two(seconds):
     assert PROBLEM._replace(slots=0).rounded().slots == 0
 
 
-@pytest.mark.parametrize(
+@pytest.mark.usefixtures("seconds")
+@named_cases(
     "change",
-    [
-        {"dims": DIMS._replace(a=32)},
-        {"num_experts": 4},
-        {"dtype": torch.bfloat16},
-        {"op": f"{LINEAR}_backward"},
-        {"need": (True, True, False, True)},
-        {"strategy": "chain"},
-    ],
+    {
+        "sizes of blocks": {"dims": DIMS._replace(a=32)},
+        "experts": {"num_experts": 4},
+        "dtype": {"dtype": torch.bfloat16},
+        "phase": {"op": f"{LINEAR}_backward"},
+        "gradients": {"need": (True, True, False, True)},
+        "strategy": {"strategy": "chain"},
+    },
 )
-def test_what_a_choice_depends_on(seconds, change):
+def test_another_problem_is_another_choice(change):
     resolve_contraction(PROBLEM)
     resolve_contraction(PROBLEM._replace(**change))
     assert len(choices()) == 2
 
 
-def test_threads_versions_and_instructions_are_part_of_the_key(seconds, monkeypatch):
-    for threads in (1, 2):
-        with torch_threads(threads):
-            resolve_contraction(PROBLEM)
+def library_with(**info):
+    return replace(NATIVE_LIBRARY, info={**NATIVE_LIBRARY.info, **info})
+
+
+@pytest.mark.usefixtures("seconds")
+@named_cases(
+    "owner, name, value",
+    {
+        "threads": (torch, "get_num_threads", lambda: 99),
+        "torch": (torch, "__version__", "9.9"),
+        "mpoe": (autotune, "__version__", "another"),
+        "processor": (autotune, "processor_name", lambda: "another"),
+        "torch's instructions": (torch.backends.cpu, "get_cpu_capability", lambda: "another"),
+        "our instructions": (autotune, "NATIVE_LIBRARY", library_with(isa_used="another")),
+        "our build": (autotune, "NATIVE_LIBRARY", library_with(build="another")),
+    },
+)
+def test_another_machine_is_another_choice(owner, name, value, monkeypatch):
+    resolve_contraction(PROBLEM)
+    monkeypatch.setattr(owner, name, value)
+    resolve_contraction(PROBLEM)
     assert len(choices()) == 2
-    for name in ("__version__", "processor_name"):
-        value = "another" if name == "__version__" else lambda: "another"
-        monkeypatch.setattr(autotune, name, value)
-        resolve_contraction(PROBLEM)
-    monkeypatch.setattr(torch, "__version__", "9.9")
-    resolve_contraction(PROBLEM)
-    monkeypatch.setitem(autotune.NATIVE_LIBRARY.info, "build", "of another state of the sources")
-    resolve_contraction(PROBLEM)
-    assert len(choices()) == 6
 
 
 def ranked():
-    found = resolve_contraction(PROBLEM)
-    return found.backend, found.strategy
+    candidate = resolve_contraction(PROBLEM)
+    return candidate.backend, candidate.strategy
 
 
 def first_of():
@@ -111,13 +117,18 @@ def test_deterministic_programs_rank_alone(seconds):
     assert ranked()[0] == "second"
 
 
-@pytest.mark.parametrize(
-    "true", ["compiler.is_compiling", "cuda.is_initialized cuda.is_current_stream_capturing"]
+@pytest.mark.usefixtures("seconds")
+@named_cases(
+    "conditions",
+    {
+        "traced": ["torch.compiler.is_compiling"],
+        "captured": ["torch.cuda.is_initialized", "torch.cuda.is_current_stream_capturing"],
+    },
 )
-def test_under_capture_and_tracing_nothing_is_timed(seconds, monkeypatch, true):
+def test_under_capture_and_tracing_nothing_is_timed(conditions, monkeypatch):
     with monkeypatch.context() as patched:
-        for each in true.split():
-            patched.setattr(f"torch.{each}", lambda: True)
+        for condition in conditions:
+            patched.setattr(condition, lambda: True)
         assert ranked() == first_of()
         assert choices() == {}
     assert ranked()[0] == "second", "and nothing of it is remembered"
@@ -153,62 +164,68 @@ def test_adopted_choices_come_before_timing(seconds, empty_cache):
     assert set(choices()) == {*told, "unknown"}
 
 
-@pytest.mark.parametrize("wrong", [None, 3, ["a"], {"a": 1}, {1: "a"}])
+@pytest.mark.parametrize("wrong", [None, 3, ["a"], {"a": 1}, {1: "a"}], ids=str)
 def test_what_cannot_be_adopted(wrong):
     refuses(TypeError, r"choices must (be a mapping of|map) strings to strings; got", adopt, wrong)
 
 
 def test_what_fails_when_it_is_timed_does_not_run():
-    found = autotune._seconds([partial(torch.ones(2).view, 3), lambda: None], "cpu")
-    assert found[0] == float("inf")
-    assert found[1] < 1
+    seconds = autotune._seconds([partial(torch.ones(2).view, 3), lambda: None], "cpu")
+    assert seconds[0] == float("inf")
+    assert seconds[1] < 1
 
 
+@pytest.mark.parametrize("threads, clock", [(1, "thread_time"), (2, "perf_counter")])
 @pytest.mark.parametrize(
     "takes, calls", [((1, 2, 3), (21, 21, 1)), ((40, 41), (4, 4)), ((300, 301), (2, 2))]
 )
-def test_how_often_candidates_are_timed(takes, calls, monkeypatch):
-    """Milliseconds: for 200 of them or 20 rounds; once if hopeless."""
+def test_how_often_candidates_are_timed(takes, calls, threads, clock, monkeypatch):
+    """Once, then in turn for 20 rounds or 200 ms together: of 40 and 41 ms three times more, as
+    two rounds take 162 ms. One of 3 ms is hopeless beside one of 1 ms."""
     ran = []
-    for threads, clock in ((1, "thread_time"), (2, "perf_counter")):
-        ran.clear()
-        monkeypatch.setattr(autotune, "time", SimpleNamespace(**{clock: lambda: sum(ran) / 1000}))
-        with torch_threads(threads):
-            found = autotune._seconds([partial(ran.append, each) for each in takes], "cpu")
-        assert found == pytest.approx([each / 1000 for each in takes])
-        assert tuple(map(ran.count, takes)) == calls
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(**{clock: lambda: sum(ran) / 1000}))
+    with torch_threads(threads):
+        seconds = autotune._seconds([partial(ran.append, took) for took in takes], "cpu")
+    assert seconds == pytest.approx([took / 1000 for took in takes])
+    assert tuple(map(ran.count, takes)) == calls
 
 
 @pytest.mark.parametrize(
-    "rows, share, sizes",
+    "rows, share, of_one_thread, of_two",
     [
-        (256, 1, [(8, 64), (8, 64)]),
-        (256, 0.25, [(2, 16), (4, 32)]),
-        (16, 1, [(2, 16), (4, 32)]),
-        (4, 1, [(1, 4), (2, 8)]),
+        (256, 1, (8, 64), (8, 64)),
+        (256, 0.25, (2, 16), (4, 32)),
+        (16, 1, (2, 16), (4, 32)),
+        (4, 1, (1, 4), (2, 8)),
     ],
 )
-def test_a_timed_call_is_short(rows, share, sizes, monkeypatch):
-    """Of 8 experts and 64 slots, by one thread and by two, for so many rows and this share of the
-    FLOPs of each."""
+def test_a_timed_call_is_short(rows, share, of_one_thread, of_two, monkeypatch):
+    """Experts and slots, of 8 and 64, if a thread may take so many rows and this share of the
+    problem's FLOPs: a quarter of these leaves one thread 2 experts with their 16 slots."""
     monkeypatch.setitem(autotune.ROWS, "cpu", rows)
     monkeypatch.setitem(autotune.FLOPS, "cpu", share * PROBLEM.plans()[0].flops)
-    for threads, wanted in enumerate(sizes, 1):
+    for threads, sizes in ((1, of_one_thread), (2, of_two)):
         with torch_threads(threads):
-            assert autotune._timed_sizes(PROBLEM) == wanted
+            assert autotune._timed_sizes(PROBLEM) == sizes, f"{threads} threads"
 
 
+@pytest.mark.usefixtures("seconds")
 @pytest.mark.parametrize("slots, strategies", [(64, 2), (4096, 1)])
-def test_what_holds_too_much_memory_is_not_timed(slots, strategies, seconds, monkeypatch):
-    timed = []
-    monkeypatch.setattr(
-        autotune, "_seconds", lambda runs, device: timed.append(len(runs)) or [1.0] * len(runs)
-    )
+def test_what_holds_too_much_memory_is_not_timed(slots, strategies, monkeypatch):
+    """Both backends compute every strategy that is timed: the second one's rows of 4,096 slots are
+    too many."""
+    numbers = []
+
+    def timed(runs, device):
+        numbers.append(len(runs))
+        return [1.0] * len(runs)
+
+    monkeypatch.setattr(autotune, "_seconds", timed)
     problem = PROBLEM._replace(slots=slots)
     resolve_contraction(problem)
-    held = [plan.temporary_bytes + plan.activation_bytes for plan in problem.plans()[:2]]
-    assert timed == [2 * strategies]
-    assert (held[1] > autotune.MOST_BYTES > held[0]) == (strategies == 1)
+    first, second = [plan.held_bytes for plan in problem.plans()[:2]]
+    assert numbers == [2 * strategies]
+    assert (second > autotune.MOST_BYTES > first) == (strategies == 1)
 
 
 @either("training")
@@ -228,170 +245,34 @@ def test_a_first_use_is_timed_and_leaves_no_trace(name, training):
     assert set(choices().values()) <= {f"{b} {s}" for b in ("native", "eager") for s in STRATEGIES}
 
 
-def test_fake_tensors_are_not_timed():
+def small_product():
     shape = SMALL_SHAPES["light"]
+    blocks, offsets = random_blocks(shape, 2, torch.float32), torch.tensor([0, 2, 4])
+    return partial(grouped_mpo_linear, torch.ones(4, shape.in_features), blocks, offsets)
+
+
+def test_fake_tensors_are_not_timed():
     with FakeTensorMode():
-        blocks = random_blocks(shape, 2, torch.float32)
-        y = grouped_mpo_linear(torch.ones(4, shape.in_features), blocks, torch.tensor([0, 2, 4]))
-    assert y.shape == (4, shape.out_features)
+        y = small_product()()
+    assert y.shape == (4, SMALL_SHAPES["light"].out_features)
     assert choices() == {}
 
 
 def test_a_compiled_graph_times_when_it_runs():
-    shape = SMALL_SHAPES["light"]
-    blocks, offsets = random_blocks(shape, 2, torch.float32), torch.tensor([0, 2, 4])
-    x = torch.ones(4, shape.in_features)
-    compiled = torch.compile(
-        lambda: grouped_mpo_linear(x, blocks, offsets), fullgraph=True, backend="aot_eager"
-    )
-    assert torch.equal(compiled(), grouped_mpo_linear(x, blocks, offsets))
+    product = small_product()
+    compiled = torch.compile(lambda: product(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), product())
     assert len(choices()) == 1
 
 
 def test_two_threads_at_once(seconds, monkeypatch):
-    timed = []
+    numbers = []
     timing = autotune._seconds
-    monkeypatch.setattr(autotune, "_seconds", lambda *given: (timed.append(1), timing(*given))[1])
+
+    def timed(runs, device):
+        numbers.append(len(runs))
+        return timing(runs, device)
+
+    monkeypatch.setattr(autotune, "_seconds", timed)
     assert in_threads(4, lambda _: resolve_contraction(PROBLEM).backend) == ["second"] * 4
-    assert timed == [1]
-
-
-# ------------------------------------------------------------------ the file, whatever it holds
-
-
-def test_two_machines_share_a_home(seconds, monkeypatch):
-    found = []
-    for machine, second in (("one", 1.0), ("other", 3.0), ("one", 9.0), ("other", 9.0)):
-        monkeypatch.setattr(autotune, "processor_name", lambda name=machine: name)
-        seconds["second"] = second
-        autotune.forget()
-        found.append(resolve_contraction(PROBLEM).backend)
-    assert found == ["second", "first", "second", "first"]
-    assert len(kept.read_choices()) == 2
-
-
-def test_what_other_processes_wrote_stays(seconds, empty_cache):
-    kept.add_choices({"theirs": "native chain"})
-    resolve_contraction(PROBLEM)
-    assert len(kept.read_choices()) == 2
-    assert list(empty_cache.parent.iterdir()) == [empty_cache], "nothing half written is left"
-
-
-def test_two_processes_write_at_once(empty_cache):
-    """A choice may be lost, and is measured again; the file stays whole, and a link is not written
-    through."""
-    empty_cache.parent.mkdir()
-    victim = empty_cache.with_name("victim")
-    victim.write_text("mine")
-    empty_cache.symlink_to(victim)
-    children = []
-    for number in range(2):
-        children.append(os.fork())
-        if not children[-1]:
-            for turn in range(20):
-                kept.add_choices({f"{number} {turn}": "eager"})
-            os._exit(0)
-    for child in children:
-        os.waitpid(child, 0)
-    assert victim.read_text() == "mine"
-    assert {"0 19", "1 19"} & kept.read_choices().keys()
-    assert sorted(os.listdir(empty_cache.parent)) == ["choices.json", "victim"]
-
-
-def test_the_oldest_choices_go(monkeypatch):
-    monkeypatch.setattr(kept, "MOST_CHOICES", 2)
-    for name in "abca":
-        kept.add_choices({name: "native chain"})
-    assert list(kept.read_choices()) == ["c", "a"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[" * 100_000,
-        "[1]",
-        b"\xff\xfe",
-        " " * (kept.LARGEST_FILE + 1),
-        json.dumps({"version": 99, "choices": {"a": "b"}}),
-        json.dumps({"version": kept.VERSION, "choices": ["a"]}),
-        json.dumps({"version": kept.VERSION, "choices": {"a": 3}}),
-        json.dumps({"machine": "of an older release", "devices": {}}),
-        json.dumps({"version": float("nan"), "choices": {"a": "b"}}),
-    ],
-    ids=[
-        "empty",
-        "cut",
-        "nested",
-        "list",
-        "bytes",
-        "large",
-        "newer",
-        "no choices",
-        "no strings",
-        "foreign",
-        "NaN",
-    ],
-)
-def test_a_damaged_or_foreign_file_is_measured_again(seconds, empty_cache, content):
-    empty_cache.parent.mkdir()
-    empty_cache.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert resolve_contraction(PROBLEM).backend == "second"
-    assert kept.read_choices() == choices(), "and replaced"
-
-
-@pytest.mark.parametrize("value", ["native unheard-of", "abacus chain", "", "second"])
-def test_an_entry_that_cannot_run_is_measured_again(seconds, value):
-    resolve_contraction(PROBLEM)
-    (key,) = choices()
-    kept.add_choices({key: value})
-    autotune.forget()
-    assert resolve_contraction(PROBLEM).backend == "second"
-
-
-@pytest.mark.parametrize(
-    "kind", ["pipe", "folder", "link to itself", "read-only home", "home is a file"]
-)
-def test_an_unwritable_place_is_no_error(seconds, empty_cache, kind, monkeypatch):
-    if kind == "home is a file":
-        empty_cache.parent.write_text("")
-    else:
-        empty_cache.parent.mkdir()
-    if kind == "pipe":
-        os.mkfifo(empty_cache)
-    elif kind == "folder":
-        empty_cache.mkdir()
-    elif kind == "link to itself":
-        empty_cache.symlink_to(empty_cache)
-    elif kind == "read-only home":
-
-        def refuse(**_):
-            raise OSError(errno.EROFS, "Read-only file system")
-
-        monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    assert resolve_contraction(PROBLEM).backend == "second"
-    seconds["second"] = 3.0
-    assert resolve_contraction(PROBLEM).backend == "second", "in memory"
-
-
-@pytest.mark.parametrize(
-    "home, expected", [("relative", "/home/of/user/.cache"), ("", "/home/of/user/.cache")]
-)
-def test_the_place_of_the_file(home, expected, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", home)
-    monkeypatch.setenv("HOME", "/home/of/user")
-    assert kept.choices_file() == Path(expected) / "mpoe/choices.json"
-
-
-def test_without_a_home_and_a_user_choices_lie_in_the_temporary_folder(tmp_path, monkeypatch):
-    """As in a container."""
-
-    def nobody(number):
-        raise KeyError(number)
-
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", nobody)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert kept.choices_file() == tmp_path / "mpoe/choices.json"
+    assert len(numbers) == 1

@@ -15,13 +15,14 @@ from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.routing import native as routing
 from mpoe_kernels.routing.op import RouteCall
 from tests.assertions import refuses
+from tests.cases import named_cases
 
 from .calls import SHAPE, forward_call
 
 
-def refuses_plainly(message, function, *arguments):
+def refuses_plainly(message, function, *arguments, **options):
     with pytest.raises(ValueError, match=message) as error:
-        function(*arguments)
+        function(*arguments, **options)
     assert type(error.value) is ValueError
     assert "csrc" not in str(error.value)
     assert ".cpp" not in str(error.value)
@@ -43,49 +44,44 @@ def route_call():
     return RouteCall(torch.zeros(3, 1).long(), 2, None, None, "native")
 
 
+def tokens_of_experts():
+    """Rows, gates and chosen experts."""
+    return torch.randn(3, 4), torch.ones(3, 1), torch.zeros(3, 1).long()
+
+
 def hidden_call():
-    rows, gates, chosen = torch.randn(3, 4), torch.ones(3, 1), torch.zeros(3, 1).long()
     core = torch.ones(2, 1, 2, 2)
-    return HiddenCall(rows, gates, chosen, core, core, None, None, None, "relu", "native")
+    return HiddenCall(*tokens_of_experts(), core, core, None, None, None, "relu", "native")
 
 
 def neuron_call():
-    rows, gates, chosen = torch.randn(3, 4), torch.ones(3, 1), torch.zeros(3, 1).long()
     weights = torch.ones(2, 5, 4)
-    return NeuronCall(rows, gates, chosen, weights, weights, None, None, "relu", "native")
+    return NeuronCall(*tokens_of_experts(), weights, weights, None, None, "relu", "native")
 
 
-@pytest.mark.parametrize(
+@named_cases(
     "changes, message",
-    [
-        pytest.param(
+    {
+        "x on another device": (
             {"x": torch.empty(3, SHAPE.in_features, device="meta")},
             r"x must be on the CPU; got float32 \[3, 12\] on meta",
-            id="x on another device",
         ),
-        pytest.param(
+        "too many features": (
             {"out_features": 11},
             "blocks are smaller than the weight: they give 12 x 10, wanted are 12 x 11",
-            id="too many features",
         ),
-        pytest.param(
-            {"out_features": 0},
-            "in_features and out_features must be positive",
-            id="no features",
-        ),
-        pytest.param({"activation": "tanh"}, "unknown activation tanh", id="activation"),
-        pytest.param({"strategy": "guess"}, "no native kernel for strategy guess", id="strategy"),
-        pytest.param(
+        "no features": ({"out_features": 0}, "in_features and out_features must be positive"),
+        "activation": ({"activation": "tanh"}, "unknown activation tanh"),
+        "strategy": ({"strategy": "guess"}, "no native kernel for strategy guess"),
+        "offsets beyond the slots": (
             {"expert_offsets": torch.tensor([0, 1, 4])},
             "must start at 0, not fall, and end at 3 at most; got 4",
-            id="offsets beyond the slots",
         ),
-        pytest.param(
+        "a row beyond x": (
             {"row_index": torch.tensor([0, 1, 3])},
             r"row_index must lie in 0\.\.2; got 3",
-            id="a row beyond x",
         ),
-    ],
+    },
 )
 def test_a_forward_is_refused(changes, message):
     call = forward_call()
@@ -119,53 +115,42 @@ def test_separable_needs_separable_blocks():
     refuses_plainly("strategy separable needs blocks with jL = iR = 1", linear_forward, call)
 
 
-@pytest.mark.parametrize(
+@named_cases(
     "kernel, make_call, changes, message",
-    [
-        pytest.param(
+    {
+        "backward: h": (
             linear_backward,
             backward_call,
             {"h": torch.zeros(3, 3)},
             r"h must be float32 \[15, 2\]; got float32 \[3, 3\]",
-            id="backward: h",
         ),
-        pytest.param(
+        "route: no choice": (
             routing.route,
             route_call,
             {"top_k_index": torch.zeros(3, 0).long()},
             r"with K >= 1; got \[3, 0\]",
-            id="route: no choice",
         ),
-        pytest.param(
-            routing.route,
-            route_call,
-            {"num_experts": 0},
-            "num_experts must be",
-            id="route: no expert",
-        ),
-        pytest.param(
+        "route: no expert": (routing.route, route_call, {"num_experts": 0}, "num_experts must be"),
+        "hidden: width of u": (
             experts.forward,
             hidden_call,
             {"u": torch.zeros(3, 3)},
             "right must have blocks that divide 3",
-            id="hidden: width of u",
         ),
-        pytest.param(
+        "hidden: half a gate": (
             experts.forward,
             hidden_call,
             {"u_gate": torch.zeros(3, 4)},
             "right_gate must be given with u_gate",
-            id="hidden: half a gate",
         ),
-        pytest.param(
+        "neurons: dtype": (
             experts.forward,
             neuron_call,
             {name: torch.ones(2, 5, 4).double() for name in ("up", "down")}
             | {"x": torch.ones(3, 4).double()},
             "x must be float32 or bfloat16; got float64",
-            id="neurons: dtype",
         ),
-    ],
+    },
 )
 def test_a_call_is_refused(kernel, make_call, changes, message):
     call = make_call()
@@ -200,12 +185,14 @@ def raw_sizes(*, chain=(0, 1, 2)):
     return make("float32", "none", "separable", 2, dims, chain, False, False)
 
 
-def raw_linear_forward(*, slots, offset_bytes, offsets=None):
-    """One row of x without a row_index; no memory for anything else."""
-    call = raw_sizes(), 1, slots, offset_bytes
+def raw_linear_forward(*, slots=1, offset_bytes=4):
+    """One row of x without a row_index, and no slot of any expert."""
+    sizes = raw_sizes(), 1, slots, offset_bytes
     x = rows = bias = y = h = z = None
     blocks = [None] * 3
-    NATIVE_LIBRARY.functions.linear_forward(*call, x, blocks, offsets, rows, bias, y, h, z)
+    offsets = torch.zeros(3, dtype=torch.int32)
+    forward = NATIVE_LIBRARY.functions.linear_forward
+    forward(*sizes, x, blocks, offsets.data_ptr(), rows, bias, y, h, z)
 
 
 def raw_routed_ffn(*, projections):
@@ -226,49 +213,27 @@ def raw_gating(*, dtype="float32", top_k=1):
     gating(dtype, "float32", sizes, top_k, raw, x, weight, logits, index, gates)
 
 
-@pytest.mark.parametrize(
-    "chain, message",
-    [
-        ([3, 0, 1], "an operand of the chain must be 0, 1 or 2; got 3"),
-        ([0, 0, 2], "the chain must meet left, central and right once each"),
-    ],
-)
-def test_a_chain_in_no_order(chain, message):
-    refuses_plainly(message, lambda: raw_sizes(chain=chain))
-
-
-def test_offsets_of_another_width():
-    message = "must be int32 or int64"
-    refuses_plainly(message, lambda: raw_linear_forward(slots=1, offset_bytes=2))
-
-
-def test_more_slots_than_rows():
-    offsets = torch.zeros(3, dtype=torch.int32)
-    refuses_plainly(
-        "as many slots as rows of x",
-        lambda: raw_linear_forward(slots=2, offset_bytes=4, offsets=offsets.data_ptr()),
-    )
+def raw_best_experts(*, top_k):
+    """Of one token and one expert."""
+    NATIVE_LIBRARY.functions.best_experts((1, 1, top_k), None, None)
 
 
 @pytest.mark.parametrize(
-    "projections, message",
+    "raw_call, argument, value, message",
     [
-        (0, "one projection of x, or two"),
-        (1, "the projections of a network must fit each other"),
+        (raw_sizes, "chain", [3, 0, 1], "an operand of the chain must be 0, 1 or 2; got 3"),
+        (raw_sizes, "chain", [0, 0, 2], "the chain must meet left, central and right once each"),
+        (raw_linear_forward, "offset_bytes", 2, "must be int32 or int64"),
+        (raw_linear_forward, "slots", 2, "as many slots as rows of x"),
+        (raw_routed_ffn, "projections", 0, "one projection of x, or two"),
+        (raw_routed_ffn, "projections", 1, "the projections of a network must fit each other"),
+        (raw_gating, "dtype", "float64", "x and weight must not be float64"),
+        (raw_gating, "top_k", 2, r"top_k must lie in 1\.\.1; got 2"),
+        (raw_best_experts, "top_k", 2, r"top_k must lie in 1\.\.1; got 2"),
     ],
 )
-def test_a_network_that_does_not_fit(projections, message):
-    refuses_plainly(message, lambda: raw_routed_ffn(projections=projections))
-
-
-def test_a_router_in_float64():
-    refuses_plainly("x and weight must not be float64", lambda: raw_gating(dtype="float64"))
-
-
-def test_more_experts_per_token_than_there_are():
-    message = r"top_k must lie in 1\.\.1; got 2"
-    refuses_plainly(message, lambda: raw_gating(top_k=2))
-    refuses_plainly(message, NATIVE_LIBRARY.functions.best_experts, (1, 1, 2), None, None)
+def test_what_no_caller_gives(raw_call, argument, value, message):
+    refuses_plainly(message, raw_call, **{argument: value})
 
 
 def test_no_memory_is_a_memory_error():

@@ -157,7 +157,6 @@ class DivergenceGuard(TrainerCallback):
         self._accelerator = accelerator
         self._loss: Any = 0.0
         self.norm: Any = None  # of the step's gradients (a number or 0-d tensor), if known
-        self._skipped = 0
         self._scale = 0.0
 
     def note_loss(self, loss: Tensor) -> None:

@@ -224,7 +224,14 @@ def test_the_table_fits_and_says_what_it_counts(cli, monkeypatch):
     answer = cli("plan t5-base --experts 64 --shape paper")
     assert max(map(len, answer.out.splitlines())) <= 110
     assert "…" not in answer.out
-    for word in ("MPOE", "Switch", "768x3072 by rebuild", "AdamW", "24 feed-forward layers"):
+    for word in (
+        "MPOE",
+        "Switch",
+        "768x3072 by rebuild",
+        "AdamW",
+        "151.0 M",
+        "24 feed-forward layers",
+    ):
         assert word in answer.out
     assert "truncated" not in answer.out
     assert "lose most of a pretrained matrix" in " ".join(cli("plan t5-base --bond 64").out.split())

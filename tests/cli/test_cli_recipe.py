@@ -131,5 +131,6 @@ def test_a_preference_is_finite(refused, experts, tmp_path):
 def test_what_is_kept_of_no_gain_is_not_told():
     losses = FACTS["held_out"]
     assert kept(losses) == pytest.approx(0.9)
+    assert kept({**losses, "base": 9.0}) == pytest.approx(0.98)
     assert kept({**losses, "expert, always on": 5.5}) is None
     assert kept({"base": 5.0}) is None

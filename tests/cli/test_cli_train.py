@@ -88,6 +88,7 @@ def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path):
     answer = cli(f"{flags} --output_dir {torn} --resume --compute_time")
     time = read_json(torn / "results.json")["time"]
     assert time["seconds_per_step"] == time["train_seconds"] / 2
+    assert time["items_per_second"] == pytest.approx(4 / time["seconds_per_step"])
     assert "resuming from checkpoint-1" in answer.out
     assert same_weights(run, torn)
 

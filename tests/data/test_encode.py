@@ -316,7 +316,7 @@ VALUES = [
     ("pearson", [1, 2, 3, 4], [1, 3, 2, 4], 0.8),
     ("spearman", [1, 2, 3, 4], [10, 300, 20, 4000], 0.8),
     ("spearman", [5, 1, 2], [0, 0, 0], 0.0),
-    ("exact_match", ["Get  payload.", "x"], ["get payload", "y"], 0.5),
+    ("exact_match", ["Get  payload.", "z"], ["get payload", "y"], 0.5),
     # "get the payload" against "get payload": 2 shared of 3 and 2 -> 4/5; "" against "y" -> 0
     ("token_f1", ["get the payload", ""], ["get payload", "y"], 0.4),
     ("token_f1", ["a a"], ["a"], 2 / 3),

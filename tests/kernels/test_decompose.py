@@ -78,6 +78,7 @@ def test_light_is_small_and_lossless():
     assert dims["iL"] * dims["jL"] == dims["iR"] * dims["jR"] == 64
     assert shape.is_full
     assert shape.auxiliary_parameters == 2 * 64**2
+    assert MPOShape.light(13, 1, p=8).block_dims["iL"] == 13
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 7))

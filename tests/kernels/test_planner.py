@@ -20,6 +20,7 @@ from mpoe_kernels.contract import (
     expected_busy_experts,
 )
 from mpoe_kernels.contract.orders import MOVE_FLOPS, SEPARABLE_ORDER, applications, order_flops
+from mpoe_kernels.contract.plan import format_flops
 from tests.cases import SMALL_SHAPES, either
 
 NAMES = "paper_full paper_128 paper_64 paper_32 paper_16 light_64 separable".split()
@@ -115,12 +116,16 @@ def test_any_plan_ranks_by_flops_and_shows_every_strategy(**arguments):
     assert plan == plan_contraction(**arguments)
     assert plan.temporary_bytes <= 2 * dims.weight_elements * arguments["dtype"].itemsize
     assert (plan.flops > 0) == (arguments["num_tokens"] > 0)
+    slots = arguments["num_tokens"] * arguments["top_k"]
+    dense = 2 * dims.in_features * dims.out_features * slots
+    assert plan.dense_flops == dense * (3 if plan.training else 1)
     assert [ranked[0] for ranked in plan.ranked] == list(plan.phases)
     for ranked in plan.ranked:
         flops = [c.flops for c in ranked]
         assert flops == sorted(flops)
         for c in ranked:
             assert f"  {c.strategy} " in str(plan)
+    assert format_flops(1.5e9) == "1.5 GFLOP"
 
 
 _DIMS = BlockDims(iL=2, jL=3, a=4, iC=2, jC=2, b=2, iR=2, jR=5, in_features=8, out_features=30)

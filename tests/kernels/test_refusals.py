@@ -132,7 +132,9 @@ CASES = {
             lambda: route(PAIRS, 0),
         ],
         "outer bonds .* must be 1; got 2": lambda: fold([ONES(2, 2, 3, 6), CORES[1]], 1),
-        "cores must be on one device": lambda: fold([CORES[0], CORES[1].to("meta")], 1),
+        r"on one device; cores\[1\] is .*, cores\[2\]": lambda: fold(
+            [ONES(1, 1, 1, 1), CORES[0], CORES[1].to("meta")], 1
+        ),
         r"left .* must agree in a; got .*1, 2, 3, 5": lambda: blocks(left=(1, 2, 3, 5)),
         r"right .* must agree in b; got .*1, 5, 3, 2": lambda: blocks(right=(1, 5, 3, 2)),
         "left and right must hold the same number of experts": lambda: blocks(right=(2, 4, 3, 2)),

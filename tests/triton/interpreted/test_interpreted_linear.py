@@ -1,5 +1,7 @@
 """Every strategy of the grouped product, forward and backward, against the float64 reference."""
 
+from functools import partial
+
 import pytest
 import torch
 from mpoe_bench.cases import random_blocks
@@ -238,6 +240,16 @@ def test_a_dtype_or_a_device_without_a_kernel(monkeypatch):
     with_shared_memory(1024, monkeypatch)
     smallest = r"its smallest tile needs \d+ bytes of shared memory; the device has 1024"
     refuses(BackendError, smallest, run, torch.float32)
+
+
+def test_what_a_fused_tile_asks_of_a_program():
+    """By hand, for a W of two tiles of 32 x 32."""
+    sides = fused_tiles.Sides((4, 1, 8), (8, 1, 8), 5, 20)  # the bonds become 16 and 32
+    extents = fused_tiles.Cut(4, 8, 4, 8)
+    tile = FusedTile(16, 32, 32, 2048, 4, 2)
+    needs = partial(fused_tiles.Needs.of, sides, extents, tile, 2)
+    assert needs("rows") == (9216, 2048, 2 * 278_528)
+    assert needs("gradient") == (9216, 2048, 2 * 229_376)
 
 
 def test_tiles_that_do_not_fit_are_passed_over(monkeypatch):

@@ -38,6 +38,10 @@ def timed(monkeypatch):
     return runs
 
 
+def test_powers_of_two():
+    assert [*map(start.power_of_two, (0, 1, 4, 5))] == [1, 1, 4, 8]
+
+
 def forward(tokens=40, **sizes):
     problem = HiddenProblem(tokens=tokens, experts=1, groups=1, dtype=torch.float32, **sizes)
     return experts.forward(problem.call())

@@ -36,6 +36,9 @@ def pytest_configure(config):
         # The first backward starts autograd's threads, one a device, and children forked later can
         # make none. A fake tensor lets PyTorch count a GPU that is not there, so it counts first.
         torch.ones((), requires_grad=True).backward()
+        for module in (torch.cuda, torch.xpu, torch.mtia):
+            # Absent, it would keep every seed, with the traceback of who gave it.
+            module.manual_seed_all = lambda seed: None
     atexit.register(gc.unfreeze)  # after pytest's own collections, which would look at everything
 
 
@@ -47,9 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish():
     """Imports stay out of garbage collections: Accelerate makes one after every training, half a
-    second long."""
-    gc.collect()
+    second long. Others are rare: what a test leaves is small."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     gc.enable()
 
 

@@ -247,8 +247,8 @@ def test_a_short_comparison(tmp_path, monkeypatch, capsys):
 
 
 def test_a_short_demo_of_experts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mpoe.cli.demo_experts.TESTED_PIECES", 2)
-    monkeypatch.setattr("mpoe.models.background.GENERAL_PIECES", 8)
+    for name, value in {"TESTED_PIECES": 2, "PIECE_TOKENS": 64, "AT_ONCE": 4}.items():
+        monkeypatch.setattr(f"mpoe.cli.demo_experts.{name}", value)
     short = {name: " ".join(f"{name} of {number}" for number in range(400)) for name in DOMAINS}
     monkeypatch.setattr("mpoe.cli.demo_experts.domain_text", lambda name, held_out: short[name])
     demo.command(words(f"--output_dir {tmp_path}/demo --steps 9"))  # nine: once divided by zero

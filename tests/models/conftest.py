@@ -10,19 +10,30 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from mpoe import MPOEConfig, collect_statistics, convert_to_mpoe, save_expert, start_expert
 
-from .tiny_models import M, dense_model, domain, fit, language_model, lessons, loss, tokenizer
+from .tiny_models import (
+    M,
+    copied,
+    dense_model,
+    domain,
+    fit,
+    language_model,
+    lessons,
+    loss,
+    tokenizer,
+)
+
+
+@copied
+def converted_model(family, **config):
+    return convert_to_mpoe(
+        dense_model(family), MPOEConfig(**{"num_experts": 4, "shape": "separable", **config})
+    )
 
 
 @pytest.fixture
 def converted():
     """Factory: a converted model of a family, see `tiny_models.FAMILIES`."""
-
-    def make(family, **config):
-        return convert_to_mpoe(
-            dense_model(family), MPOEConfig(**{"num_experts": 4, "shape": "separable", **config})
-        )
-
-    return make
+    return converted_model
 
 
 @pytest.fixture(scope="session")

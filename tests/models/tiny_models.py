@@ -1,6 +1,7 @@
 """Tiny random models of every family and head that conversion supports, batches for them, experts
 of domains."""
 
+import copy
 import functools
 from pathlib import Path
 
@@ -103,6 +104,24 @@ def tiny_config(model_type, **changes):
     )
 
 
+def copied(make):
+    """Decorates what seeds torch and makes a model: it is made once for the same arguments, and who
+    asks gets a copy, with the random numbers that would follow."""
+    known = {}
+
+    @functools.wraps(make)
+    def copy_of(*arguments, **options):
+        key = repr((arguments, options))
+        if key not in known:
+            known[key] = make(*arguments, **options), torch.get_rng_state()
+        model, state = known[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
+
+    return copy_of
+
+
+@copied
 def tiny_model(model_type, name, **changes):
     """A dense model in eval mode, with weights large enough for every part to matter."""
     torch.manual_seed(1)

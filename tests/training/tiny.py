@@ -17,7 +17,7 @@ from mpoe.models import convert_to_mpoe
 from mpoe.models.walk import mpo_modules
 from mpoe.training import MPOETrainer, MPOETrainingArguments
 
-from ..models.tiny_models import tiny_config
+from ..models.tiny_models import copied, tiny_config
 
 # What Transformers' arguments call it, by release.
 CHECKPOINTING = next(
@@ -52,6 +52,7 @@ def dense_model(family, dropout=0.0):
     return getattr(transformers, name)(config)
 
 
+@copied
 def mpoe_model(family, dropout=0.0, jitter=0.0, seed=0, **config):
     torch.manual_seed(seed)
     router = RouterConfig(jitter=jitter, balance_loss_weight=0.05, z_loss_weight=0.01)

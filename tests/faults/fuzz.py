@@ -1,25 +1,19 @@
-"""What a random input may lead to: it works, or is refused in our own words; damage to values,
-bytes and files.
+"""What a random input may lead to: it works, or is refused in our own words; damage to values
+and bytes.
 
-Files are data, configurations of runs, and saved models, read through the public functions.
+Files are data and configurations of runs, read through the public functions.
 """
 
 import gzip
-import json
-import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
-from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.cli.command import is_on_purpose, parse
 from mpoe.cli.options import ExpertOptions, RunOptions
 from mpoe.cli.tasks import DataOptions
 from mpoe.data.tasks import load_task_from_folder
-from tests.training.tiny import dense_model, mpoe_model
 
 SECONDS = 20.0  # of processor time that one input may take
 
@@ -213,82 +207,3 @@ def load(folder):
         for example in task.examples(split):
             if not isinstance(example.source, str):
                 raise AssertionError(f"a source is {example.source!r}")
-
-
-def checkpoints(draw, folder):
-    """An endless stream; the good models lie in ``folder``, beside a copy that is damaged again for
-    every case."""
-    kinds = make_models(folder)
-    base, work = dense_model("gpt2"), folder / "spoilt"
-    base.load_state_dict(torch.load(folder / "base.pt"))
-    while True:
-        kind = draw.choice(kinds)
-        if work.exists():
-            shutil.rmtree(work)
-        shutil.copytree(folder / kind, work)
-        file = draw.choice(
-            sorted(path for path in work.iterdir() if path.suffix in (".json", ".safetensors"))
-        )
-        how = draw.choice((spoil_json, spoil_file))
-        how(file, draw)
-        call = partial(load_mpoe, work, base if kind == "only" else None)
-        yield Case(
-            f"{kind}: {how.__name__} of {file.name}",
-            call,
-            [str(work), "config.json", "architectures", "base"],
-        )
-
-
-def make_models(folder):
-    """A whole model, one in shards, and an MPOE-only save."""
-    torch.manual_seed(0)
-    base = dense_model("gpt2")
-    torch.save(base.state_dict(), folder / "base.pt")
-    save_mpoe_only(
-        convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), folder / "only", base
-    )
-    model = mpoe_model("t5", num_experts=2)
-    model.save_pretrained(folder / "whole")
-    model.save_pretrained(folder / "shards", max_shard_size="20KB")
-    return ["whole", "shards", "only"]
-
-
-# Where no weights are, in the place of a shard.
-ELSEWHERE = (
-    "../config.json",
-    "/etc/passwd",
-    "..",
-    "absent.safetensors",
-    "a/../model.safetensors",
-    "",
-    3,
-    None,
-)
-
-
-def spoil_json(file, draw):
-    """Change values of config.json, of the index, of the base's record, or of a safetensors
-    header."""
-    data, start = file.read_bytes(), 8 * (file.suffix != ".json")
-    end = start + int.from_bytes(data[:start], "little") if start else len(data)
-    values = json.loads(data[start:end])
-    names = values.get("weight_map")
-    if names and draw.random() < 0.6:
-        names[draw.choice(sorted(names))] = draw.choice(ELSEWHERE)
-    else:
-        values = spoil_values(values, draw)
-    text = json.dumps(values).encode()
-    file.write_bytes((len(text).to_bytes(8, "little") if start else b"") + text + data[end:])
-
-
-def spoil_file(file, draw):
-    """Cut, flip or put in bytes; of weights in the header, where it shows."""
-    data = file.read_bytes()
-    if file.suffix == ".json":
-        file.write_bytes(spoil_bytes(data, draw))
-        return
-    length = 8 + int.from_bytes(data[:8], "little")
-    if draw.random() < 0.3:
-        file.write_bytes(data[: draw.randrange(len(data))])
-    else:
-        file.write_bytes(spoil_bytes(data[:length], draw) + data[length:])

@@ -2,7 +2,7 @@
 
 The default tests try a few of each kind, the exhaustive ones hundreds. A kind and a seed give the
 same inputs again: a failure's log shows every input on a line, the last line is the one that
-failed. ``SEED=3 pytest -m exhaustive tests/faults/test_fuzz.py -k checkpoints`` repeats an
+failed. ``SEED=3 pytest -m exhaustive tests/faults/test_fuzz.py -k files`` repeats an
 exhaustive run that was started with ``SEED=3``; without it the seed is 0.
 """
 
@@ -28,7 +28,7 @@ from mpoe_kernels import MPOShape
 
 from . import fuzz_commands
 from .bad_arguments import bad_calls, make_paths, starts, stray
-from .fuzz import Case, checkpoints, data_files, odd, some, spoil_values, what_became_of
+from .fuzz import Case, data_files, odd, some, spoil_values, what_became_of
 from .processes import SEED, fork
 
 SHAPE = {"in_factors": [2, 3, 4], "out_factors": [4, 3, 4], "max_bond": 5}
@@ -100,7 +100,6 @@ CASE_STREAMS = {
     "configurations": lambda draw, folder: configurations(draw),
     "command lines": fuzz_commands.cases,
     "data and configuration files": data_files,
-    "checkpoints": checkpoints,
     "bad calls": bad_calls,
 }
 # So many times as many as of other kinds: bad calls are of many names, and each is short.

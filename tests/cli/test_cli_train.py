@@ -66,7 +66,7 @@ def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, tmp_p
     assert answer.out.count("\n") == 1
 
 
-def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path):
+def test_resumed_run_ends_in_the_same_weights(cli, t5_run, tmp_path):
     flags, run = t5_run
     torn = tmp_path / "torn"
     shutil.copytree(run, torn)
@@ -79,12 +79,6 @@ def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path):
     (torn / "checkpoint-2").mkdir()
     (torn / "checkpoint-2/trainer_state.json").write_text('{"global_step": 2')
 
-    assert "learning_rate: was 0.001, now 0.1" in refused(
-        f"{flags} --output_dir {torn} --resume --learning_rate 0.1"
-    )
-    assert "num_experts: was 2, now 4" in refused(
-        f"{flags} --output_dir {torn} --resume --num_experts 4"
-    )
     answer = cli(f"{flags} --output_dir {torn} --resume --compute_time")
     time = read_json(torn / "results.json")["time"]
     assert time["seconds_per_step"] == time["train_seconds"] / 2

@@ -46,9 +46,9 @@ const LinearStrategy& strategy_named(std::string_view name) {
 }
 
 // chain: a permutation of left (0), central (1) and right (2), the order in which rows meet them.
-// half_first: half_left: rows meet the half-built weight before right; transposed_half_first: the
+// half_first: half_left: rows meet the half-built weight before right; exchanged_half_first: the
 // same for rows of the gradient.
-ProductOrder checked_order(const Sizes<3>& chain, bool half_first, bool transposed_half_first) {
+ProductOrder checked_order(const Sizes<3>& chain, bool half_first, bool exchanged_half_first) {
   ProductOrder order{};
   int met = 0;
   for (std::size_t s = 0; s < 3; ++s) {
@@ -60,7 +60,7 @@ ProductOrder checked_order(const Sizes<3>& chain, bool half_first, bool transpos
   }
   require(met == 7, "the chain must meet left, central and right once each");
   order.half_first = half_first;
-  order.transposed_half_first = transposed_half_first;
+  order.exchanged_half_first = exchanged_half_first;
   return order;
 }
 
@@ -72,7 +72,7 @@ LinearSizes checked_sizes(std::string_view dtype,
                           const Sizes<10>& sizes,
                           const Sizes<3>& chain,
                           bool half_first,
-                          bool transposed_half_first) {
+                          bool exchanged_half_first) {
   const auto [iL, jL, a, iC, jC, b, iR, jR, in_features, out_features] = sizes;
   const BlockDims dims{iL, jL, a, iC, jC, b, iR, jR, in_features, out_features};
   const Dtype type = gemm_dtype_named(dtype);
@@ -88,7 +88,7 @@ LinearSizes checked_sizes(std::string_view dtype,
           in_features,
           " x ",
           out_features);
-  const ProductOrder order = checked_order(chain, half_first, transposed_half_first);
+  const ProductOrder order = checked_order(chain, half_first, exchanged_half_first);
   const LinearSizes found{type, function, &strategy_named(strategy), experts, dims, order};
   require(!found.is_separable() || (jL == 1 && iR == 1),
           "strategy separable needs blocks with jL = iR = 1");

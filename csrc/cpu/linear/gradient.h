@@ -6,6 +6,9 @@
 
 namespace mpoe {
 
+// Elements that a thread takes at least, in steps that only copy or add.
+constexpr int64_t kTaskElements = 16 * 1024;
+
 // Which gradients other than the bias's are needed.
 struct Wanted {
   bool x, left, central, right;
@@ -38,7 +41,7 @@ class PreActivationGradient {
     const int64_t width = in.dims.out_features;
     memory_ = Buffer<T>(in.filled() * width);
     const T* saved = static_cast<const T*>(in.saved);
-    parallel_for(in.filled(), ceil_divide(16 * 1024, width), [&](int64_t begin, int64_t end) {
+    parallel_for(in.filled(), ceil_divide(kTaskElements, width), [&](int64_t begin, int64_t end) {
       const int64_t start = begin * width;
       gemm.activation_backward(
           in.activation, grad + start, saved + start, memory_.get() + start, (end - begin) * width);
@@ -126,7 +129,7 @@ class RowGradients {
           zero_rows(dx_, t, t + 1, row_bytes);
       return;
     }
-    parallel_for(in_.tokens, ceil_divide(16 * 1024, width_), [&](int64_t begin, int64_t end) {
+    parallel_for(in_.tokens, ceil_divide(kTaskElements, width_), [&](int64_t begin, int64_t end) {
       Buffer<float> sum(width_);
       for (int64_t t = begin; t < end; ++t) {
         std::fill_n(sum.get(), width_, 0.0f);

@@ -1,11 +1,25 @@
-// Backward of half_left, one expert at a time. dx = dz W^T is the forward with the sides of the
-// blocks exchanged
-// (`OneExpert`). The gradients of the blocks never build that of W: with u = x LC and du = dz
-// right^T,
-//   dright = u^T dz,   dLC = x^T du,   dleft = dLC central^T,   dcentral += left^T dLC
-// in the order that multiplies by LC first; a shape where right comes first uses the exchanged
-// blocks instead. Experts are split into groups, whose number does not depend on the number of
-// threads; dcentral and dbias are summed within a group in the order of experts, then over groups.
+// Backward of half_left, one expert at a time. Indices are those of half.h: t is a slot, features
+// in are (iL iC iR), features out (jL jC jR). The *exchanged* problem is the one with i and j
+// exchanged, whose weight is W^T: left [jL, iL, a], central [a, jC, iC, b], right [b, jR, iR].
+//
+// dx = dz W^T is the forward of the exchanged problem. The gradients of the blocks never build that
+// of W (half_gradient.h):
+//   u = x LC,  du = dz right^T,
+//   dright = u^T dz,  dLC = x^T du,  dleft = dLC central^T,  dcentral += left^T dLC
+// in the order that multiplies by LC first. A shape where right comes first takes the same formulas
+// of the exchanged problem, where x and dz change places: they are the products of the order with
+// right first, from the last to the first.
+//
+//   result                 problem    blocks              plan, panels of central  its x and dz
+//   dx, LC first           exchanged  exchanged copies    exchanged_               dz, none
+//   dx, right first        exchanged  exchanged copies    exchanged_               dz, none
+//   blocks, LC first       plain      the caller's        plain_                   x, dz
+//   blocks, right first    exchanged  those of dx         exchanged_               dz, x (gathered)
+//
+// Which of the first two it is tells the exchanged plan, which of the last two the plain one.
+//
+// Experts are split into groups, whose number does not depend on the number of threads; dcentral is
+// summed within a group in the order of experts, then over groups.
 #include <memory>
 
 #include "cpu/linear/half_gradient.h"
@@ -17,274 +31,269 @@ BlockDims exchanged(const BlockDims& d) {
   return {d.jL, d.iL, d.a, d.jC, d.iC, d.b, d.jR, d.iR, d.out_features, d.in_features};
 }
 
-// One expert of a problem, possibly with sides exchanged, as an argument of the forward's classes.
+// One expert at a time of the plain or of the exchanged problem, as an argument of the forward's
+// classes. They keep a reference to `in`, and `in` points to members of this object: it stays where
+// it is.
 template <class T>
-struct OneExpert {
+class OneExpert {
+ public:
   LinearForward in{};
-  int64_t offsets[2] = {0, 0};
-  Buffer<T> left, right;  // exchanged copies
 
-  OneExpert(const LinearBackward& full, bool exchange) {
+  OneExpert(const LinearBackward& full, bool exchange) : full_(full) {
     static_cast<LinearInputs&>(in) = full;
     in.activation = Activation::kNone;
     in.experts = 1;
-    in.offsets = offsets;
+    in.offsets = offsets_;
     if (!exchange)
       return;
     in.dims = exchanged(full.dims);
     in.row_index = nullptr;
-    left = Buffer<T>(in.dims.left_size());
-    right = Buffer<T>(in.dims.right_size());
-    in.left = left.get();
-    in.right = right.get();
+    left_ = Buffer<T>(in.dims.left_size());
+    right_ = Buffer<T>(in.dims.right_size());
+    in.left = left_.get();
+    in.right = right_.get();
   }
+  OneExpert(const OneExpert&) = delete;
+  OneExpert& operator=(const OneExpert&) = delete;
 
-  // Blocks of one expert in this problem's order.
-  void load(const GemmKernels& gemm, const LinearBackward& full, int64_t expert) {
-    const BlockDims& d = full.dims;
-    const T* from_left = left_of<T>(full, expert);
-    const T* from_right = right_of<T>(full, expert);
-    if (!left) {
-      in.left = from_left;
-      in.right = from_right;
+  // Takes an expert's blocks: points to them, or copies them with i and j exchanged.
+  void set_blocks(const GemmKernels& gemm, int64_t expert) {
+    const BlockDims& d = full_.dims;
+    const T* left = left_of<T>(full_, expert);
+    const T* right = right_of<T>(full_, expert);
+    if (!left_) {
+      in.left = left;
+      in.right = right;
       return;
     }
     for (int64_t i = 0; i < d.iL; ++i)
       for (int64_t j = 0; j < d.jL; ++j)
         std::memcpy(
-            left.get() + (j * d.iL + i) * d.a, from_left + (i * d.jL + j) * d.a, d.a * sizeof(T));
+            left_.get() + (j * d.iL + i) * d.a, left + (i * d.jL + j) * d.a, d.a * sizeof(T));
+    const int64_t pairs = d.iR * d.jR;
     for (int64_t b = 0; b < d.b; ++b)
-      gemm.transpose(
-          from_right + b * d.iR * d.jR, d.jR, d.iR, d.jR, right.get() + b * d.iR * d.jR, d.iR);
+      gemm.transpose(right + b * pairs, d.jR, d.iR, d.jR, right_.get() + b * pairs, d.iR);
   }
+
+  // The expert's `count` rows are those of x, their results go to y.
+  void set_rows(const T* x, T* y, int64_t count) {
+    in.x = x;
+    in.y = y;
+    offsets_[1] = count;
+  }
+
+ private:
+  const LinearBackward& full_;
+  int64_t offsets_[2] = {0, 0};
+  Buffer<T> left_, right_;  // exchanged copies
 };
-
-// Pair (iC, jC) of the possibly exchanged problem `d` as central has it.
-int64_t place_of(const BlockDims& d, bool exchange, int64_t pair) {
-  return exchange ? pair % d.jC * d.iC + pair / d.jC : pair;
-}
-
-// Panels of central^T: columns a, inner (iC jC b) of the possibly exchanged problem `d`, b in whole
-// granules.
-template <class T>
-Buffer<T> turn_central(const GemmKernels& gemm,
-                       const BlockDims& d,
-                       bool exchange,
-                       const void* central,
-                       const HalfPlan& plan) {
-  const int64_t pairs = d.iC * d.jC, inner = pairs * plan.b, size = round_up(d.a, kPanel) * inner;
-  Buffer<T> panels = plan.b == d.b ? Buffer<T>(size) : zeros<T>(size);
-  parallel_for_each(pairs, ceil_divide(16 * 1024, d.a * plan.b), [&](int64_t pair) {
-    gemm.pack_transposed(panels.get() + pair * plan.b * kPanel,
-                         inner / gemm.unit,
-                         static_cast<const T*>(central) + place_of(d, exchange, pair) * d.b,
-                         pairs * d.b,
-                         d.b,
-                         d.a);
-  });
-  return panels;
-}
-
-// dcentral from sums [group, panels of (iC jC b), a, 32] of the possibly exchanged problem `d`.
-template <class T>
-void store_central(const GemmKernels& gemm,
-                   const LinearBackward& in,
-                   const BlockDims& d,
-                   bool exchange,
-                   const HalfPlan& plan,
-                   int64_t groups,
-                   float* sums) {
-  const int64_t pairs = d.iC * d.jC, panels = ceil_divide(pairs * plan.b, kPanel),
-                panel = d.a * kPanel;
-  const GemmKernels& floats = gemm_kernels(Dtype::kFloat32);
-  parallel_for_each(panels, ceil_divide(16 * 1024, panel), [&](int64_t p) {
-    float* total = sums + p * panel;
-    for (int64_t g = 1; g < groups; ++g)
-      floats.add_row(total + g * panels * panel, total, panel);
-    // In runs of the columns of one pair.
-    const int64_t last = std::min((p + 1) * kPanel, pairs * plan.b);
-    for (int64_t column = p * kPanel, run = 0; column < last; column += run) {
-      const int64_t b = column % plan.b, valid = std::min(d.b - b, last - column);
-      run = std::min(plan.b - b, last - column);
-      T* out = static_cast<T*>(in.dcentral) + place_of(d, exchange, column / plan.b) * d.b + b;
-      for (int64_t a = 0; valid > 0 && a < d.a; ++a)
-        gemm.round_row(total + a * kPanel + column % kPanel, out + a * pairs * d.b, valid);
-    }
-  });
-}
 
 // Everything that the groups of experts share and fill.
 template <class T>
-class Backward {
+class HalfBackward {
  public:
-  Backward(const GemmKernels& gemm, const LinearBackward& in)
+  HalfBackward(const GemmKernels& gemm, const LinearBackward& in)
       : gemm_(gemm),
         in_(in),
         d_(in.dims),
-        plan_(gemm, in.dims, in.order.half_first),
-        turned_plan_(gemm, exchanged(in.dims), in.order.transposed_half_first),
+        exchanged_dims_(exchanged(in.dims)),
+        plain_plan_(gemm, d_, in.order.half_first),
+        exchanged_plan_(gemm, exchanged_dims_, in.order.exchanged_half_first),
         wanted_(in),
-        exchange_(!plan_.half_first),
-        weight_dims_(exchange_ ? exchanged(d_) : d_),
-        weight_plan_(exchange_ ? turned_plan_ : plan_),
-        most_(in.most_slots()) {
-    if (in.dx != nullptr || (wanted_.weight() && exchange_))
-      turned_panels_ = pack_central<T>(gemm, exchanged(d_), in.central, turned_plan_, true);
-    if (wanted_.weight() && !exchange_)
-      own_panels_ = pack_central<T>(gemm, d_, in.central, plan_);
+        weights_exchanged_(!plain_plan_.half_first),
+        weight_dims_(weights_exchanged_ ? exchanged_dims_ : d_),
+        weight_plan_(weights_exchanged_ ? exchanged_plan_ : plain_plan_),
+        most_(in.most_slots()),
+        x_gradients_(in, true) {
+    if (wanted_.x || (wanted_.weight() && weights_exchanged_))
+      exchanged_panels_ = pack_central<T>(gemm, exchanged_dims_, in.central, exchanged_plan_, true);
+    if (wanted_.weight() && !weights_exchanged_)
+      plain_panels_ = pack_central<T>(gemm, d_, in.central, plain_plan_);
     if (wanted_.left)
-      inverse_panels_ = turn_central<T>(gemm, weight_dims_, exchange_, in.central, weight_plan_);
+      transpose_central();
     plan_groups();
   }
 
   void run() {
-    RowGradients<T> gradients(in_, true);
-    T* dx = in_.dx == nullptr ? nullptr : gradients.row(0);
-    const int64_t groups = std::ssize(groups_);
-    parallel_for_each(groups, 1, [&](int64_t g) { run_group(g, dx); });
+    const PreActivationGradient<T> dz(gemm_, in_);
+    bias_gradient(gemm_, in_, dz.get());
+    dz_ = dz.get();
+    parallel_for_each(std::ssize(groups_), 1, [&](int64_t g) { run_group(g); });
     if (wanted_.central)
-      store_central<T>(
-          gemm_, in_, weight_dims_, exchange_, weight_plan_, groups, central_sums_.get());
-    if (in_.dbias != nullptr) {
-      for (int64_t g = 1; g < groups; ++g)
-        for (int64_t c = 0; c < d_.out_features; ++c)
-          bias_sums_[c] += bias_sums_[g * d_.out_features + c];
-      gemm_.round_row(bias_sums_.data(), in_.dbias, d_.out_features);
-    }
-    gradients.finish(gemm_);
+      store_central();
+    x_gradients_.finish(gemm_);
   }
 
  private:
+  // What computes the gradients of a group, one expert at a time.
+  struct Workers {
+    OneExpert<T> plain, exchanged;
+    std::unique_ptr<HalfFirst<T>> dx_half_first;    // one of
+    std::unique_ptr<RightFirst<T>> dx_right_first;  // both, if dx is wanted
+    std::unique_ptr<HalfGradient<T>> weights;
+    Buffer<T> gathered;  // rows of x
+
+    explicit Workers(const LinearBackward& in) : plain(in, false), exchanged(in, true) {}
+  };
+
+  // Position of pair (iC, jC) of the problem of the weights in central, which is not exchanged.
+  int64_t pair_in_central(int64_t pair) const {
+    const BlockDims& d = weight_dims_;
+    return weights_exchanged_ ? pair % d.jC * d.iC + pair / d.jC : pair;
+  }
+
+  // Panels of central^T for the problem of the weights: columns a, inner (iC jC b), b in whole
+  // granules.
+  void transpose_central() {
+    const int64_t b = weight_plan_.b, pairs = d_.iC * d_.jC, inner = pairs * b;
+    const int64_t size = round_up(d_.a, kPanel) * inner;
+    central_transposed_panels_ = b == d_.b ? Buffer<T>(size) : zeros<T>(size);
+    parallel_for_each(pairs, ceil_divide(kTaskElements, d_.a * b), [&](int64_t pair) {
+      gemm_.pack_transposed(central_transposed_panels_.get() + pair * b * kPanel,
+                            inner / gemm_.unit,
+                            static_cast<const T*>(in_.central) + pair_in_central(pair) * d_.b,
+                            pairs * d_.b,
+                            d_.b,
+                            d_.a);
+    });
+  }
+
   void plan_groups() {
-    const int64_t size = ceil_divide(d_.iC * d_.jC * plan_.b, kPanel) * d_.a * kPanel;
-    const int64_t count = std::min(most_groups<T>(d_, size), in_.experts);
+    central_size_ = ceil_divide(d_.iC * d_.jC * plain_plan_.b, kPanel) * d_.a * kPanel;
+    const int64_t count = std::min(most_groups<T>(d_, central_size_), in_.experts);
     for (int64_t g = 0; g < count; ++g)
       groups_.push_back({in_.experts * g / count, in_.experts * (g + 1) / count});
     if (wanted_.central)
-      central_sums_ = zeros<float>(count * size);
-    central_size_ = size;
-    if (in_.dbias != nullptr)
-      bias_sums_.assign(count * d_.out_features, 0.0f);
+      central_sums_ = zeros<float>(count * central_size_);
   }
 
-  void run_group(int64_t group, T* dx) {
-    OneExpert<T> turned(in_, true);
-    OneExpert<T> own(in_, exchange_);
-    std::unique_ptr<HalfFirst<T>> x_half;
-    std::unique_ptr<RightFirst<T>> x_right;
-    std::unique_ptr<HalfGradient<T>> weights;
-    if (dx != nullptr && turned_plan_.half_first)
-      x_half = std::make_unique<HalfFirst<T>>(gemm_, turned.in, turned_plan_, turned_panels_.get());
-    else if (dx != nullptr)
-      x_right = std::make_unique<RightFirst<T>>(
-          gemm_, turned.in, turned_plan_, turned_panels_.get(), most_);
-    if (wanted_.weight())
-      weights = std::make_unique<HalfGradient<T>>(
-          gemm_,
-          own.in,
-          weight_plan_,
-          exchange_ ? turned_panels_.get() : own_panels_.get(),
-          inverse_panels_.get(),
-          wanted_,
-          wanted_.central ? central_sums_.get() + group * central_size_ : nullptr);
-    Buffer<T> gradient(in_.activation == Activation::kNone ? 0 : most_ * d_.out_features);
-    Buffer<T> gathered(exchange_ && in_.row_index != nullptr ? most_ * d_.in_features : 0);
+  void run_group(int64_t group) {
+    Workers workers(in_);
+    make_workers(group, workers);
     for (int64_t e = groups_[group].first; e < groups_[group].last; ++e) {
-      const int64_t first = in_.offsets[e], count = in_.count(e);
-      if (count == 0) {
+      if (in_.count(e) == 0) {
         zero_blocks<T>(in_, e);
         continue;
       }
-      const T* dz = gradient_rows(first, count, gradient.get());
-      if (in_.dbias != nullptr)
-        for (int64_t t = 0; t < count; ++t)
-          gemm_.add_row(dz + t * d_.out_features,
-                        bias_sums_.data() + group * d_.out_features,
-                        d_.out_features);
-      if (dx != nullptr) {
-        turned.load(gemm_, in_, e);
-        turned.offsets[1] = count;
-        turned.in.x = dz;
-        turned.in.y = dx + first * d_.in_features;
-        if (x_half)
-          x_half->run(0);
-        if (x_right)
-          x_right->run(0);
-      }
-      if (!weights)
-        continue;
-      own.load(gemm_, in_, e);
-      run_weights(*weights, own, e, first, count, dz, gathered.get());
+      const T* dz = dz_ + in_.offsets[e] * d_.out_features;
+      if (exchanged_panels_)
+        exchange_expert(e, dz, workers);
+      if (workers.dx_half_first)
+        workers.dx_half_first->run(0);
+      if (workers.dx_right_first)
+        workers.dx_right_first->run(0);
+      if (workers.weights)
+        weights_of_expert(e, dz, workers);
     }
   }
 
-  const T* gradient_rows(int64_t first, int64_t count, T* out) const {
-    const int64_t width = d_.out_features;
-    const T* grad = static_cast<const T*>(in_.grad) + first * width;
-    if (in_.activation == Activation::kNone)
-      return grad;
-    gemm_.activation_backward(
-        in_.activation, grad, static_cast<const T*>(in_.saved) + first * width, out, count * width);
-    return out;
+  void make_workers(int64_t group, Workers& workers) {
+    if (wanted_.x && exchanged_plan_.half_first)
+      workers.dx_half_first = std::make_unique<HalfFirst<T>>(
+          gemm_, workers.exchanged.in, exchanged_plan_, exchanged_panels_.get());
+    else if (wanted_.x)
+      workers.dx_right_first = std::make_unique<RightFirst<T>>(
+          gemm_, workers.exchanged.in, exchanged_plan_, exchanged_panels_.get(), most_);
+    if (!wanted_.weight())
+      return;
+    // With LC first whatever `weight_plan_` says of the forward: see the head.
+    workers.weights = std::make_unique<HalfGradient<T>>(
+        gemm_,
+        weights_exchanged_ ? workers.exchanged.in : workers.plain.in,
+        weight_plan_,
+        weights_exchanged_ ? exchanged_panels_.get() : plain_panels_.get(),
+        central_transposed_panels_.get(),
+        wanted_,
+        wanted_.central ? central_sums_.get() + group * central_size_ : nullptr);
+    if (weights_exchanged_ && in_.row_index != nullptr)
+      workers.gathered = Buffer<T>(most_ * d_.in_features);
   }
 
-  void run_weights(HalfGradient<T>& weights,
-                   OneExpert<T>& own,
-                   int64_t expert,
-                   int64_t first,
-                   int64_t count,
-                   const T* dz,
-                   T* gathered) const {
-    T* left = static_cast<T*>(in_.dleft) + (wanted_.left ? expert * d_.left_size() : 0);
-    T* right = static_cast<T*>(in_.dright) + (wanted_.right ? expert * d_.right_size() : 0);
-    if (!exchange_) {
-      weights.run(
-          first,
-          count,
-          dz,
-          [&](int64_t i, int64_t j) { return left + (i * d_.jL + j) * d_.a; },
-          [&](int64_t b, int64_t r) { return right + (b * d_.iR + r) * d_.jR; },
-          1);
+  // The exchanged problem of an expert, for dx and for the gradients of blocks.
+  void exchange_expert(int64_t expert, const T* dz, Workers& workers) {
+    T* dx = wanted_.x ? x_gradients_.row(in_.offsets[expert]) : nullptr;
+    workers.exchanged.set_blocks(gemm_, expert);
+    workers.exchanged.set_rows(dz, dx, in_.count(expert));
+  }
+
+  void weights_of_expert(int64_t expert, const T* dz, Workers& workers) const {
+    BlockPlaces<T> places{
+        .left = wanted_.left ? static_cast<T*>(in_.dleft) + expert * d_.left_size() : nullptr,
+        .left_i = d_.jL * d_.a,
+        .left_j = d_.a,
+        .right = wanted_.right ? static_cast<T*>(in_.dright) + expert * d_.right_size() : nullptr,
+        .right_b = d_.iR * d_.jR,
+        .right_i = d_.jR,
+        .right_j = 1};
+    const int64_t first = in_.offsets[expert], count = in_.count(expert);
+    if (!weights_exchanged_) {
+      workers.plain.set_blocks(gemm_, expert);
+      workers.weights->run(first, count, dz, places);
       return;
     }
-    const T* x = static_cast<const T*>(in_.x) + first * d_.in_features;
-    if (in_.row_index != nullptr) {
-      for (int64_t t = 0; t < count; ++t)
-        std::memcpy(
-            gathered + t * d_.in_features, row_of<T>(in_, first + t), d_.in_features * sizeof(T));
-      x = gathered;
-    }
-    own.in.x = dz;
-    weights.run(
-        0,
-        count,
-        x,
-        [&](int64_t j, int64_t i) { return left + (i * d_.jL + j) * d_.a; },
-        [&](int64_t b, int64_t c) { return right + b * d_.iR * d_.jR + c; },
-        d_.jR);
+    std::swap(places.left_i, places.left_j);
+    std::swap(places.right_i, places.right_j);
+    workers.weights->run(0, count, rows_of_x(first, count, workers.gathered.get()), places);
+  }
+
+  // x of consecutive slots, gathered if they read rows of an index.
+  const T* rows_of_x(int64_t first, int64_t count, T* gathered) const {
+    if (in_.row_index == nullptr)
+      return row_of<T>(in_, first);
+    const int64_t width = d_.in_features;
+    for (int64_t t = 0; t < count; ++t)
+      std::memcpy(gathered + t * width, row_of<T>(in_, first + t), width * sizeof(T));
+    return gathered;
+  }
+
+  // dcentral [a, (iC jC), b] from sums [group, panel of (iC jC b), a, 32] of the problem of the
+  // weights, whose b is in whole granules. A panel's 32 columns may lie in several pairs (iC, jC):
+  // they are stored in runs of the columns of one pair.
+  void store_central() {
+    const int64_t pairs = d_.iC * d_.jC, columns = pairs * weight_plan_.b;
+    const int64_t panel_size = d_.a * kPanel;
+    const GemmKernels& floats = gemm_kernels(Dtype::kFloat32);
+    const int64_t grain = ceil_divide(kTaskElements, panel_size);
+    parallel_for_each(ceil_divide(columns, kPanel), grain, [&](int64_t panel) {
+      float* total = central_sums_.get() + panel * panel_size;
+      for (int64_t g = 1; g < std::ssize(groups_); ++g)
+        floats.add_row(total + g * central_size_, total, panel_size);
+      const int64_t last = std::min((panel + 1) * kPanel, columns);
+      for (int64_t column = panel * kPanel, run = 0; column < last; column += run) {
+        const int64_t pair = column / weight_plan_.b, b = column % weight_plan_.b;
+        run = std::min(weight_plan_.b - b, last - column);
+        const int64_t valid = std::min(d_.b - b, run);  // the rest is padding
+        T* out = static_cast<T*>(in_.dcentral) + pair_in_central(pair) * d_.b + b;
+        for (int64_t a = 0; valid > 0 && a < d_.a; ++a)
+          gemm_.round_row(total + a * kPanel + column % kPanel, out + a * pairs * d_.b, valid);
+      }
+    });
   }
 
   const GemmKernels& gemm_;
   const LinearBackward& in_;
   const BlockDims& d_;
-  HalfPlan plan_, turned_plan_;
-  Wanted wanted_;
-  bool exchange_;  // the gradients of blocks are those of the exchanged problem
-  BlockDims weight_dims_;
-  HalfPlan weight_plan_;
+  const BlockDims exchanged_dims_;
+  const HalfPlan plain_plan_, exchanged_plan_;
+  const Wanted wanted_;
+  const bool weights_exchanged_;  // gradients of blocks are those of the exchanged problem
+  const BlockDims& weight_dims_;  // of that problem
+  const HalfPlan& weight_plan_;
   const int64_t most_;  // slots of an expert
-  int64_t central_size_ = 0;
-  Buffer<T> turned_panels_, own_panels_, inverse_panels_;
+  RowGradients<T> x_gradients_;
+  Buffer<T> plain_panels_, exchanged_panels_;  // of central, if a result needs them
+  Buffer<T> central_transposed_panels_;
   std::vector<Span> groups_;  // of experts
+  int64_t central_size_ = 0;  // elements of a group's sums
   Buffer<float> central_sums_;
-  std::vector<float> bias_sums_;  // [group, F]
+  const T* dz_ = nullptr;
 };
 
 }  // namespace
 
 void half_left_backward(const LinearBackward& in) {
   with_element_type(in.dtype,
-                    [&]<class T>(const GemmKernels& gemm, T) { Backward<T>(gemm, in).run(); });
+                    [&]<class T>(const GemmKernels& gemm, T) { HalfBackward<T>(gemm, in).run(); });
 }
 
 }  // namespace mpoe

@@ -7,7 +7,17 @@
 
 namespace mpoe {
 
-// Computes the gradients of blocks, one expert at a time, in the order that multiplies by LC first.
+// Where the gradients of an expert's blocks go, and the elements between neighbours along an index:
+// dleft (i, j, a) with a dense, dright (b, i, j). Null: not wanted.
+template <class T>
+struct BlockPlaces {
+  T* left;
+  int64_t left_i, left_j;
+  T* right;
+  int64_t right_b, right_i, right_j;
+};
+
+// Computes the gradients of blocks, one expert at a time.
 template <class T>
 class HalfGradient : public HalfFirst<T> {
   using Base = HalfFirst<T>;
@@ -15,17 +25,17 @@ class HalfGradient : public HalfFirst<T> {
       Base::left_stride_, Base::plan_, Base::slots_, Base::u_, Base::u_stride_;
 
  public:
-  // `central_turned`: panels of central^T, columns a, inner (iC jC b) with b in whole granules.
+  // `central_transposed`: panels of central^T, columns a, inner (iC jC b) with b in whole granules.
   HalfGradient(const GemmKernels& gemm,
                const LinearForward& in,
                const HalfPlan& plan,
                const T* central,
-               const T* central_turned,
+               const T* central_transposed,
                Wanted wanted,
                float* central_sums)
       : Base(gemm, in, plan, central),
         wanted_(wanted),
-        central_turned_(central_turned),
+        central_transposed_(central_transposed),
         central_sums_(central_sums),
         z_stride_(padded_k(gemm, d_.jR)),
         r_units_(ceil_divide(d_.iR, gemm.unit)),
@@ -68,16 +78,9 @@ class HalfGradient : public HalfFirst<T> {
       }
   }
 
-  // `count` slots of `in` from `first` on, with their gradients dz [count, F]. dleft(iL, jL) and
-  // dright(b, iR) return where rows of the results go; the elements of a row of dright are
-  // `right_step` apart.
-  template <class LeftPlace, class RightPlace>
-  void run(int64_t first,
-           int64_t count,
-           const T* dz,
-           const LeftPlace& dleft,
-           const RightPlace& dright,
-           int64_t right_step) {
+  // `count` slots of `in` from `first` on, with their gradients [count, F]: `rows` are dz, or x if
+  // the problem is an exchanged one.
+  void run(int64_t first, int64_t count, const T* rows, const BlockPlaces<T>& places) {
     Base::load_blocks(0);
     load_gradient_blocks();
     for (int64_t j = 0; j < d_.jL; j += jL_chunk_) {
@@ -87,19 +90,19 @@ class HalfGradient : public HalfFirst<T> {
         Base::place_u_rows(lefts);
       }
       for (int64_t t = 0; t < count; t += slots_) {
-        const int64_t rows = std::min(slots_, count - t);
-        load_gradient(dz + t * d_.out_features, rows, j, lefts);
+        const int64_t slots = std::min(slots_, count - t);
+        load_gradient(rows + t * d_.out_features, slots, j, lefts);
         if (wanted_.right) {
-          Base::load_rows(first + t, rows);
-          Base::rows_times_half(rows, lefts);
-          right_gradient(rows * lefts * d_.jC, j > 0 || t > 0);
+          Base::load_rows(first + t, slots);
+          Base::rows_times_half(slots, lefts);
+          right_gradient(slots * lefts * d_.jC, j > 0 || t > 0);
         }
         if (wanted_.half()) {
-          turn_rows(first + t, rows);
-          half_rows(rows, lefts);
+          turn_rows(first + t, slots);
+          half_rows(slots, lefts);
           rows_times_panels(gemm_,
                             d_.iC * left_rows_,
-                            rows * r_units_,
+                            slots * r_units_,
                             x_rows_.get(),
                             x_stride_,
                             du_.get(),
@@ -111,10 +114,10 @@ class HalfGradient : public HalfFirst<T> {
         }
       }
       if (wanted_.half())
-        project(j, lefts, dleft);
+        project(j, lefts, places);
     }
     if (wanted_.right)
-      store_right(dright, right_step);
+      store_right(places);
   }
 
  private:
@@ -138,7 +141,6 @@ class HalfGradient : public HalfFirst<T> {
     T* out = z_.get();
     for (int64_t t = 0; t < rows; ++t)
       for (int64_t c = j * d_.jC; c < (j + lefts) * d_.jC; ++c, out += z_stride_)
-
         copy_padded(dz + t * d_.out_features, d_.out_features, c * d_.jR, d_.jR, out, z_stride_);
   }
 
@@ -200,8 +202,7 @@ class HalfGradient : public HalfFirst<T> {
   }
 
   // dleft of the chunk, and its part of dcentral.
-  template <class LeftPlace>
-  void project(int64_t j, int64_t lefts, const LeftPlace& dleft) {
+  void project(int64_t j, int64_t lefts, const BlockPlaces<T>& places) {
     const int64_t rows = d_.iC * left_rows_;
     for (int64_t c = 0; c < lefts; ++c)
       for (int64_t p = 0; p < plan_.central_panels; ++p)
@@ -218,19 +219,18 @@ class HalfGradient : public HalfFirst<T> {
       const int64_t units = inner_ / gemm_.unit;
       for (int64_t c = 0; c < lefts; ++c)
         for_each_tile(d_.iL, gemm_.best_rows, [&](int64_t first, int64_t count) {
-          T* out = dleft(0, 0);
           for (int64_t r = 0; r < count; ++r)
-            place[r] = dleft(first + r, j + c) - out;
+            place[r] = (first + r) * places.left_i + (j + c) * places.left_j;
           for (int64_t a = 0; a < d_.a; a += kPanel) {
             multiply_rows(gemm_,
                           count,
                           units,
                           dhalf_.get() + (c * left_rows_ + first) * dhalf_stride_,
                           dhalf_stride_,
-                          central_turned_ + a * units * gemm_.unit,
+                          central_transposed_ + a * units * gemm_.unit,
                           tile,
                           false);
-            gemm_.finish(tile, count, out, place, 0, consecutive(a, d_.a), Finish{});
+            gemm_.finish(tile, count, places.left, place, 0, consecutive(a, d_.a), Finish{});
           }
         });
     }
@@ -251,20 +251,19 @@ class HalfGradient : public HalfFirst<T> {
     }
   }
 
-  template <class RightPlace>
-  void store_right(const RightPlace& dright, int64_t step) {
+  void store_right(const BlockPlaces<T>& places) {
     for (int64_t b = 0; b < d_.b; ++b)
       for (int64_t r = 0; r < d_.iR; ++r) {
-        T* out = dright(b, r);
+        T* out = places.right + b * places.right_b + r * places.right_i;
         for (int64_t c = 0; c < d_.jR; ++c)
-          store(out[c * step],
+          store(out[c * places.right_j],
                 right_sums_
                     .get()[(c / kPanel * right_rows_ + r * plan_.b + b) * kPanel + c % kPanel]);
       }
   }
 
   Wanted wanted_;
-  const T* central_turned_;
+  const T* central_transposed_;
   float* central_sums_;  // [panels of (iC jC b), a, 32]
   int64_t z_stride_, r_units_, x_stride_, inner_, dhalf_stride_, left_turned_stride_, right_rows_;
   UnitColumns columns_;  // (iR, b) of right, exchanged

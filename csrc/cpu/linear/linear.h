@@ -30,9 +30,9 @@ enum class Operand { kLeft, kCentral, kRight };
 // What rows are multiplied by, in order, as the caller planned it.
 struct ProductOrder {
   std::array<Operand, 3> chain;
-  // half_left: rows meet the half-built weight before right; the same for rows of dz, which meet
-  // both transposed.
-  bool half_first, transposed_half_first;
+  // half_left: rows meet the half-built weight before right; the same of the problem with i and j
+  // exchanged, whose rows are those of dz.
+  bool half_first, exchanged_half_first;
 };
 
 struct LinearInputs {

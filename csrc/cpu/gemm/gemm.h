@@ -132,7 +132,8 @@ struct GemmKernels {
       Activation activation, const void* grad, const void* saved, void* dz, int64_t count);
   // sum[c] += row[c]
   void (*add_row)(const void* row, float* sum, int64_t count);
-  // out[c] = in[c], rounded
+  // out[c] = in[c], rounded. `out` may be `in` itself: elements are read in order and before they
+  // are written, and none of `out` is larger than one of `in`.
   void (*round_row)(const float* in, void* out, int64_t count);
 };
 

@@ -1,8 +1,21 @@
-// Backward of chain. States are recomputed; then, from the last step to the first,
+// Backward of chain (chain.h). States are recomputed; then, from the last step to the first,
 //   d operand = state^T d product,   d state = d product operand^T.
-// Slots are split into groups, whose number does not depend on the number of threads. A group sums
-// the gradients of its experts' blocks and of central from its first slot to its last; then groups
-// are added in order.
+//
+// Slots are split into groups, whose number does not depend on the number of threads. The slots of
+// one expert in one group are a part; it has a sum of its own of the gradients of L and of R. C has
+// a sum per group. A group adds from its first slot to its last; then the parts of an expert, and
+// the groups, are added in order. With 3 experts, offsets 0 3 3 8, and 2 groups:
+//
+//   slot     0 1 2 3 4 5 6 7
+//   expert   0 0 0 2 2 2 2 2
+//   group    0 0 0 0 1 1 1 1
+//   part     0 0 0 1 2 2 2 2
+//
+//   groups_[g]        slots of a group, ascending
+//   parts_[p]         expert and first slot of a part, by group, then expert
+//   group_parts_[g]   the first part of a group
+//   expert_parts_[e]  the parts of an expert, consecutive as its slots are; empty without slots
+//
 #include "cpu/gemm/outer.h"
 #include "cpu/linear/chain.h"
 #include "cpu/linear/gradient.h"
@@ -11,32 +24,17 @@ namespace mpoe {
 namespace {
 
 template <class T>
-class Backward {
+class ChainBackward {
  public:
-  Backward(const GemmKernels& gemm, const LinearBackward& in)
+  ChainBackward(const GemmKernels& gemm, const LinearBackward& in)
       : gemm_(gemm),
         in_(in),
         d_(in.dims),
         x_gradients_(in),
         chain_(gemm, in, Direction::kBackward, kFewGradientRows) {
     plan_groups();
-    void* const gradients[] = {in.dleft, in.dcentral, in.dright};
-    for (int s = 0; s < kChainSteps; ++s) {
-      const ChainStep& step = chain_.step(s);
-      const AxisMatrix state{step.rest, step.met, step.k};
-      leave_[s] = Permutation(chain_.sizes(), state, s == 0 ? rows_in() : chain_.gradient(s - 1));
-      gradients_[s] = static_cast<T*>(gradients[static_cast<int>(step.operand)]);
-      sum_size_[s] = step.k * round_up(step.n, kPanel);
-      if (gradients_[s] == nullptr)
-        continue;
-      last_wanted_ = s;
-      first_wanted_ = std::min(first_wanted_, s);
-      if (is_direct(s))
-        continue;
-      const std::size_t sums = is_central(s) ? groups_.size() : parts_.size();
-      sums_[s] = Buffer<float>(sum_size_[s] * static_cast<int64_t>(sums));
-    }
-    enter_ = Permutation(chain_.sizes(), rows_out(), chain_.gradient(kChainSteps - 1));
+    plan_sums();
+    plan_permutations();
   }
 
   void run() {
@@ -49,7 +47,7 @@ class Backward {
     if (groups > 1)
       parallel_for_each(groups, 1, [&](int64_t g) { run_group(g); });
     for (int s = 0; s < kChainSteps; ++s) {
-      if (gradients_[s] == nullptr || is_direct(s))
+      if (block_gradients_[s] == nullptr || is_written_in_place(s))
         continue;
       if (is_central(s)) {
         store_gradient(s, 0, {0, groups});
@@ -82,15 +80,44 @@ class Backward {
     }
   }
 
+  void plan_sums() {
+    void* const gradients[] = {in_.dleft, in_.dcentral, in_.dright};
+    for (int s = 0; s < kChainSteps; ++s) {
+      const ChainStep& step = chain_.step(s);
+      block_gradients_[s] = static_cast<T*>(gradients[static_cast<int>(step.operand)]);
+      sum_size_[s] = step.k * round_up(step.n, kPanel);
+      if (block_gradients_[s] == nullptr)
+        continue;
+      last_wanted_ = s;
+      first_wanted_ = std::min(first_wanted_, s);
+      if (is_written_in_place(s))
+        continue;
+      const int64_t sums = is_central(s) ? std::ssize(groups_) : std::ssize(parts_);
+      sums_[s] = Buffer<float>(sum_size_[s] * sums);
+      sum_to_block_[s] = Permutation(
+          chain_.sizes(), {step.met, step.fresh, round_up(step.n, kPanel)}, natural(step.operand));
+    }
+  }
+
+  void plan_permutations() {
+    for (int s = 0; s < kChainSteps; ++s) {
+      const ChainStep& step = chain_.step(s);
+      const AxisMatrix state{step.rest, step.met, step.k};
+      to_preceding_[s] =
+          Permutation(chain_.sizes(), state, s == 0 ? rows_in() : chain_.gradient(s - 1));
+    }
+    dz_to_last_ = Permutation(chain_.sizes(), rows_out(), chain_.gradient(kChainSteps - 1));
+  }
+
   bool is_central(int s) const { return chain_.step(s).operand == Operand::kCentral; }
 
   // Whether a gradient is one product of few rows that is written to its place without sums.
-  bool is_direct(int s) const { return is_central(s) && chain_.packs_by_piece(); }
+  bool is_written_in_place(int s) const { return is_central(s) && chain_.packs_by_piece(); }
 
   struct Memory {
     ChainMemory<T> chain;
-    std::array<Buffer<T>, kChainSteps> gradients;  // [(slots rest), fresh] of the products
-    Buffer<T> rows;                                // of dz or dx, with their padding
+    std::array<Buffer<T>, kChainSteps> product_gradients;  // [(slots rest), fresh]
+    Buffer<T> rows;                                        // of dz or dx, with their padding
     std::vector<OuterSum<T>> outer;
   };
 
@@ -98,10 +125,10 @@ class Backward {
     const Span slots = groups_[group];
     const int64_t count = slots.size();
     const int64_t most = chain_.packs_by_piece() ? count : std::min(chain_.block_slots(), count);
-    Memory memory{.chain = chain_.memory(most), .gradients = {}, .rows = {}, .outer = {}};
+    Memory memory{.chain = chain_.memory(most), .product_gradients = {}, .rows = {}, .outer = {}};
     for (int s = 0; s < kChainSteps; ++s) {
       const ChainStep& step = chain_.step(s);
-      memory.gradients[s] = zeros<T>(
+      memory.product_gradients[s] = zeros<T>(
           most * step.m * chain_.gradient(s).row_stride);  // rows may end in a partial unit
       memory.outer.emplace_back(gemm_, step.k, step.n);
     }
@@ -121,23 +148,27 @@ class Backward {
         d_.padded_out(),
         [&](int64_t k) { return dz_ + (block.first + k) * width; },
         rows);
-    int s = kChainSteps - 1;
-    enter_.run(
-        gemm_, count, rows, d_.padded_out(), memory.gradients[s].get(), gradient_elements(s));
-    for (; s >= 0; --s) {
-      const T* gradient = memory.gradients[s].get();
-      if (gradients_[s] != nullptr)
+    constexpr int kLast = kChainSteps - 1;
+    dz_to_last_.run(gemm_,
+                    count,
+                    rows,
+                    d_.padded_out(),
+                    memory.product_gradients[kLast].get(),
+                    gradient_elements(kLast));
+    // At the head of the loop, product_gradients[s] is that of the block's product of step s, and
+    // the gradients of the operands of all later steps have their shares of the block.
+    for (int s = kLast; s >= 0; --s) {
+      if (block_gradients_[s] != nullptr)
         add_outer(s, group, block, memory);
       if (in_.dx == nullptr && s <= first_wanted_)
         return;
       T* product = memory.chain.product.get();
+      const T* gradient = memory.product_gradients[s].get();
       chain_.multiply(s, Direction::kBackward, block, gradient, memory.chain, product);
       const int64_t step = chain_.step(s).m * chain_.step(s).k;
-      if (s > 0)
-        leave_[s].run(
-            gemm_, count, product, step, memory.gradients[s - 1].get(), gradient_elements(s - 1));
-      else
-        leave_[s].run(gemm_, count, product, step, rows, step);
+      T* preceding = s > 0 ? memory.product_gradients[s - 1].get() : rows;
+      to_preceding_[s].run(
+          gemm_, count, product, step, preceding, s > 0 ? gradient_elements(s - 1) : step);
     }
     for (int64_t k = 0; k < count; ++k)
       std::memcpy(
@@ -148,41 +179,47 @@ class Backward {
     return chain_.step(s).m * chain_.gradient(s).row_stride;
   }
 
-  // Adds state^T gradient to the sums of a step's operand.
+  // Adds the block's state^T gradient to the gradient of a step's operand: of C in place or in the
+  // sum of the group, of L and R in the sums of the group's parts.
   void add_outer(int s, int64_t group, Span block, Memory& memory) {
-    const int64_t m = chain_.step(s).m;
-    const int64_t state_stride = chain_.state(s).row_stride, stride = chain_.gradient(s).row_stride;
-    const auto add = [&](Span slots, int64_t sum, bool accumulate) {
-      const int64_t row = (slots.first - block.first) * m;
-      memory.outer[s](slots.size() * m,
-                      memory.chain.states[s].get() + row * state_stride,
-                      state_stride,
-                      memory.gradients[s].get() + row * stride,
-                      stride,
-                      sums_[s].get() + sum * sum_size_[s],
-                      accumulate);
-    };
-    if (is_direct(s)) {
-      for (int64_t first = 0; first < chain_.step(s).n; first += chain_.segment())
-        outer_of_few(gemm_,
-                     block.size() * m,
-                     memory.chain.states[s].get(),
-                     state_stride,
-                     chain_.step(s).k,
-                     memory.gradients[s].get() + first,
-                     stride,
-                     chain_.segment(),
-                     gradients_[s] + first / chain_.segment() * chain_.segment_step());
-      return;
-    }
+    if (is_written_in_place(s))
+      return write_in_place(s, block, memory);
     if (is_central(s))
-      return add(block, group, block.first > groups_[group].first);
+      return add_to_sum(s, block, block, group, block.first > groups_[group].first, memory);
     int64_t part = group_parts_[group];
     for_each_expert(in_, block, [&](int64_t expert, Span slots) {
       while (parts_[part].expert != expert)
         ++part;
-      add(slots, part, slots.first > parts_[part].first);
+      add_to_sum(s, block, slots, part, slots.first > parts_[part].first, memory);
     });
+  }
+
+  // All of C's gradient, segment by segment of its columns (Chain::packs_by_piece).
+  void write_in_place(int s, Span block, Memory& memory) const {
+    const int64_t segment = chain_.segment();
+    for (int64_t q = 0; q < chain_.step(s).n / segment; ++q)
+      outer_of_few(gemm_,
+                   block.size() * chain_.step(s).m,
+                   memory.chain.states[s].get(),
+                   chain_.state(s).row_stride,
+                   chain_.step(s).k,
+                   memory.product_gradients[s].get() + q * segment,
+                   chain_.gradient(s).row_stride,
+                   segment,
+                   block_gradients_[s] + q * chain_.segment_step());
+  }
+
+  // Of some slots of a block. Not `accumulate`: they are the first that this sum gets.
+  void add_to_sum(int s, Span block, Span slots, int64_t sum, bool accumulate, Memory& memory) {
+    const int64_t m = chain_.step(s).m, row = (slots.first - block.first) * m;
+    const int64_t state_stride = chain_.state(s).row_stride, stride = chain_.gradient(s).row_stride;
+    memory.outer[s](slots.size() * m,
+                    memory.chain.states[s].get() + row * state_stride,
+                    state_stride,
+                    memory.product_gradients[s].get() + row * stride,
+                    stride,
+                    sums_[s].get() + sum * sum_size_[s],
+                    accumulate);
   }
 
   // Stores the gradient of an expert's block, the sum over `parts`.
@@ -190,21 +227,19 @@ class Backward {
     const ChainStep& step = chain_.step(s);
     const int64_t size = step.k * step.n;
     if (parts.first == parts.last)
-      return zero_rows(gradients_[s], expert, expert + 1, size * sizeof(T));
+      return zero_rows(block_gradients_[s], expert, expert + 1, size * sizeof(T));
     const GemmKernels& floats = gemm_kernels(Dtype::kFloat32);
     float* total = sums_[s].get() + parts.first * sum_size_[s];
     for (int64_t p = parts.first + 1; p < parts.last; ++p)
       floats.add_row(sums_[s].get() + p * sum_size_[s], total, sum_size_[s]);
-    const Permutation arrange(
-        chain_.sizes(), {step.met, step.fresh, round_up(step.n, kPanel)}, natural(step.operand));
     if constexpr (!std::is_same_v<T, float>)
-      gemm_.round_row(total, total, sum_size_[s]);  // in place
+      gemm_.round_row(total, total, sum_size_[s]);  // in place, as gemm.h allows
     const T* rounded = reinterpret_cast<const T*>(total);
-    T* out = gradients_[s] + expert * size;
+    T* out = block_gradients_[s] + expert * size;
     if (is_central(s))
-      arrange.run_by_all(gemm_, rounded, out);
+      sum_to_block_[s].run_by_all(gemm_, rounded, out);
     else
-      arrange.run(gemm_, 1, rounded, 0, out, 0);
+      sum_to_block_[s].run(gemm_, 1, rounded, 0, out, 0);
   }
 
   const GemmKernels& gemm_;
@@ -212,14 +247,15 @@ class Backward {
   const BlockDims& d_;
   RowGradients<T> x_gradients_;
   const Chain<T> chain_;
-  std::array<Permutation, kChainSteps>
-      leave_;          // gradient of a state to that of the preceding product, or of x
-  Permutation enter_;  // dz to the gradient of the last product
-  std::array<T*, kChainSteps> gradients_;  // of the steps' operands; null: not wanted
+  Permutation dz_to_last_;  // rows of dz to the gradient of the last product
+  // Of a step: the gradient of its state to that of the preceding product, or to rows of dx; its
+  // operand's sum to the order of L, C or R in memory.
+  std::array<Permutation, kChainSteps> to_preceding_, sum_to_block_;
+  std::array<T*, kChainSteps> block_gradients_;  // of the steps' operands; null: not wanted
   int first_wanted_ = kChainSteps, last_wanted_ = -1;
-  std::vector<Span> groups_;          // of slots
-  std::vector<Part> parts_;           // by group, then expert
-  std::vector<int64_t> group_parts_;  // the first part of each group
+  std::vector<Span> groups_;  // of slots
+  std::vector<Part> parts_;
+  std::vector<int64_t> group_parts_;
   std::vector<Span> expert_parts_;
   std::array<Buffer<float>, kChainSteps> sums_;  // of every part; for central, of every group
   std::array<int64_t, kChainSteps> sum_size_;
@@ -230,7 +266,7 @@ class Backward {
 
 void chain_backward(const LinearBackward& in) {
   with_element_type(in.dtype,
-                    [&]<class T>(const GemmKernels& gemm, T) { Backward<T>(gemm, in).run(); });
+                    [&]<class T>(const GemmKernels& gemm, T) { ChainBackward<T>(gemm, in).run(); });
 }
 
 }  // namespace mpoe

@@ -30,7 +30,7 @@ CONTRACTIONS = {"grouped_mpo_linear": "forward", "grouped_mpo_linear_backward": 
 # Which backends run where none is named, the preferred one first. On the CPU Triton means its
 # interpreter, for tests.
 PREFERRED = {"cpu": ("native", "eager"), "cuda": ("triton", "cuda", "eager")}
-_FEWER_LAUNCHES = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
+_ROUTING_OPS = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
 
 
 class BackendError(RuntimeError):
@@ -58,7 +58,16 @@ class Request:
 
 
 def nothing(_: Any) -> list[Any]:
-    """No reason against a request or a contraction, or no candidate for it."""
+    """No reason against a request or a contraction, or no candidate for it.
+
+    A backend whose ``candidates`` is this very function computes no contraction: `Backend.computes`
+    compares by identity.
+    """
+    return []
+
+
+def no_reasons() -> list[str]:
+    """No reason against a backend: it runs everywhere."""
     return []
 
 
@@ -96,14 +105,15 @@ class Backend:
         unavailable_reasons: why this backend cannot run at all here (empty list: it can).
         request_reasons: why it cannot run one request (empty list: it can).
         op_reasons: the same for single ops.
-        candidates: the ways to compute a contraction (a strategy in one phase).
+        candidates: the ways to compute a contraction (a strategy in one phase); assigned by
+            ``linear/op.py``, which lies above this file.
         contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
         places_rows: its forward kernels of ``grouped_mpo_linear`` take ``out_index`` and ``gates``.
     """
 
     name: str
     kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    unavailable_reasons: Callable[[], list[str]] = list
+    unavailable_reasons: Callable[[], list[str]] = no_reasons
     request_reasons: Callable[[Request], list[str]] = nothing
     op_reasons: dict[str, Callable[[Request], list[str]]] = field(default_factory=dict)
     candidates: Callable[[Contraction], list[Candidate]] = nothing
@@ -124,10 +134,10 @@ class Backend:
 
 
 def _instead(request: Request) -> str:
-    """The backends to take where one has no kernel for an op."""
+    """The backends to take where one has no kernel for an op: those that run here."""
     names = [AUTO]
     for backend in preferred_backends(request):
-        if backend.computes(request.op):
+        if backend.computes(request.op) and not backend.unavailable_reasons():
             names.append(backend.name)
     if len(names) == 1:
         return ""
@@ -206,7 +216,7 @@ def preferred_backends(request: Request) -> tuple[Backend, ...]:
     On a GPU the compiled kernels of routing come first: they need fewer launches than Triton's.
     """
     names = PREFERRED.get(request.device_type, ("eager",))
-    if request.device_type == "cuda" and request.op in _FEWER_LAUNCHES:
+    if request.device_type == "cuda" and request.op in _ROUTING_OPS:
         names = ("cuda", "triton", "eager")
     return tuple(BACKENDS[name] for name in names if name in BACKENDS)
 
@@ -226,6 +236,7 @@ def places_rows(backend: str) -> bool:
 
 def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str) -> Callable[..., Any]:
     """Cached `select` for a `Request`."""
+    # With the backends as they are registered now: one that is added or replaced is asked, too.
     return _selected(op, device, dtype, name, tuple(BACKENDS.values()))
 
 
@@ -238,6 +249,9 @@ def _selected(
 
 def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
     """Kernel of the named backend, or of the most preferred one that can run the request.
+
+    Not for `CONTRACTIONS`, for which no backend has a single kernel: `chosen_for` of
+    `mpoe_kernels.contract.autotune` chooses among their candidates.
 
     Raises:
         BackendError: with all reasons, when the named backend or every backend cannot run the

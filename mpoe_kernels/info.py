@@ -18,8 +18,8 @@ import torch
 
 from mpoe_kernels.backends import backend_reasons
 from mpoe_kernels.compiled import CompiledLibrary
-from mpoe_kernels.contract.autotune import SETTING
 from mpoe_kernels.contract.kept import choices_file, processor_name
+from mpoe_kernels.contract.timing import SETTING
 from mpoe_kernels.cuda_library import CUDA_LIBRARY
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.version import __version__

@@ -32,11 +32,11 @@ from mpoe_kernels.contract.kept import add_choices, processor_name, read_choices
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.contract.program import Need
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
+from mpoe_kernels.contract.timing import SETTING, has_ranks, is_traced, several_ranks
 from mpoe_kernels.cuda_library import CUDA_LIBRARY
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.version import __version__
 
-SETTING = "MPOE_AUTOTUNE"
 # Most rows and FLOPs of a timed call, of each CPU thread and of a GPU. The FLOPs are the best
 # strategy's.
 ROWS = {"cpu": 256, "cuda": 16384}
@@ -68,14 +68,6 @@ _ADOPTED_BY_RANKS: dict[
     str, str
 ] = {}  # by the problem alone: ranks on unlike machines must not differ
 _LOCK = threading.RLock()
-_has_ranks: Callable[[], bool] = (
-    torch.distributed.is_initialized if torch.distributed.is_available() else bool
-)
-
-
-def several_ranks() -> bool:
-    """Whether other processes of ``torch.distributed`` may hold the same tokens."""
-    return _has_ranks() and torch.distributed.get_world_size() > 1
 
 
 def _new_lock() -> None:
@@ -142,14 +134,6 @@ def _key(problem: Problem) -> str:
         )
     build = library.info.get("build", "")
     return f"{machine} | torch {torch.__version__}, mpoe {__version__} {build} | {problem}"
-
-
-def is_traced() -> bool:
-    """Whether a graph is being made, whose results must not depend on when it is made, and which
-    must not wait."""
-    return torch.compiler.is_compiling() or (
-        torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    )
 
 
 def _may_time(problem: Problem) -> bool:
@@ -315,7 +299,7 @@ def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candi
         call.backend,
         call.strategy,
         torch.are_deterministic_algorithms_enabled(),
-        _has_ranks(),
+        has_ranks(),
         torch.get_num_threads(),
         on_gpu and torch.backends.cuda.matmul.fp32_precision,
         *BACKENDS.values(),

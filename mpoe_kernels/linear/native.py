@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,9 +67,22 @@ def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
     return dense("left", call.left), dense("central", call.central), dense("right", call.right)
 
 
-def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
-    """Arguments of both passes; the tensors that they point to, which the caller must keep until
-    the call returns; the number of slots."""
+class _Inputs(NamedTuple):
+    """What both passes give the library.
+
+    Attributes:
+        arguments: the first ones of its functions.
+        kept: x, left, central, right, the offsets and rows that they point to; the caller keeps
+            them until the library returns.
+        slots: N.
+    """
+
+    arguments: tuple[Any, ...]
+    kept: tuple[Any, ...]
+    slots: int
+
+
+def _inputs(call: LinearCall) -> _Inputs:
     sizes = linear_sizes(call)
     left, central, right = dense_blocks(call)
     x = dense("x", call.x)
@@ -92,7 +105,7 @@ def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
         offsets.data_ptr(),
         address(rows),
     )
-    return arguments, (x, left, central, right, offsets, rows), slots
+    return _Inputs(arguments, (x, left, central, right, offsets, rows), slots)
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
@@ -105,7 +118,8 @@ def linear_forward(call: ForwardCall) -> Forward:
     """``(y, h, z)``, see `ForwardCall`."""
     if call.strategy == "half_right":
         return mirrored_forward(call, linear_forward)
-    arguments, _kept, slots = _inputs(call)
+    inputs = _inputs(call)
+    slots = inputs.slots
     x = call.x
     bias = None
     if call.bias is not None:
@@ -117,8 +131,9 @@ def linear_forward(call: ForwardCall) -> Forward:
     z = x.new_empty(0)
     if call.saves_z:
         z = torch.empty_like(y)
+    # An empty tensor has address 0, which the library reads as "not saved".
     results = (y.data_ptr(), h.data_ptr(), z.data_ptr())
-    NATIVE_LIBRARY.functions.linear_forward(*arguments, address(bias), *results)
+    NATIVE_LIBRARY.functions.linear_forward(*inputs.arguments, address(bias), *results)
     return y, h, z
 
 
@@ -126,7 +141,10 @@ def linear_backward(call: BackwardCall) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
     if call.strategy == "half_right":
         return mirrored_backward(call, linear_backward)
-    arguments, (x, left, central, right, *_kept), slots = _inputs(call)
+    inputs = _inputs(call)
+    slots = inputs.slots
+    operands = inputs.kept[:4]
+    x = operands[0]
     grad = dense("grad", call.grad)
     h = saved = None
     if call.strategy == "separable":
@@ -136,16 +154,17 @@ def linear_backward(call: BackwardCall) -> Backward:
         saved = dense_like("saved", call.saved, tuple(grad.shape), grad.dtype)
     *needed, needs_bias = call.need
     results = []
-    for operand, need in zip((x, left, central, right), needed, strict=True):
+    for operand, need in zip(operands, needed, strict=True):
         result = torch.empty_like(operand) if need else x.new_empty(0)
         results.append(result)
     results.append(x.new_empty(call.out_features if needs_bias else 0))
+    # An empty gradient has address 0, which the library reads as "not wanted".
     memory = (
         grad.data_ptr(),
         address(h),
         address(saved),
         [result.data_ptr() for result in results],
     )
-    NATIVE_LIBRARY.functions.linear_backward(*arguments, *memory)
+    NATIVE_LIBRARY.functions.linear_backward(*inputs.arguments, *memory)
     dx, dleft, dcentral, dright, dbias = results
     return dx, dleft, dcentral, dright, dbias

@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels.backends import BackendError
 from mpoe_kernels.contract import may_round_to_tf32
-from mpoe_kernels.contract.autotune import SETTING, is_traced, several_ranks
+from mpoe_kernels.contract.timing import SETTING, is_traced, several_ranks
 from mpoe_kernels.triton.architecture import in_interpreter
 from mpoe_kernels.triton.device_functions import COUNTS
 

@@ -11,7 +11,7 @@ from mpoe_bench.cases import random_blocks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe_kernels import grouped_mpo_linear
-from mpoe_kernels.contract import STRATEGIES, BlockDims, autotune, kept
+from mpoe_kernels.contract import STRATEGIES, BlockDims, autotune, kept, timing
 from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction
 from mpoe_kernels.contract.ranking import Problem
 from mpoe_kernels.native_library import NATIVE_LIBRARY
@@ -137,7 +137,7 @@ def test_under_capture_and_tracing_nothing_is_timed(conditions, monkeypatch):
 def test_several_ranks_rank_alone_or_take_what_was_adopted(seconds, monkeypatch):
     assert ranked()[0] == "second"
     told = choices()
-    monkeypatch.setattr(autotune, "_has_ranks", lambda: True)
+    monkeypatch.setattr(timing, "has_ranks", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert ranked() == first_of(), "what one rank timed before does not count"
     monkeypatch.setattr(autotune, "processor_name", lambda: "another rank's")

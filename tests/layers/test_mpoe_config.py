@@ -212,7 +212,8 @@ def test_a_chosen_shape_stays():
     assert (
         MPOEConfig(expert_type="dense", **config).top_k == 1
     )  # flags of the mixture that a Switch is compared with
-    assert MPOEConfig(**config, shape_pattern={"wo": 16}).for_experts("wo").latent == 6
+    config = MPOEConfig(**config, shape_pattern={"wo": 16, "wi": "paper"})
+    assert [config.for_experts(name).latent for name in ("wo", "wi")] == [6, None]
 
 
 def test_cores_where_blocks_cannot_stand():

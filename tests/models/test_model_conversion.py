@@ -412,7 +412,7 @@ def test_real_weights_are_kept(shape, gauge, lacks):
 
 
 def test_random_cores_are_as_large_as_the_familys_dense_weights():
-    dense = dense_model("gpt2")
+    dense = tiny_model("gpt2", "GPT2LMHeadModel", n_layer=3)
     config = dense.config
     model = convert_to_mpoe(
         dense, MPOEConfig(num_experts=2, shape="separable", target_modules=["ffn", "attention"])

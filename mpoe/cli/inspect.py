@@ -7,6 +7,7 @@ texts: the loss without it, and the distance to the best single expert of every 
 MODEL is the folder of a converted model or of a training run, whose own report.html has its
 curves."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,45 +31,41 @@ from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.models.walk import mpo_modules, routed_layers, short_name
 
 NUMBERS_FILE = "inspect.json"
-# that tell what experts are worth, where no file does
-ITEMS = "the items"
-SENTENCES = "the sentences"
-NUM_TOKENS = 2048  # of the pass that plans of MPO weights are for
-# of the pass that counts the load, about: ten seconds of one core; smaller models read `MOST_ITEMS`
-FLOPS = 6e11
+NUM_TOKENS = 2048  # the plans of MPO weights are for a forward pass of so many
+LENGTH = 128  # tokens of an item, at most
+SHOWN_TOKENS = 60  # of an item whose routes are shown because no --text is given
+# A pass over the items counts the load. It shall take about ten seconds of one core.
+LOAD_FLOPS = 6e11
 MOST_ITEMS = 256
-# of the passes that say what each expert is worth, about: half a minute of one core
-FLOPS_OF_WORTH = 2.5e12
-MOST_ITEMS_OF_TEXT = 4  # of a domain's text
-LENGTH = 128  # tokens of such an item
-_MAX_TOKENS = 60  # of the items that are shown when no text is given
-_WORDS = {
-    "Which expert took which token": (
-        "A column for each token, a row for each layer; the number is the expert that the router "
-        "gave the token to, and the colour says the same. Hold the pointer over a cell to see the "
-        "router's probability. A row of one colour is a layer that sends everything to one expert; "
-        "equal tokens show whether a layer sorts by word or by context."
-    ),
-    "What each expert is worth": (
-        "Weight is the expert's share of what the router gives out. Losses in nats per predicted "
-        "token. \"Alone\": all tokens go to this expert ('none' is the base). "
-        '"Without": the mixture composed without it; what that adds is the price of '
-        "removing the expert. The oracle gives every token the single expert that predicts it "
-        "best, so it is a bound that no router reaches."
-    ),
-    "Expert load": (
-        "The share of its tokens that each layer gave to each expert, counted on {}. Padding is "
-        "not counted. An expert near 0 learns nothing from such data; raise balance_loss_weight if "
-        "training does not cure it."
-    ),
-    "What the bonds carry": (
-        "Cutting an expert's matrix in two at a bond of dimension d leaves d singular values "
-        "there; their entanglement entropy S gives the effective rank exp(S): over how many of the "
-        "d directions the weight is spread. Near 100% of d, a smaller max_bond would cost "
-        "accuracy; a low share means that truncation is cheap. The lines are the singular values, "
-        "averaged over the experts."
-    ),
-}
+# Every expert is tried alone and left out on every item of --texts. All these passes together
+# shall take about half a minute of one core.
+WORTH_FLOPS = 2.5e12
+MOST_ITEMS_OF_FILE = 4
+# How to read a section of the report.
+_ROUTES_NOTE = (
+    "A column for each token, a row for each layer; the number is the expert that the router gave "
+    "the token to, and the colour says the same. Hold the pointer over a cell to see the router's "
+    "probability. A row of one colour is a layer that sends everything to one expert; equal tokens "
+    "show whether a layer sorts by word or by context."
+)
+_WORTH_NOTE = (
+    "Weight is the expert's share of what the router gives out. Losses in nats per predicted "
+    'token. "Alone": all tokens go to this expert (\'none\' is the base). "Without": the mixture '
+    "composed without it; what that adds is the price of removing the expert. The oracle gives "
+    "every token the single expert that predicts it best, so it is a bound that no router reaches."
+)
+_LOAD_NOTE = (
+    "The share of its tokens that each layer gave to each expert, counted on {counted}. Padding is "
+    "not counted. An expert near 0 learns nothing from such data; raise balance_loss_weight if "
+    "training does not cure it."
+)
+_BONDS_NOTE = (
+    "Cutting an expert's matrix in two at a bond of dimension d leaves d singular values there; "
+    "their entanglement entropy S gives the effective rank exp(S): over how many of the d "
+    "directions the weight is spread. Near 100% of d, a smaller max_bond would cost accuracy; a "
+    "low share means that truncation is cheap. The lines are the singular values, averaged over "
+    "the experts."
+)
 
 
 @dataclass
@@ -99,6 +96,42 @@ class InspectOptions:
             raise ValueError("text must hold words; got an empty one")
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The model that is inspected.
+
+    Attributes:
+        name: its folder, as it was typed.
+        style: of the model, see `mpoe.models.table`.
+        model, tokenizer: the tokenizer is None if the folder has none.
+        is_composed: its experts came from files, so the folder has their statistics.
+    """
+
+    name: str
+    style: str
+    model: Any
+    tokenizer: Any
+    is_composed: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model reads.
+
+    Attributes:
+        items: those that the load is counted on.
+        counted: these in words.
+        texts: name -> batches on which experts' worth is told; none if it is not.
+        texts_hold_items: whether ``texts`` are all the items, so that the passes that tell experts'
+            worth count the load too.
+    """
+
+    items: list[Item]
+    counted: str
+    texts: Mapping[str, Batches]
+    texts_hold_items: bool
+
+
 @as_command(InspectOptions, DataOptions, words=(1, 1))
 def command(request: Request) -> None:
     """Inspect the model; write the numbers and, last, the report."""
@@ -113,82 +146,119 @@ def command(request: Request) -> None:
             f"{name} OUT, then mpoe inspect OUT"
         )
     tokenizer = models.tokenizer_if_any(source)
-    style = SEQ2SEQ if source.style == ENCODER else source.style
-    tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
     is_composed = (Path(name) / EXPERTS_FOLDER).is_dir()
-    if options.texts and not (is_composed and tokenizer and source.style == CAUSAL):
-        raise CommandError(
-            f"texts are for mixtures that mpoe compose made of experts of a decoder; {name} is "
-            "another"
-        )
-    check_files("texts", options.texts)
-    model = models.load_model(source)
-    texts: dict[str, Batches] = {}
+    tasks = []
     if options.texts:
-        # every expert is tried alone and left out on every item
-        passes = len(options.texts) * (2 * model.mpoe_config.num_experts + 1)
-        most = options.num_items or _fitting(model, FLOPS_OF_WORTH, passes, MOST_ITEMS_OF_TEXT)
-        texts = {file: read_batches(file, tokenizer, LENGTH, most) for file in options.texts}
-        items = [{"input_ids": batches[0]["input_ids"][0].tolist()} for batches in texts.values()]
-        rows = sum(len(batch["input_ids"]) for batches in texts.values() for batch in batches)
-        counted = f"{rows} items of {', '.join(texts)}"
+        if not (is_composed and tokenizer and source.style == CAUSAL):
+            raise CommandError(
+                f"texts are for mixtures that mpoe compose made of experts of a decoder; {name} is "
+                "another"
+            )
+        check_files("texts", options.texts)
     else:
-        most = options.num_items or _fitting(model, FLOPS, 1, MOST_ITEMS)
-        items = _items(source.style, options.split, most, tasks, tokenizer) if tokenizer else []
-        counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
-    print(f"{name}: counting {counted}, following tokens, reading bonds", flush=True)
-    if is_composed and tokenizer and source.style != ENCODER and not texts:
-        # what experts are worth on the sentences, or on the items that were asked for
-        if options.text and not model.config.is_encoder_decoder:
-            sentences = [encoded_item(ids, ids) for ids in tokenizer(options.text)["input_ids"]]
-            texts = {SENTENCES: padded_batches(model, sentences, tokenizer)}
-        elif items and (data.data_dir or data.tasks or data.task_file):
-            texts = {ITEMS: padded_batches(model, items, tokenizer)}
-    worth: dict[str, Worth] = {}
-    if texts:
-        experts, background = experts_in(Path(name))
-        classes = [expert.statistics for expert in experts]
-        worth = composed_worth(
-            model, classes if background is None else [*classes, background], texts
-        )
-    text = options.text or [
-        tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True)
-        for item in items[:2]
-    ]
-    routes = [
-        (sample, route_text(model, tokenizer, sample))
-        for sample in text
-        if tokenizer and routed_layers(model)
-    ]
-    load = []
-    if routes and worth and SENTENCES not in worth:
+        style = SEQ2SEQ if source.style == ENCODER else source.style
+        tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
+    model = models.load_model(source)
+    subject = Subject(name, source.style, model, tokenizer, is_composed)
+    if options.texts:
+        reading = _read_files(subject, options)
+    else:
+        is_chosen = bool(data.data_dir or data.tasks or data.task_file)
+        reading = _read_tasks(subject, options, tasks, is_chosen)
+    print(f"{name}: counting {reading.counted}, following tokens, reading bonds", flush=True)
+    worth = _worth(subject, reading.texts)
+    routes = _routes(subject, options.text, reading.items)
+    load: list = []
+    if routes and worth and reading.texts_hold_items:
         load = torch.tensor([result.load for result in worth.values()]).sum(0).tolist()
     elif routes:
-        load = expert_load(model, items, tokenizer)
-    _report(folder, name, model, routes, load, counted, worth)
-    for text_name, result in worth.items():
-        worth_table(result, text_name).show()
-        print(
-            f"on {result.tokens} tokens the mixture has {result.loss:.3f} nats per token, "
-            f"{result.loss - result.oracle:.3f} more than the oracle"
-        )
+        load = expert_load(model, reading.items, tokenizer)
+    _report(folder, name, model, routes, load, reading.counted, worth)
+    _print_worth(worth)
     if is_composed and not worth:
         print("what each expert is worth: give --texts FILE ..., a file of each domain")
     print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
 
 
-def _items(style: str, split: str, most: int, tasks: Sequence[Task], tokenizer: Any) -> list[Item]:
-    """Encoded items on which the expert load is counted; an encoder reads only the inputs."""
-    share = -(-most // len(tasks))
-    if style != ENCODER:
-        return [
-            item for task in tasks for item in encode_task(task, split, tokenizer, share, style)
-        ]
-    texts = (example.source for task in tasks for example in task.examples(split)[:share])
-    return [
-        dict(tokenizer(t, truncation=True, max_length=128, return_token_type_ids=False))
-        for t in texts
+def _read_files(subject: Subject, options: InspectOptions) -> Reading:
+    """The start of every file of ``--texts``."""
+    model = subject.model
+    passes = len(options.texts) * (2 * model.mpoe_config.num_experts + 1)
+    most = options.num_items or _fitting(model, WORTH_FLOPS, passes, MOST_ITEMS_OF_FILE)
+    texts = {file: read_batches(file, subject.tokenizer, LENGTH, most) for file in options.texts}
+    items = [{"input_ids": batches[0]["input_ids"][0].tolist()} for batches in texts.values()]
+    count = sum(len(batch["input_ids"]) for batches in texts.values() for batch in batches)
+    return Reading(items, f"{count} items of {', '.join(texts)}", texts, True)
+
+
+def _read_tasks(
+    subject: Subject, options: InspectOptions, tasks: Sequence[Task], is_chosen: bool
+) -> Reading:
+    """Items of a split of the tasks. Experts' worth is told on the sentences of ``--text``, or on
+    the items if the user chose these."""
+    most = options.num_items or _fitting(subject.model, LOAD_FLOPS, 1, MOST_ITEMS)
+    items = _items(subject, options.split, most, tasks) if subject.tokenizer else []
+    counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
+    if not subject.is_composed or not subject.tokenizer or subject.style == ENCODER:
+        return Reading(items, counted, {}, False)
+    if options.text and subject.style == CAUSAL:
+        encoded = subject.tokenizer(options.text)["input_ids"]
+        sentences = [encoded_item(ids, ids) for ids in encoded]
+        batches = padded_batches(subject.model, sentences, subject.tokenizer)
+        return Reading(items, counted, {"the sentences": batches}, False)
+    if items and is_chosen:
+        batches = padded_batches(subject.model, items, subject.tokenizer)
+        return Reading(items, counted, {"the items": batches}, True)
+    return Reading(items, counted, {}, False)
+
+
+def _items(subject: Subject, split: str, most: int, tasks: Sequence[Task]) -> list[Item]:
+    """At most so many encoded items, about as many of each task; an encoder reads only the
+    inputs."""
+    tokenizer = subject.tokenizer
+    share = math.ceil(most / len(tasks))
+    items: list[Item] = []
+    for task in tasks:
+        if subject.style == ENCODER:
+            sources = [example.source for example in task.examples(split)[:share]]
+            cut = {"truncation": True, "max_length": LENGTH, "return_token_type_ids": False}
+            items += [dict(tokenizer(text, **cut)) for text in sources]
+        else:
+            items += encode_task(task, split, tokenizer, share, subject.style)
+    return items[:most]
+
+
+def _worth(subject: Subject, texts: Mapping[str, Batches]) -> dict[str, Worth]:
+    """What each expert is worth, by text."""
+    if not texts:
+        return {}
+    experts, background = experts_in(Path(subject.name))
+    classes = [expert.statistics for expert in experts]
+    if background is not None:
+        classes.append(background)
+    return composed_worth(subject.model, classes, texts)
+
+
+def _routes(
+    subject: Subject, sentences: Sequence[str], items: Sequence[Item]
+) -> list[tuple[str, list[Route]]]:
+    """The routes of sentences; without any, of the first two items."""
+    if not subject.tokenizer or not routed_layers(subject.model):
+        return []
+    shown = sentences or [
+        subject.tokenizer.decode(item["input_ids"][:SHOWN_TOKENS], skip_special_tokens=True)
+        for item in items[:2]
     ]
+    return [(text, route_text(subject.model, subject.tokenizer, text)) for text in shown]
+
+
+def _print_worth(worth: Mapping[str, Worth]) -> None:
+    for text, result in worth.items():
+        worth_table(result, text).show()
+        print(
+            f"on {result.tokens} tokens the mixture has {result.loss:.3f} nats per token, "
+            f"{result.loss - result.oracle:.3f} more than the oracle"
+        )
 
 
 def _fitting(model: Any, flops: float, passes: int, most: int) -> int:
@@ -247,24 +317,25 @@ def _report(
         },
     }
 
-    def add(heading: str, *contents: Any, words: object = "") -> None:
-        parts.append(report.section(heading, *contents, note=_WORDS[heading].format(words)))
+    def add(heading: str, note: str, *contents: Any) -> None:
+        parts.append(report.section(heading, *contents, note=note))
 
     if routes:
         named = getattr(model.config, "mpoe_experts", None) or [""] * config.num_experts
         names = [f"{k} {expert_name}".strip() for k, expert_name in enumerate(named)]
-        add("Which expert took which token", report.routes_html(routes, names))
+        add("Which expert took which token", _ROUTES_NOTE, report.routes_html(routes, names))
     if worth:
         tables = [worth_table(result, text).section() for text, result in worth.items()]
-        add("What each expert is worth", *tables)
+        add("What each expert is worth", _WORTH_NOTE, *tables)
     if load:
-        add("Expert load", report.load_map(load, layers), words=counted)
+        add("Expert load", _LOAD_NOTE.format(counted=counted), report.load_map(load, layers))
     if spectra:
-        add("What the bonds carry", report.spectrum_lines(spectra))
+        add("What the bonds carry", _BONDS_NOTE, report.spectrum_lines(spectra))
     weights = summarize(model, NUM_TOKENS, config.top_k)
     if weights:
         parts.append(report.Table(HEADER, list(weights.values()), "MPO weights", LEGEND).section())
     folder.mkdir(parents=True, exist_ok=True)
+    # The report is written last: where there is one, the numbers beside it are its own.
     (folder / REPORT_FILE).unlink(missing_ok=True)
     write_json(folder / NUMBERS_FILE, numbers)
     report.write_page(folder / REPORT_FILE, f"mpoe inspect: {name}", parts)

@@ -367,7 +367,9 @@ def test_what_experts_are_worth(folder, tmp_path, capsys):
     page = (tmp_path / "out/report.html").read_text()
     assert "What each expert is worth" in page
     assert "1 med</span>" in page
-    assert "more than the oracle" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "more than the oracle" in said
+    assert f"{numbers['removed'][0] - numbers['loss']:+.3f}" in said
 
 
 def test_an_adapter_as_an_expert(folder, tmp_path, capsys, monkeypatch):

@@ -164,9 +164,11 @@ def gpus(monkeypatch):
     forget_all()
 
 
-def test_shared_memory(gpus):
+def test_shared_memory(gpus, monkeypatch):
     assert architecture.target_of(torch.device("cuda:0")) == ("sm_80", 163 << 10, 108)
     assert architecture.target_of(torch.device("cuda:1")) == ("sm_100", 227 << 10, 148)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (11, 0))
+    assert architecture._gpu_architecture(2) == "sm_100"
 
 
 def test_a_choice_is_kept_for_its_card_alone(gpus):

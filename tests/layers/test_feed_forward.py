@@ -148,6 +148,7 @@ def test_grouped_dense_linear(own_bias, rows, columns, dtype):
     x[8:] = torch.nan  # past the last offset
     assert _grouped_mm_runs(x, weight) == (columns == 12)
     assert not _grouped_mm_runs(x[:2], weight)
+    assert not len(grouped_dense_linear(x[:0], weight[:1], torch.zeros(2, dtype=torch.int32)))
     bias = torch.randn(*([4] if own_bias else []), columns, dtype=dtype)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     y = grouped_dense_linear(x, weight, torch.tensor([0, 3, 3, 8, 8], dtype=torch.int32), bias)

@@ -252,6 +252,11 @@ def test_what_a_fused_tile_asks_of_a_program():
     assert needs("gradient") == (9216, 2048, 2 * 229_376)
 
 
+def test_as_many_parts_as_there_may_be(monkeypatch):
+    monkeypatch.setattr(architecture, "target_of", lambda _: Target("interpreter", NO_LIMIT, 132))
+    assert fused_launch.parts_of(None, programs=1, most=2) == 2
+
+
 def test_tiles_that_do_not_fit_are_passed_over(monkeypatch):
     like = torch.empty(1, dtype=torch.bfloat16)
     with_shared_memory(163 << 10, monkeypatch, "sm_80")

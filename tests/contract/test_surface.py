@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from mpoe.cli.command import make_parser
+
+COMMANDS = "train evaluate convert plan inspect generate demo bench info".split()
 MODULES = (
     """mpoe mpoe.config mpoe.data mpoe.layers mpoe.models mpoe.training mpoe_kernels""".split()
 )
@@ -107,7 +110,6 @@ def options():
     from transformers import Seq2SeqTrainingArguments
 
     from mpoe.training import MPOETrainingArguments
-    from tests.faults.fuzz_commands import COMMANDS, parser_of
 
     ours = set(vars(MPOETrainingArguments)["__annotations__"])
     theirs = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)} - ours
@@ -124,6 +126,12 @@ def options():
         }
         for command in COMMANDS
     }
+
+
+def parser_of(command):
+    """The parser of a command's options."""
+    declared = importlib.import_module(f"mpoe.cli.{command}").command  # by `as_command`
+    return make_parser(inspect.getclosurevars(declared).nonlocals["groups"])
 
 
 def _jsonable(value):

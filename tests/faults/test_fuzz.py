@@ -26,7 +26,6 @@ import mpoe_kernels
 from mpoe import MPOEConfig, RouterConfig
 from mpoe_kernels import MPOShape
 
-from . import fuzz_commands
 from .bad_arguments import bad_calls, make_paths, starts, stray
 from .fuzz import Case, data_files, odd, some, spoil_values, what_became_of
 from .processes import SEED, fork
@@ -98,7 +97,6 @@ def round_trip(make):
 
 CASE_STREAMS = {
     "configurations": lambda draw, folder: configurations(draw),
-    "command lines": fuzz_commands.cases,
     "data and configuration files": data_files,
     "bad calls": bad_calls,
 }
@@ -146,16 +144,6 @@ def test_inputs(kind, count, seed, tmp_path):
         log = child.log.read_text()[-3000:]
         print(log)
     assert status == 0, log
-
-
-@pytest.fixture(scope="module")
-def command_folder(tmp_path_factory):
-    return fuzz_commands.prepare(tmp_path_factory.mktemp("commands"))
-
-
-@pytest.mark.parametrize("command", fuzz_commands.COMMANDS)
-def test_the_command_line_that_is_changed_works(command, command_folder):
-    fuzz_commands.run([command, *fuzz_commands.start_of(command, 0)], command_folder)
 
 
 # ------------------------------------------------------------------ calls that fit, and other sizes

@@ -36,7 +36,7 @@ from mpoe.models.walk import mpo_modules
 from mpoe.models.weight_files import first_line
 from mpoe_kernels import MPOShape, reconstruct
 
-CENTRAL = 2
+CENTRAL = 2  # of five cores, always
 _LAYER = r"(?P<layer>(?:encoder|decoder)\.block\.\d+\.layer\.\d+)"
 _CORE = r"_mpo(?:\.tensor_set)?\.(?P<core>\d+)"
 _EXPERTS = re.compile(
@@ -75,6 +75,12 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return tensors
 
 
+def _in_our_order(key: str, core: Tensor) -> Tensor:
+    if core.dim() not in (4, 5):
+        raise ValueError(f"{key} must be a core [d, out, in, d']; got {list(core.shape)}")
+    return core.transpose(-2, -3)
+
+
 class _Checkpoint:
     """Tensors of the original by names of our modules and parameters.
 
@@ -92,43 +98,54 @@ class _Checkpoint:
         self.lost: list[str] = []
         self.chains: dict[str, dict[int, Tensor]] = defaultdict(dict)
         self.parameters: dict[str, Tensor] = {}
-        by_expert: dict = defaultdict(dict)  # (module, core) -> expert -> core
+        # (module, index of core) -> expert -> core, where each expert has its own
+        self._by_expert: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(dict)
         for key, tensor in tensors.items():
             if match := _EXPERTS.fullmatch(key):
-                name = f"{match['layer']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
-                core = int(match["core"])
-                value = tensor.transpose(-2, -3)
-                if match["expert"]:
-                    self.moe_type = "switch"
-                    by_expert[name, core][int(match["expert"])] = value
-                else:
-                    self.moe_type = "moe" if ".moe_layer." in key else self.moe_type
-                    self.chains[name][core] = value
+                self._take_experts(key, match, tensor)
             elif match := _LINEAR.fullmatch(key):
-                value = tensor if match["name"] == "shared" else tensor.transpose(-2, -3)
-                self.chains[f"{match['name']}.cores"][int(match["core"])] = value
+                is_table = match["name"] == "shared"  # [vocabulary, model] is in our order already
+                core = tensor if is_table else _in_our_order(key, tensor)
+                self.chains[f"{match['name']}.cores"][int(match["core"])] = core
             elif match := _ROUTER.fullmatch(key):
                 weight = tensor if ".switch." in key else tensor.T
                 self.parameters[f"{match['layer']}.DenseReluDense.router.weight"] = weight
-                self.num_experts = len(weight)
             elif _BIAS.fullmatch(key):
-                self.lost += [key] if bool(tensor.any()) else []
+                if bool(tensor.any()):
+                    self.lost.append(key)
             elif not _COPIES.fullmatch(key):
                 self.parameters[key] = tensor
-        for (name, core), cores in by_expert.items():
-            if cores.keys() != set(range(self.num_experts)):
-                raise ValueError(
-                    f"the checkpoint must hold every core of {name}, of {self.num_experts} experts"
-                )
-            parts = [cores[expert] for expert in range(self.num_experts)]
-            if core == CENTRAL:
-                if not all(torch.equal(part, parts[0]) for part in parts):
-                    raise ValueError(
-                        f"the experts of {name} must share their central core; they differ"
-                    )
-                self.chains[name][core] = parts[0]
-            else:
-                self.chains[name][core] = torch.stack(parts)
+        for (name, index), cores in self._by_expert.items():
+            self.chains[name][index] = self._joined(name, index, cores)
+
+    def _take_experts(self, key: str, match: re.Match, tensor: Tensor) -> None:
+        name = f"{match['layer']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+        index = int(match["core"])
+        core = _in_our_order(key, tensor)
+        if match["expert"]:
+            self.moe_type = "switch"
+            expert = int(match["expert"])
+            self.num_experts = max(self.num_experts, expert + 1)
+            self._by_expert[name, index][expert] = core
+            return
+        if ".moe_layer." in key:
+            self.moe_type = "moe"
+            if index != CENTRAL:
+                self.num_experts = max(self.num_experts, len(core))
+        self.chains[name][index] = core
+
+    def _joined(self, name: str, index: int, cores: Mapping[int, Tensor]) -> Tensor:
+        """The experts' cores as one tensor; the central one, which they share, as it is."""
+        if cores.keys() != set(range(self.num_experts)):
+            raise ValueError(
+                f"the checkpoint must hold every core of {name}, of {self.num_experts} experts"
+            )
+        parts = [cores[expert] for expert in range(self.num_experts)]
+        if index != CENTRAL:
+            return torch.stack(parts)
+        if not all(torch.equal(part, parts[0]) for part in parts):
+            raise ValueError(f"the experts of {name} must share their central core; they differ")
+        return parts[0]
 
     def shape(self, name: str, weight: Tensor) -> MPOShape:
         """Shape of the chain for a weight ``[in, out]``, with factors and bonds read from the
@@ -152,6 +169,7 @@ class _Checkpoint:
                 "source must be a checkpoint of the original implementation; it holds no MPO cores"
             )
         patterns: dict = {}
+        # The sites are the same for every shape of cores; the patterns then say which they have.
         for site in find_sites(base, MPOEConfig(shape="separable", target_modules=targets)):
             pattern = re.escape(site.name)
             if isinstance(site, FFNSite):
@@ -177,20 +195,21 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
 
     Args:
         source: the original's state dict, its ``pytorch_model.bin``, or the folder of one.
-        base: the dense `T5ForConditionalGeneration` (ReLU) that was fine-tuned; provides the
-            configuration and the parameters that are not in the checkpoint.
+        base: the dense `T5ForConditionalGeneration` (ReLU) that was fine-tuned; gives the
+            configuration, and what the checkpoint lacks.
 
     Returns:
-        The model, in eval mode. Matrices, routers and all dense parameters are the checkpoint's.
+        The model, in eval mode. Matrices, routers and all dense parameters that the checkpoint
+        holds are its own.
 
     Raises:
         TypeError: a base of another class, a source of another type.
         ValueError: no such checkpoint, cores that are missing, do not match the base or differ
             although experts share them, names that neither side knows.
 
-    Warns: UserWarning: biases other than zero of the original's routers, or of its experts of
-        moe_type moe, which our
-            layers do not have.
+    Warns:
+        UserWarning: biases other than zero, which our layers do not have: of the original's
+            routers, or of its experts of moe_type moe.
     """
     if type(base) is not T5ForConditionalGeneration:
         raise TypeError(f"base must be a T5ForConditionalGeneration; got {type(base).__name__}")
@@ -198,10 +217,15 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
     config = checkpoint.config(base)
     model: Any = copy.deepcopy(base)
     install_empty(model, find_sites(model, config), config)
+    modules = dict(mpo_modules(model))
+    foreign = sorted(checkpoint.chains.keys() - modules)
+    if foreign:
+        raise ValueError(f"the checkpoint holds cores of {foreign[0]!r}, which base does not have")
     with refusing("the checkpoint must be of a model of the sizes of base; ", RuntimeError):
-        for name, cores in mpo_modules(model):
+        for name, cores in modules.items():
             chain = [checkpoint.chains[name][place] for place in range(cores.shape.num_cores)]
             cores.set_cores_(chain)
+            # The experts' auxiliary cores began as copies: the ratios are those of any one.
             first = [core[0] if core.dim() == 5 else core for core in chain]
             cores.rate_ratios = rate_ratios(
                 first, reconstruct(first)[: cores.in_features, : cores.out_features]
@@ -221,6 +245,6 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
         warnings.warn(
             f"{len(lost)} biases of the original are left out, e.g. {lost[0]}: MPOE layers have "
             "none",
-            stacklevel=2,
+            stacklevel=4,  # this function has two decorators
         )
     return model.eval()

@@ -429,6 +429,7 @@ def broken(change):
 
 
 PREFIX = "encoder.block.0.layer.1.sffn"
+ABSENT = "encoder.block.9.layer.1.DenseReluDense"
 
 
 @pytest.mark.parametrize(
@@ -449,6 +450,18 @@ PREFIX = "encoder.block.0.layer.1.sffn"
             "1, 2, 4]",
         ),
         (lambda s: s.pop(f"{PREFIX}.switch.weight"), "must hold every router"),
+        (
+            lambda s: [s.pop(key) for key in list(s) if "switch.weight" in key],
+            "must hold every router",
+        ),
+        (
+            lambda s: s.update({f"{ABSENT}.wi_mpo.0": torch.ones(1)}),
+            f"{ABSENT}.wi_mpo.0 must be a core [d, out, in, d']; got [1]",
+        ),
+        (
+            lambda s: s.update({f"{ABSENT}.wi_mpo.0": torch.ones(1, 1, 1, 1)}),
+            f"cores of '{ABSENT}.experts.up', which base does not have",
+        ),
         (
             lambda s: s.update({f"{PREFIX}.switch.weight": torch.zeros(2, 24)}),
             "model of the sizes of base",
@@ -474,8 +487,9 @@ def test_biases_that_are_left_out_are_named():
     state, base = broken(lambda s: s.update({f"{PREFIX}.switch.bias": torch.ones(EXPERTS)}))
     with pytest.warns(
         UserWarning, match=r"1 biases of the original are left out, e\.g\. encoder\.block\.0"
-    ):
+    ) as warned:
         import_original(state, base)
+    assert warned[0].filename == __file__
     refuses(
         TypeError,
         "base must be a T5ForConditionalGeneration",

@@ -1,10 +1,14 @@
 """Evaluation: which model and which data of a run it takes, and its table of scores."""
 
 import json
+from types import SimpleNamespace
 
+from mpoe.cli import evaluate
 from mpoe.cli.command import CommandError
 from mpoe.cli.evaluate import score_table
+from mpoe.cli.expert import limit_measuring
 from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment
+from mpoe.data.stand_in_models import load_stand_in
 from mpoe.training import prepare_output_dir
 from mpoe.training.checkpoints import publish, staging_root
 from tests.assertions import refuses
@@ -94,3 +98,18 @@ def test_evaluation_reads_the_data_as_the_run_did(capsys, tmp_path):
     given = DataOptions(max_source_length=128)
     assert as_trained(tmp_path, run, given, "max_source_length")[0].max_source_length == 128
     assert as_trained(tmp_path, {}, given)[0] is given
+
+
+def test_batches_are_as_large_as_their_logits_may_be(monkeypatch):
+    model, tokenizer = load_stand_in("gpt2")
+    monkeypatch.setattr(evaluate, "LOGITS", 10 * model.config.vocab_size)
+    batches = evaluate.padded_batches(model, [{"input_ids": [5] * 4}] * 5, tokenizer)
+    assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
+
+
+def test_an_experts_validation_takes_a_share_of_its_training():
+    """A quarter of 8,000 items less 512 for statistics, at four points."""
+    arguments = SimpleNamespace(max_steps=99, process_index=1)
+    validation = {"law": list(range(1000))}
+    assert limit_measuring(arguments, validation, 8000, frozenset()) == 512
+    assert (arguments.eval_steps, len(validation["law"])) == (33, 372)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mpoe.cli import bench
+from mpoe.cli import bench, models
 from mpoe.data.stand_in_models import stand_in_path
 from mpoe.models import weight_files
 from mpoe.training.published import staging_folder
@@ -208,6 +208,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch, tmp_path
         "give it" in line
     )
     assert asked == [("huggingface.co", 443)]
+    assert not models._hub_answers()
 
 
 @pytest.mark.parametrize(

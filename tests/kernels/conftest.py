@@ -30,14 +30,14 @@ class StandIn:
 @pytest.fixture
 def seconds(monkeypatch):
     """Times of two stand-ins, ``first`` (preferred) and ``second``, by name of backend."""
-    times = {"first": 2.0, "second": 1.0}
+    times = {"first": 0.002, "second": 0.001}
 
     def candidates_of(name):
         return lambda plan: [Candidate(name, plan.strategy, plan.strategy, StandIn(name))]
 
     def timed(runs, device):
-        """Of `functools.partial` of stand-ins; the second best strategy takes a second more."""
-        return [times[run.func.name] + (place > 1) for place, run in enumerate(runs)]
+        """Of `functools.partial` of stand-ins; the second best strategy takes 1 ms more."""
+        return [times[run.func.name] + 0.001 * (place > 1) for place, run in enumerate(runs)]
 
     for name in times:
         backend = Backend(name, {}, candidates=candidates_of(name))

@@ -347,5 +347,7 @@ def test_a_block_size_is_of_hidden_experts_alone():
     assert (config.for_experts("a").block_size, config.for_experts("b").block_size) == (None, 8)
     config = MPOEConfig(shape="separable", block_size=8, shape_pattern={"a": "hidden"})
     assert config.for_experts("a").block_size == 8
+    config = MPOEConfig(shape="neurons", shape_pattern={"a": "separable"})
+    assert config.for_experts("a").neurons is None
     saved = {"shape": "separable", "block_size": 8}  # had no effect when it was written
     assert MPOEConfig.from_dict(saved).block_size is None

@@ -10,10 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <limits>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -35,22 +32,6 @@ namespace mpoe {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Reports what the caller did wrong. mpoe_kernels/cuda_library.py turns the text after the colon
-// into a ValueError; STD_TORCH_CHECK would add the path of our source file.
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  text << "mpoe refuses: ";
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
-}
-
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (!condition)
-    refuse(parts...);
-}
 
 // A tensor that may be left out.
 using Optional = std::optional<Tensor>;
@@ -112,7 +93,7 @@ inline int activation_of(const std::string& name) {
 
 // The kernels count rows and columns in 32 bits.
 inline int counted(int64_t size, const char* what) {
-  require(size <= std::numeric_limits<int>::max(), what, " must be below 2^31; got ", size);
+  require(size <= INT32_MAX, what, " must be below 2^31; got ", size);
   return static_cast<int>(size);
 }
 

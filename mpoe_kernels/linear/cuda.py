@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Call = TypeVar("Call", "ForwardCall", "BackwardCall")
 BLOCKS_WANTED = 256  # of a launch whose sum can be divided, whatever the card
+MOST_EXPERTS = 65_535  # of a gradient: the last axis of its grid, of which CUDA allows no more
 
 
 def _prepared(call: Call) -> Call:
@@ -63,7 +64,12 @@ class LinearKernels:
         if plan.strategy != "rebuild":
             instead = "take backend='auto' or 'triton', or strategy='rebuild'"
             return [f"it computes the strategy 'rebuild' alone, not {plan.strategy!r}; {instead}"]
-        return counting_reasons(plan)
+        reasons = counting_reasons(plan)
+        if plan.phase == "backward" and plan.num_experts > MOST_EXPERTS:
+            reasons.append(
+                f"a backward of {plan.num_experts} experts is too large; at most {MOST_EXPERTS}"
+            )
+        return reasons
 
     def candidates(self, plan: Contraction) -> list[Candidate]:
         """The fused chain, for `rebuild`."""

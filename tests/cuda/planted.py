@@ -77,8 +77,8 @@ weight_not_completed: what only completes the tile of a weight keeps what shared
 +for (int i = kDepth * Tiles::kWeightStride; i < kDepth * Tiles::kWeightStride;
 @ cuda/dispatch.h in linear
 misaligned: 16 bytes at a time from addresses that are not multiples of 16 [error: address is not 16-byte aligned]
--reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
-+reinterpret_cast<std::uintptr_t>(array) % 2 == 0;
+-reinterpret_cast<std::uintptr_t>(array) % 16 != 0
++reinterpret_cast<std::uintptr_t>(array) % 2 != 0
 @ cuda/routing/routing.cuh in routing
 divergent_barrier: threads without a pair skip the barriers of the others [error: ]
 -    const int slot = rank_of(bin, bins, seen, counts);

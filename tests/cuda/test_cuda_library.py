@@ -143,6 +143,17 @@ def test_weights_stay_on_chip_and_other_strategies_are_refused(strategy, phase):
         assert reasons == [f"it computes the strategy 'rebuild' alone, not {strategy!r}; {instead}"]
 
 
+def test_as_many_experts_as_a_grid_has_places():
+    dims = BlockDims.of_shape(workload_shape("paper_64", 768, 3072))
+    for phase, experts, refused in [
+        ("forward", 65_536, []),
+        ("backward", 65_535, []),
+        ("backward", 65_536, ["a backward of 65536 experts is too large; at most 65535"]),
+    ]:
+        plan = Contraction("rebuild", dims, experts, 64, torch.bfloat16, phase)
+        assert LinearKernels(None).contraction_reasons(plan) == refused, (phase, experts)
+
+
 EXPERTS = ("hidden_experts", "hidden_experts_backward", "neuron_experts", "neuron_experts_backward")
 
 

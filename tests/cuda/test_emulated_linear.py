@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoe_kernels import MPOShape
+from tests.assertions import refuses
 from tests.cases import SMALL_SHAPES, pairwise
 from tests.linear_problem import KernelProblem
 from tests.linear_scenarios import LinearScenarios
@@ -82,6 +83,45 @@ def test_rows_in_several_tiles(columns):
         shape, torch.bfloat16, tokens=150, experts=1, top_k=1, capacity=None, activation="none"
     )
     case.check("rebuild")
+
+
+@pytest.mark.parametrize("name", ["left", "central", "right"])
+def test_a_block_that_is_too_large_is_named(name):
+    blocks = dict.fromkeys(["left", "central", "right"], torch.ones(1, 1, 1, 1))
+    blocks[name] = torch.ones(1).expand(1, 1 << 15, 1 << 15, 1)
+    row = torch.ones(1, 1)
+    offsets = torch.tensor([0, 1], dtype=torch.int32)
+    library()
+    refuses(
+        ValueError,
+        rf"^{name} must have less than 2\^30 elements; got 1073741824",
+        KERNELS.ops.rebuilt_product,
+        *(row, *blocks.values(), row, offsets, None, None, "none", None, False),
+    )
+
+
+def test_grids_that_cuda_cannot_launch():
+    library()
+    experts = 65_536
+    half = torch.ones(experts, 1, 1, 1, 1, 1)
+    right = torch.ones(experts, 1, 1, 1)
+    rows = torch.ones(experts, 1)
+    offsets = torch.arange(experts + 1, dtype=torch.int32)
+    refuses(
+        ValueError,
+        "CUDA takes no grid of 1 x 1 x 65536 blocks",
+        KERNELS.ops.weight_gradient_product,
+        *(rows, rows, right, half, offsets, None, False),
+    )
+    columns = 32_768  # a tile each, as they are central's
+    central = torch.ones(1, 1, columns, 1)
+    out = torch.ones(1, 1).expand(experts, columns)
+    refuses(
+        ValueError,
+        "CUDA takes no grid of 2181038080 x 1 x 1 blocks",
+        KERNELS.ops.rebuilt_product,
+        *(rows, right, central, right, out, offsets, None, None, "none", None, False),
+    )
 
 
 def test_what_is_not_needed_is_not_computed():

@@ -60,6 +60,13 @@ def test_many_experts():
     )
 
 
+def test_rows_wider_than_a_grid():
+    rows = torch.ones(1, 65_535 * 128 + 1)
+    index = torch.zeros(1, 1, dtype=torch.int64)
+    message = "CUDA takes no grid of 1 x 65536 x 1 blocks"
+    refuses(REFUSED, message, OPS.combine, rows, index, None, None)
+
+
 @pytest.mark.parametrize("tokens", [40, 1200])
 def test_indices_out_of_range_count_as_masked(tokens):
     """The op does not check them, because that would wait for the device; memory must stay

@@ -20,8 +20,8 @@ struct GradientArguments {
   bool vector_x = false;
   bool vector_dz = false;
   bool vector_b = false;
-  int share = 1;  // tiles of a part
-  GradientProduct of;
+  int tiles_per_part = 1;  // of inner
+  GradientProduct product;
 };
 
 template <class T>
@@ -47,19 +47,19 @@ struct GradientBlock {
   __device__ __forceinline__ explicit GradientBlock(const GradientArguments& arguments)
       : p(arguments) {
     expert = blockIdx.z;
-    begin = p.of.offsets[expert];
-    end = p.of.offsets[expert + 1];
-    const int bond_tiles = (p.of.b + kSide - 1) / kSide;
+    begin = p.product.offsets[expert];
+    end = p.product.offsets[expert + 1];
+    const int bond_tiles = (p.product.b + kSide - 1) / kSide;
     bond = blockIdx.x % bond_tiles * kSide;
     outer = blockIdx.x / bond_tiles;
     int inner = p.i.right_tiles() * p.j.right_tiles();
     inner_lines = p.i.run_length() * p.j.run_length();
-    if (p.of.of_right) {
+    if (p.product.of_right) {
       inner = p.i.left_tiles() * p.j.left_tiles();
       inner_lines = p.i.units * p.j.units;
     }
-    first = p.share * static_cast<int>(blockIdx.y);
-    last = first + p.share < inner ? first + p.share : inner;
+    first = p.tiles_per_part * static_cast<int>(blockIdx.y);
+    last = first + p.tiles_per_part < inner ? first + p.tiles_per_part : inner;
   }
 
   struct Tiles {
@@ -67,7 +67,7 @@ struct GradientBlock {
     DigitTile j;
   };
   __device__ __forceinline__ Tiles tiles(int step) const {
-    const bool of_right = p.of.of_right;
+    const bool of_right = p.product.of_right;
     const DigitPair left(of_right ? step : outer, p.j.left_tiles());
     const DigitPair right(of_right ? outer : step, p.j.right_tiles());
     return {DigitTile(p.i, left.x, right.x), DigitTile(p.j, left.y, right.y)};
@@ -78,16 +78,16 @@ struct GradientBlock {
     const DigitPair digits(line, p.j.units);
     if (digits.x >= t.i.units || digits.y >= t.j.units)
       return -1;
-    const int64_t row = int64_t(expert) * p.of.i[0] + t.i.left + digits.x;
-    const int64_t left = row * p.of.j[0] + t.j.left + digits.y;
-    return ((left * p.of.i[1] + t.i.centre) * p.of.j[1] + t.j.centre) * p.of.b;
+    const int64_t row = int64_t(expert) * p.product.i[0] + t.i.left + digits.x;
+    const int64_t left = row * p.product.j[0] + t.j.left + digits.y;
+    return ((left * p.product.i[1] + t.i.centre) * p.product.j[1] + t.j.centre) * p.product.b;
   }
   __device__ __forceinline__ int64_t line_of_right(const Tiles& t, int line) const {
     const DigitPair digits(line, p.j.run_length());
     if (digits.x >= t.i.run || digits.y >= t.j.run)
       return -1;
-    const int64_t row = int64_t(expert) * p.of.i[2] + t.i.right + digits.x;
-    return (row * p.of.j[2] + t.j.right + digits.y) * p.of.b;
+    const int64_t row = int64_t(expert) * p.product.i[2] + t.i.right + digits.x;
+    return (row * p.product.j[2] + t.j.right + digits.y) * p.product.b;
   }
 
   // Where a row (iL, iR) or a column (jL, jR) of a weight's tile goes, in outer and inner.
@@ -98,7 +98,7 @@ struct GradientBlock {
       return kNowhere;
     const int left = digits.x * of_left;
     const int right = digits.y * of_run;
-    return p.of.of_right ? right * stride + left : left * stride + right;
+    return p.product.of_right ? right * stride + left : left * stride + right;
   }
 };
 
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(GradientTiles<T>::Out::kThreads)
   DYN_SHARED(T, tile);
   SHARED_ARRAY(int64_t, from, kRowsAtOnce);
   T* const stages = tile + kSide * Tiles::kStride;
-  const GradientProduct& of = p.of;
+  const GradientProduct& product = p.product;
   const GradientBlock block(p);
   const int begin = block.begin;
   const int end = block.end;
@@ -134,47 +134,49 @@ __global__ void __launch_bounds__(GradientTiles<T>::Out::kThreads)
       if (step == block.first || end - begin > kRowsAtOnce) {
         __syncthreads();  // nobody reads the rows before
         for (int s = threadIdx.x; s < rows; s += TileT::kThreads) {
-          const int64_t row = of.row_index ? of.row_index[slot + s] : slot + s;
-          from[s] = row * of.in_features;  // known at the barrier with which the product begins
+          const int64_t row = product.row_index ? product.row_index[slot + s] : slot + s;
+          from[s] =
+              row * product.in_features;  // known at the barrier with which the product begins
         }
       }
       const auto x_line = [&](int s) {
         return s < rows ? from[s] : -1;
       };
       const auto dz_line = [&](int s) {
-        return s < rows ? int64_t(slot + s) * of.out_features : -1;
+        return s < rows ? int64_t(slot + s) * product.out_features : -1;
       };
       const auto x =
-          lines_at<T, TileT, kSide, false>(of.x, tiles.i.first(), x_line, tiles.i, p.vector_x);
-      const auto dz =
-          lines_at<T, TileT, kSide, false>(of.dz, tiles.j.first(), dz_line, tiles.j, p.vector_dz);
+          lines_at<T, TileT, kSide, false>(product.x, tiles.i.first(), x_line, tiles.i, p.vector_x);
+      const auto dz = lines_at<T, TileT, kSide, false>(
+          product.dz, tiles.j.first(), dz_line, tiles.j, p.vector_dz);
       const int rows_of_w = p.i.units * p.i.run_length();
       const int columns_of_w = p.j.units * p.j.run_length();
       block_gemm<T, TileT, false, false>(dw, x, dz, rows, rows_of_w, columns_of_w, stages);
     }
     // Nobody reads the tile: the product has begun with a barrier.
-    places.store(dw, tile, !of.of_right && p.j.run_length() % 2 == 0);
+    places.store(dw, tile, !product.of_right && p.j.run_length() % 2 == 0);
     const auto other_line = [&](int line) {
-      return of.of_right ? block.line_of_half(tiles, line) : block.line_of_right(tiles, line);
+      return product.of_right ? block.line_of_half(tiles, line) : block.line_of_right(tiles, line);
     };
-    const int bonds = of.b - block.bond;
+    const int bonds = product.b - block.bond;
     const auto other = lines_at<T, TileT, kSide, false>(
-        of.other, block.bond, other_line, Adjacent{bonds}, p.vector_b);
+        product.other, block.bond, other_line, Adjacent{bonds}, p.vector_b);
     const Resident<T, true> weight(tile, Tiles::kStride);
     block_gemm<T, TileT, true, false>(sum, weight, other, block.inner_lines, kSide, bonds, stages);
   }
   const auto tiles = block.tiles(0);
-  const int64_t part = int64_t(of.experts) * of.i[2] * of.j[2] * of.b * blockIdx.y;
+  const int64_t part =
+      int64_t(product.experts) * product.i[2] * product.j[2] * product.b * blockIdx.y;
   sum.for_each([&](int row, int column, float& value) {
     const int64_t line =
-        of.of_right ? block.line_of_right(tiles, row) : block.line_of_half(tiles, row);
-    if (line < 0 || block.bond + column >= of.b)
+        product.of_right ? block.line_of_right(tiles, row) : block.line_of_half(tiles, row);
+    if (line < 0 || block.bond + column >= product.b)
       return;
     const int64_t at = line + block.bond + column;
-    if (of.of_right) {
-      static_cast<float*>(of.out)[part + at] = value;
+    if (product.of_right) {
+      static_cast<float*>(product.out)[part + at] = value;
     } else {
-      static_cast<T*>(of.out)[at] = dev::from_float<T>(value);
+      static_cast<T*>(product.out)[at] = dev::from_float<T>(value);
     }
   });
 }

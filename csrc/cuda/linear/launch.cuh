@@ -1,5 +1,6 @@
 // Launches of one type, compiled in a file of its own by MPOE_LINEAR_LAUNCHES.
 #pragma once
+#include "cuda/dispatch.h"
 #include "cuda/linear/gradient.cuh"
 #include "cuda/linear/rebuilt.cuh"
 
@@ -8,11 +9,11 @@ namespace mpoe::cuda {
 template <class T, int kColumns>
 void launch_rebuilt(const RebuiltArguments& p, cudaStream_t stream) {
   using Tiles = RebuiltTiles<T, kColumns>;
-  const int64_t slots = p.of.slots;
-  const int64_t partly = slots < p.of.experts + 1 ? slots : p.of.experts + 1;
+  const int64_t slots = p.product.slots;
+  const int64_t partly = slots < p.product.experts + 1 ? slots : p.product.experts + 1;
   const int64_t rows = slots / Tiles::Out::kM + partly;  // at most so many tiles
   LAUNCH((rebuilt_kernel<T, kColumns>),
-         dim3(static_cast<unsigned>(rows * p.n.left_tiles() * p.n.right_tiles())),
+         grid_of(rows * p.n.left_tiles() * p.n.right_tiles()),
          dim3(Tiles::Out::kThreads),
          Tiles::kElements * sizeof(T),
          stream,
@@ -22,10 +23,10 @@ void launch_rebuilt(const RebuiltArguments& p, cudaStream_t stream) {
 template <class T>
 void launch(const RebuiltArguments& p, int columns, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (columns == 128)
-      return launch_rebuilt<T, 128>(p, stream);
+    if (columns == kWideTile)
+      return launch_rebuilt<T, kWideTile>(p, stream);
   }
-  launch_rebuilt<T, 64>(p, stream);
+  launch_rebuilt<T, kNarrowTile>(p, stream);
 }
 template <class T>
 void launch(const GradientArguments& p, dim3 grid, cudaStream_t stream) {

@@ -16,6 +16,10 @@ namespace mpoe::cuda {
 
 constexpr int kDepth = 64;  // of a tile: summed columns; also pairs (k, n), and bonds at once
 
+// Columns of a tile of the result.
+constexpr int kNarrowTile = 64;
+constexpr int kWideTile = 128;  // of 16-bit types alone
+
 struct RebuiltArguments {
   Digits k;  // of the columns that are summed
   Digits n;  // of the result's
@@ -32,7 +36,7 @@ struct RebuiltArguments {
   bool vector_b = false;
   bool vector_out = false;
   bool pairs = false;  // see Places
-  RebuiltProduct of;
+  RebuiltProduct product;
 };
 
 // Tiles of the three products, for `kColumns` columns of the result: 8 warps, 4 for 32-bit types.
@@ -69,12 +73,12 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
   SHARED_ARRAY(int64_t, from, Out::kM);
   T* const half = weight + kDepth * Tiles::kWeightStride;
   T* const stages = half + kDepth * Tiles::kHalfStride;
-  const RebuiltProduct& of = p.of;
+  const RebuiltProduct& product = p.product;
   const int columns = p.n.left_tiles() * p.n.right_tiles();
   const int tile = blockIdx.x / columns;
   const int column_tile = blockIdx.x - tile * columns;
   const int thread = threadIdx.x;
-  const RowTile t(of, tile, Out::kM);
+  const RowTile t(product, tile, Out::kM);
   if (t.rows <= 0)
     return;
   const DigitTile n(p.n, column_tile / p.n.right_tiles(), column_tile % p.n.right_tiles());
@@ -82,7 +86,7 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
     const int slot = t.begin + i;
     from[i] = -1;
     if (i < t.rows)
-      from[i] = (of.row_index ? of.row_index[slot] : slot) * p.k.columns;
+      from[i] = (product.row_index ? product.row_index[slot] : slot) * p.k.columns;
   }
   for (int i = thread; i < kDepth * Tiles::kWeightStride; i += Out::kThreads) {
     weight[i] = dev::from_float<T>(0.f);  // what only completes a tile
@@ -101,9 +105,9 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
         const DigitPair right(column, run_n);
         return right.x < run_k ? right.x * Tiles::kWeightStride + right.y : kNowhere;
       });
-  const int64_t left_of = int64_t(p.k.size[0]) * p.n.size[0] * of.a * t.expert;
-  const int64_t right_of = int64_t(p.k.size[2]) * p.n.size[2] * of.b * t.expert;
-  const int central_line = p.k.size[1] * p.n.size[1] * of.b;
+  const int64_t left_of = int64_t(p.k.size[0]) * p.n.size[0] * product.a * t.expert;
+  const int64_t right_of = int64_t(p.k.size[2]) * p.n.size[2] * product.b * t.expert;
+  const int central_line = p.k.size[1] * p.n.size[1] * product.b;
 
   Accumulator<Out> sum;
   sum.clear();
@@ -118,7 +122,7 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
       return (k.left + digits.x) * p.left_k + (n.left + digits.y) * p.left_n;
     };
     const auto central_row = [&](int line) -> int64_t {
-      return line < of.a ? int64_t(line) * central_line : -1;
+      return line < product.a ? int64_t(line) * central_line : -1;
     };
     const auto right_line = [&](int line) -> int64_t {
       const DigitPair digits(line, run_n);
@@ -126,25 +130,25 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
         return -1;
       return (k.right + digits.x) * p.right_k + (n.right + digits.y) * p.right_n;
     };
-    const auto left =
-        lines_at<T, Half, kDepth, true>(of.left, left_of, left_line, Adjacent{of.a}, p.vector_a);
+    const auto left = lines_at<T, Half, kDepth, true>(
+        product.left, left_of, left_line, Adjacent{product.a}, p.vector_a);
     const int centre = k.centre * p.central_k + n.centre * p.central_n;
     Accumulator<Weight> w;
     w.clear();
     ROLLED
-    for (int b = 0; b < of.b; b += 64) {
-      const int bonds = of.b - b < 64 ? of.b - b : 64;
+    for (int b = 0; b < product.b; b += 64) {
+      const int bonds = product.b - b < 64 ? product.b - b : 64;
       const auto central = lines_at<T, Half, 64, false>(
-          of.central, centre + b, central_row, Adjacent{bonds}, p.vector_b);
+          product.central, centre + b, central_row, Adjacent{bonds}, p.vector_b);
       Accumulator<Half> part;
       part.clear();
-      block_gemm<T, Half, true, false>(part, left, central, of.a, kDepth, bonds, stages);
+      block_gemm<T, Half, true, false>(part, left, central, product.a, kDepth, bonds, stages);
       part.for_each_pair([&](int row, int column, float v0, float v1) {
         *reinterpret_cast<dev::Pack<T, 2>*>(half + row * Tiles::kHalfStride + column) = {
             {dev::from_float<T>(v0), dev::from_float<T>(v1)}};
       });
       const auto right = lines_at<T, Weight, Weight::kN, true>(
-          of.right, right_of + b, right_line, Adjacent{bonds}, p.vector_b);
+          product.right, right_of + b, right_line, Adjacent{bonds}, p.vector_b);
       const Resident<T, true> halves(half, Tiles::kHalfStride);
       block_gemm<T, Weight, true, true>(w, halves, right, bonds, kDepth, run_k * run_n, stages);
     }
@@ -153,7 +157,8 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
     const auto x_line = [&](int row) {
       return from[row];
     };
-    const auto x = lines_at<T, Out, Out::kM, true>(of.rows, k.first(), x_line, k, p.vector_rows);
+    const auto x =
+        lines_at<T, Out, Out::kM, true>(product.rows, k.first(), x_line, k, p.vector_rows);
     const Resident<T, false> weights(weight, Tiles::kWeightStride);
     const int size = k.units * run_k;
     block_gemm<T, Out, true, false>(sum, x, weights, size, t.rows, n.units * run_n, stages);
@@ -163,11 +168,11 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
     const Run run = n(column);
     return Place{t.begin + row, n.first() + run.offset, run.count};
   };
-  const OutRows rows{of.out, p.n.columns, p.vector_out, of.epilogue};
+  const OutRows rows{product.out, p.n.columns, p.vector_out, product.epilogue};
   finish(sum, stages, t.rows, n.units * run_n, t.owned, rows, place);
 }
 
-// columns: of a tile of the result, 64, or of 16-bit types 128. Compiled in a file per type.
+// columns: kNarrowTile or kWideTile. Compiled in a file per type.
 template <class T>
 void launch(const RebuiltArguments& p, int columns, cudaStream_t stream);
 

@@ -1,5 +1,3 @@
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "cuda/routing/routing.cuh"
@@ -7,8 +5,8 @@
 namespace mpoe::cuda {
 namespace {
 
-unsigned blocks_of(int64_t extent, int block) {
-  return static_cast<unsigned>((extent + block - 1) / block);
+int64_t blocks_of(int64_t extent, int block) {
+  return (extent + block - 1) / block;
 }
 
 // Calls f(T{}, constant kPer): 16 bytes at a time if every row starts at a multiple of 16, else one
@@ -20,7 +18,7 @@ void with_packs(Dtype dtype,
                 F&& f) {
   with_type(dtype, [&](auto zero) {
     constexpr int kPer = 16 / static_cast<int>(sizeof(zero));
-    if (whole(kPer, {static_cast<int>(row_elements % kPer)}, arrays)) {
+    if (can_copy_16_bytes(kPer, {static_cast<int>(row_elements % kPer)}, arrays)) {
       f(zero, std::integral_constant<int, kPer>{});
     } else {
       f(zero, std::integral_constant<int, 1>{});
@@ -31,13 +29,10 @@ void with_packs(Dtype dtype,
 }  // namespace
 
 void route(const Route& p, const Memory& memory, cudaStream_t stream) {
-  if (p.experts >= kMostBins) {
-    throw std::invalid_argument("routing takes at most " + std::to_string(kMostBins - 1) +
-                                " experts; got " + std::to_string(p.experts));
-  }
+  require(
+      p.experts < kMostBins, "routing takes at most ", kMostBins - 1, " experts; got ", p.experts);
   const int64_t pairs = int64_t(p.tokens) * p.top_k;
-  if (pairs >= 1 << 30)
-    throw std::invalid_argument("routing counts to 2^30 pairs of token and choice");
+  require(pairs < 1 << 30, "routing takes less than 2^30 pairs of token and choice; got ", pairs);
   SortArguments s{p};
   const std::size_t bins = static_cast<std::size_t>(s.bins());
   const std::size_t ranks = bins * (sizeof(int) + kRouteWarps);
@@ -46,11 +41,11 @@ void route(const Route& p, const Memory& memory, cudaStream_t stream) {
     LAUNCH(route_few_kernel, dim3(1), dim3(kRouteThreads), shared, stream, s);
     return check_launch("route");
   }
-  const unsigned blocks = blocks_of(pairs, kPairsPerBlock);
-  s.counts = take<int>(memory, int64_t(blocks) * s.bins());
+  const int64_t blocks = blocks_of(pairs, kPairsPerBlock);
+  s.counts = take<int>(memory, blocks * s.bins());
   const auto pass = [&](bool by_choice) {
     s.by_choice = by_choice;
-    LAUNCH(histogram_kernel, dim3(blocks), dim3(kRouteThreads), bins * sizeof(int), stream, s);
+    LAUNCH(histogram_kernel, grid_of(blocks), dim3(kRouteThreads), bins * sizeof(int), stream, s);
     LAUNCH(prefix_kernel,
            dim3(1),
            dim3(kRouteThreads),
@@ -58,7 +53,7 @@ void route(const Route& p, const Memory& memory, cudaStream_t stream) {
            stream,
            s,
            static_cast<int>(blocks));
-    LAUNCH(scatter_kernel, dim3(blocks), dim3(kRouteThreads), ranks, stream, s);
+    LAUNCH(scatter_kernel, grid_of(blocks), dim3(kRouteThreads), ranks, stream, s);
     check_launch("route");
   };
   if (p.capacity >= 0) {
@@ -86,7 +81,7 @@ void combine(Dtype dtype,
     using T = decltype(zero);
     const auto kernel = combine_kernel<T, decltype(per)::value>;
     LAUNCH(kernel,
-           dim3(static_cast<unsigned>(tokens), blocks_of(columns, kRouteThreads * per)),
+           grid_of(tokens, blocks_of(columns, kRouteThreads * per)),
            dim3(kRouteThreads),
            0,
            stream,
@@ -120,7 +115,7 @@ void combine_backward(Dtype dtype,
     using T = decltype(zero);
     const auto kernel = combine_backward_kernel<T, decltype(per)::value>;
     LAUNCH(kernel,
-           dim3(static_cast<unsigned>(slots)),
+           grid_of(slots),
            dim3(kRouteThreads),
            0,
            stream,

@@ -1,55 +1,71 @@
-"""The native library as a file, and whose threads it uses; the allocator that ends every tensor at
-a guard page."""
+"""The native library as a file, and whose threads it uses."""
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 
 import pytest
 
-from mpoe_kernels import native_library as load
 from mpoe_kernels.compiled import load_library
-from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.native_library import INFO_KEYS, LIBRARY, NATIVE_LIBRARY, REASON_FILE, _opened
+from tests.assertions import run_python
 from tests.cases import ROOT
 
 
-def loaded(path, content):
-    """Each in a file of its own: a library that is in use must not change."""
-    path.write_bytes(content)
-    return load_library(path, load._opened, load.REASON_FILE, load.INFO_KEYS)
+@pytest.fixture
+def library(tmp_path):
+    """A copy, as every test loads a file of its own: one that is in use must not change."""
+    return shutil.copy(NATIVE_LIBRARY.path, tmp_path / LIBRARY)
 
 
-def test_a_library_that_cannot_be_used_says_why(tmp_path, monkeypatch):
-    content = NATIVE_LIBRARY.path.read_bytes()
-    assert (
-        loaded(tmp_path / "second.so", content).info == NATIVE_LIBRARY.info
-    )  # a second copy does no harm
+def load(path, info_keys=INFO_KEYS, bindings=None):
+    return load_library(path, _opened, REASON_FILE, info_keys, bindings)
+
+
+def why_not(path, **options):
+    """The one reason why a library is not loaded."""
+    (reason,) = load(path, **options).reasons
+    return reason
+
+
+def test_a_second_copy_loads(library):
+    assert load(library).info == NATIVE_LIBRARY.info
+
+
+def test_a_library_of_another_version(library, monkeypatch):
     monkeypatch.setattr("mpoe_kernels.version.__version__", "9.9")
-    (reason,) = loaded(tmp_path / "other.so", content).reasons
-    assert (
-        f"was built for mpoe {NATIVE_LIBRARY.info['version']}, this is mpoe 9.9: build again"
-        in reason
-    )
-    monkeypatch.undo()
-    monkeypatch.setattr(load, "INFO_KEYS", {"no such key"})
-    (reason,) = loaded(tmp_path / "older.so", content).reasons
-    assert "was built for an older state of the sources" in reason
-    bindings = tmp_path / "bindings"
-    bindings.mkdir()
-    (bindings / "module.cpp").write_text("// changed since the library was built")
-    (tmp_path / "stale.so").write_bytes(content)
-    (reason,) = load_library(
-        tmp_path / "stale.so", load._opened, load.REASON_FILE, load.INFO_KEYS, bindings
-    ).reasons
-    assert "was built for an older state of the sources" in reason
-    path = tmp_path / load.LIBRARY
-    (reason,) = loaded(path, b"damaged").reasons
-    assert f"{path} does not load on " in reason
-    path.unlink()
-    (reason,) = load_library(path, load._opened, load.REASON_FILE, load.INFO_KEYS).reasons
-    assert f"{load.LIBRARY} is not in {tmp_path}" in reason
+    built = NATIVE_LIBRARY.info["version"]
+    assert f"was built for mpoe {built}, this is mpoe 9.9: build again" in why_not(library)
+
+
+# Of these two the reason is the same. So only one thing differs from a copy that loads.
+OLDER = "was built for an older state of the sources"
+
+
+def test_a_description_that_lacks_a_key(library):
+    assert load(library, info_keys=INFO_KEYS).reasons == ()
+    assert OLDER in why_not(library, info_keys={*INFO_KEYS, "no such key"})
+
+
+def test_sources_that_changed_since_the_build(library, tmp_path):
+    bindings = shutil.copytree(ROOT / "csrc/bindings", tmp_path / "bindings")
+    assert load(library, bindings=bindings).reasons == ()
+    with (bindings / "module.cpp").open("a") as source:
+        source.write("// changed")
+    assert OLDER in why_not(library, bindings=bindings)
+
+
+def test_a_damaged_library(tmp_path):
+    path = tmp_path / LIBRARY
+    path.write_bytes(b"damaged")
+    assert f"{path} does not load on " in why_not(path)
+
+
+def test_a_library_that_is_absent(tmp_path):
+    assert f"{LIBRARY} is not in {tmp_path}" in why_not(tmp_path / LIBRARY)
+
+
+# ------------------------------------------------------------------ threads
 
 
 THREADS = """
@@ -61,9 +77,9 @@ def threads():
     return len(os.listdir("/proc/self/task"))
 
 def runtimes():
-    lines = open("/proc/self/maps").read().split()
+    words = open("/proc/self/maps").read().split()
     names = ("libgomp", "libomp", "libiomp")
-    return {word for word in lines if any(name in word for name in names)}
+    return {word for word in words if any(name in word for name in names)}
 
 torch.set_num_threads(1)
 shape = MPOShape((16, 9, 16), (16, 7, 16), max_bond=24)
@@ -89,8 +105,8 @@ compute(2)
 assert threads() == pool, (threads(), pool)
 assert runtimes() == before, runtimes() - before
 compute(1)
-for values in results.values():
-    assert all(torch.equal(values[0], value) for value in values)
+for strategy, values in results.items():
+    assert all(torch.equal(values[0], value) for value in values), strategy
 print(alone, pool, len(before))
 """
 
@@ -100,70 +116,7 @@ print(alone, pool, len(before))
 def test_one_pool_of_threads_and_one_openmp():
     """No threads and no OpenMP runtime besides torch's; torch.set_num_threads is respected and
     changes no bit."""
-    command = [sys.executable, "-c", THREADS]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    alone, pool, runtimes = map(int, done.stdout.split())
-    assert pool == alone + 1  # torch's sum started the second thread
+    alone, pool, runtimes = map(int, run_python("-c", THREADS, env=environment).split())
+    assert pool == alone + 1, "torch's sum started the second thread"
     assert runtimes >= 1
-
-
-# ------------------------------------------------------------------ guard pages
-
-
-SCRIPT = ROOT / "tools/native_guard.sh"
-CHILD = """
-import ctypes
-libc, pointer = ctypes.CDLL(None), ctypes.c_void_p()
-libc.free.argtypes = [ctypes.c_void_p]
-assert libc.posix_memalign(ctypes.byref(pointer), 64, {size}) == 0
-start, byte = pointer.value, ctypes.c_ubyte.from_address
-assert start % {alignment} == 0 and byte(start).value == byte(start + {size} - 1).value == 0xFF
-{access}
-libc.free(start)
-{after}
-"""
-
-
-@pytest.fixture(scope="session")
-def guard(tmp_path_factory):
-    if sys.platform != "linux" or shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("needs Linux and a C++ compiler")
-    library = tmp_path_factory.mktemp("guard") / "guard_pages.so"
-    environment = os.environ | {"MPOE_GUARD_LIBRARY": str(library), "PYTHON": sys.executable}
-    found = subprocess.run(
-        [SCRIPT, "--version"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    return library
-
-
-@pytest.mark.parametrize(
-    "size, alignment, access, after, status",
-    [
-        (64, 64, "byte(start + 63).value = 1", "", 0),
-        (64, 64, "byte(start + 64).value", "", -signal.SIGSEGV),
-        (
-            65,
-            64,
-            "byte(start + 65).value = 1",
-            "",
-            -signal.SIGABRT,
-        ),  # within the alignment: detected by free
-        (65, 1, "byte(start + 65).value", "", -signal.SIGSEGV),
-        (3 * 4096, 64, "byte(start + 3 * 4096).value", "", -signal.SIGSEGV),
-        (64, 64, "", "byte(start).value", -signal.SIGSEGV),
-    ],
-)
-def test_what_the_allocator_finds(guard, size, alignment, access, after, status):
-    program = CHILD.format(size=size, alignment=alignment, access=access, after=after)
-    environment = os.environ | {"LD_PRELOAD": str(guard), "MPOE_GUARD_ALIGN": str(alignment)}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == status, done.stderr

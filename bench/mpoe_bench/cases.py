@@ -1,6 +1,6 @@
 """Named shapes, workloads and token distributions of benchmarks and tests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice, product
 
@@ -31,6 +31,11 @@ def workload_shape(name: str, in_features: int, out_features: int) -> MPOShape:
     raise ValueError(
         f"name must be 'separable', 'paper_full', 'paper_BOND' or 'light_P'; got {name!r}"
     )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` instead of ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,8 @@ class Workload:
         phase = "training" if self.training else "forward"
         if self.mask_central:
             phase = "masked"
-        dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"{self.in_features}x{self.out_features}-E{self.num_experts}-T{self.num_tokens}"
-        return f"{self.shape_name}-{sizes}-{dtype}-{phase}"
+        return f"{self.shape_name}-{sizes}-{dtype_name(self.dtype)}-{phase}"
 
 
 def _held_out() -> tuple[Workload, ...]:
@@ -115,10 +119,11 @@ def random_blocks(
 ) -> MPOBlocks:
     """Blocks as leaves, for tests of the ops themselves."""
     blocks = fold(random_cores(shape, num_experts, dtype), shape=shape, num_experts=num_experts)
-    tensors = (blocks.left, blocks.central, blocks.right)
-    leaves = [tensor.detach().contiguous() for tensor in tensors]
-    left, central, right = (leaf.requires_grad_(requires_grad) for leaf in leaves)
-    return MPOBlocks(left, central, right, shape.in_features, shape.out_features, shape)
+    leaves = {}
+    for name in ("left", "central", "right"):
+        leaf = getattr(blocks, name).detach().contiguous()
+        leaves[name] = leaf.requires_grad_(requires_grad)
+    return replace(blocks, **leaves)
 
 
 def expert_choice(kind: str, num_tokens: int, num_experts: int, top_k: int = 1) -> Tensor:

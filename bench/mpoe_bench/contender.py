@@ -130,6 +130,7 @@ class Contender:
 
 
 Build = Callable[[Any], tuple[Contender, Truth]]
+Named = tuple[str, str, Build]  # name, kind, builder
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,15 +151,10 @@ class Comparison:
     key: str
     title: str
     context: Callable[[], Any]
-    contenders: Sequence[tuple[str, str, Build]]
+    contenders: Sequence[Named]
     tokens: int
     facts: Mapping[str, Any] = field(default_factory=dict)
     phases: Sequence[str] = ("forward", "train")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` instead of ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def size_facts(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, int]:
@@ -200,15 +196,16 @@ def checked(name: str, kind: str, build: Build, context: Any, device: str = "cpu
             results |= gradients_of(contender.leaves)
         row["errors"], faults = truth.compare(results)
         contender.release()
+        if not faults:
+            row["memory"] = memory
+            return contender, row
+        row["reason"] = f"wrong result, not timed: {'; '.join(faults)}"
     except BackendError as error:
-        return None, {**row, "reason": f"{NOT_HERE}: {error}"}
-    except (
-        Exception
-    ) as error:  # any failure: the others are still measured, and the report states the reason
-        return None, {**row, "reason": failure_text(error)}
-    if faults:
-        return None, {**row, "reason": f"wrong result, not timed: {'; '.join(faults)}"}
-    return contender, {**row, "memory": memory}
+        row["reason"] = f"{NOT_HERE}: {error}"
+    # Whatever fails: the others are still measured, and the report states the reason.
+    except Exception as error:
+        row["reason"] = failure_text(error)
+    return None, row
 
 
 def resident_peak(function: Callable[[], object]) -> int | None:

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import ACTIVATIONS, MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
-from mpoe_bench.contender import Comparison, Contender, Truth, dtype_name, gradients_of, size_facts
+from mpoe_bench.cases import dtype_name
+from mpoe_bench.contender import Comparison, Contender, Truth, gradients_of, size_facts
 from mpoe_bench.peers import GRANITE, ORIGINAL, PEERS, GraniteLayer, OriginalLayer
 from mpoe_kernels import plan_contraction
 
@@ -335,12 +336,8 @@ def layers_comparison(
 def traced(run: Callable[[], object], folder: Path, name: str) -> None:
     """Print the kernels of a call by their time, and write its trace, which Chrome and Perfetto
     open."""
-    activities = [ProfilerActivity.CPU]
-    order = "self_cpu_time_total"
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-        order = "self_cuda_time_total"
-    with profile(activities=activities) as record:
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    with profile() as record:
         run()
     print(record.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=48))
     folder.mkdir(parents=True, exist_ok=True)

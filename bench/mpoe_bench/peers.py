@@ -126,13 +126,10 @@ class OriginalLayer(nn.Module):
 
     def weights(self, module: Any) -> list[Tensor]:
         """Of every expert, as in nn.Linear."""
-        cores: list[Sequence[Tensor]] = []
-        for number, name in enumerate(module.core_names()):
-            core = module.get_parameter(name)
-            if number == module.shape.central:
-                cores.append([core] * self.layer.num_experts)
-            else:
-                cores.append(core.unbind(0))
+        cores = []
+        for core in module.cores():
+            is_shared = core.dim() == 4
+            cores.append([core] * self.layer.num_experts if is_shared else core.unbind(0))
         return [rebuilt(chain, module.shape).T for chain in zip(*cores, strict=True)]
 
 

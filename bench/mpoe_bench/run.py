@@ -12,9 +12,11 @@ import io
 import math
 import os
 import pkgutil
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +31,7 @@ from mpoe_bench.contender import (
     CaptureError,
     Checked,
     Comparison,
+    Named,
     checked,
     failure_text,
     graphed,
@@ -127,7 +130,6 @@ class Run:
         self.deadline = time.monotonic() + 60 * (self.minutes or math.inf)
         self.sections: list[dict[str, Any]] = []
         self.skipped = []
-        self._comparison = None
         self._context = None
         # The baseline, and one more.
         self._held: dict[str, Checked] = {}
@@ -143,38 +145,33 @@ class Run:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test per contender and phase; and per case, phase and backend whose choice is
         judged."""
+        names = ("comparison", "contender", "phase")
         parameters = []
-        if "comparison" in metafunc.fixturenames:
-            for comparison in Plan(self.sizes, self.device, self.backends).of(self.suite):
-                for name, phase in self.timed(comparison):
-                    label = f"{comparison.title}-{name}-{phase}"
-                    parameters.append(pytest.param(comparison, name, phase, id=label))
-            metafunc.parametrize(("comparison", "name", "phase"), parameters)
-        elif "case" in metafunc.fixturenames:
+        if "case" in metafunc.fixturenames:
+            names = ("backend", "case", "phase")
             judged = judged_of(self.sizes, self.backends) if self.suite == "planner" else []
             for backend, case in judged:
-                phases = ["forward"]
-                if case.training:
-                    phases.append("backward")
+                phases = ("forward", "backward") if case.training else ("forward",)
                 for phase in phases:
                     label = f"{case.name}-{backend}-{phase}"
                     parameters.append(pytest.param(backend, case, phase, id=label))
-            metafunc.parametrize(("backend", "case", "phase"), parameters)
+        else:
+            for comparison in Plan(self.sizes, self.device, self.backends).of(self.suite):
+                for contender, phase in self.timed(comparison):
+                    label = f"{comparison.title}-{contender[0]}-{phase}"
+                    parameters.append(pytest.param(comparison, contender, phase, id=label))
+        metafunc.parametrize(names, parameters)
 
-    def timed(self, comparison: Comparison) -> Iterator[tuple[str, str]]:
+    def timed(self, comparison: Comparison) -> Iterator[tuple[Named, str]]:
         """Contenders and phases of a comparison; none if there is nobody beside the dense layer."""
-        baseline, *others = [name for name, *_ in comparison.contenders]
+        baseline, *others = comparison.contenders
         words = self.only.split(",")
-        named = [name for name in others if any(word in name for word in words)]
-        phases = list(comparison.phases)
-        if self.device == "cuda" and "forward" in phases:
+        chosen = [other for other in others if any(word in other[0] for word in words)]
+        phases = [phase for phase in comparison.phases if phase in self.phases]
+        if self.device == "cuda" and "graph" in self.phases and "forward" in comparison.phases:
             phases.append("graph")
-        if not named:
-            return
-        for name in (baseline, *named):
-            for phase in phases:
-                if phase in self.phases:
-                    yield name, phase
+        if chosen:
+            yield from product((baseline, *chosen), phases)
 
     @pytest.fixture
     def bench_run(self) -> "Run":
@@ -201,8 +198,7 @@ class Run:
         return last
 
     def finish(self) -> None:
-        """The last section is complete."""
-        self._comparison = None
+        """The last section is complete; its tensors are let go."""
         self._context = None
         self._held = {}
         last = self.sections[-1] if self.sections else {}
@@ -210,16 +206,14 @@ class Run:
             last["seconds"] = time.monotonic() - last.pop("began")
             self.on_section(last)
 
-    def _checked(self, comparison: Comparison, name: str) -> Checked:
+    def _checked(self, comparison: Comparison, contender: Named) -> Checked:
         """A contender and its row, checked once; the tensors of earlier ones are let go."""
-        baseline = comparison.contenders[0][0]
-        if comparison is not self._comparison:
-            self._comparison = comparison
+        name, kind, build = contender
+        if self._context is None:
             self._context = comparison.context()
-            self._held = {}
         if name not in self._held:
+            baseline = comparison.contenders[0][0]
             self._held = {key: value for key, value in self._held.items() if key == baseline}
-            (kind, build), *_ = [rest for other, *rest in comparison.contenders if other == name]
             if time.monotonic() > self.deadline:
                 row = {"name": name, "kind": kind, "reason": f"{NOT_HERE}: the time was up"}
                 self._held[name] = None, row
@@ -227,22 +221,22 @@ class Run:
                 self._held[name] = checked(name, kind, build, self._context, self.device)
         return self._held[name]
 
-    def measure(self, benchmark: Any, comparison: Comparison, name: str, phase: str) -> None:
+    def measure(self, benchmark: Any, comparison: Comparison, named: Named, phase: str) -> None:
         """Check a contender and time one phase; skips one that is not here, fails if a result of
         ours is wrong."""
-        baseline = comparison.contenders[0][0]
+        first = comparison.contenders[0]
         facts = dict(comparison.facts)
-        section = self.section(comparison.title, key=comparison.key, baseline=baseline, case=facts)
-        contender, row = self._checked(comparison, name)
+        section = self.section(comparison.title, key=comparison.key, baseline=first[0], case=facts)
+        contender, row = self._checked(comparison, named)
         if row not in section["rows"]:
             section["rows"].append(row)
         if contender is None:
             if row["kind"] == "peer" or row["reason"].startswith(NOT_HERE):
                 pytest.skip(row["reason"])
             pytest.fail(row["reason"])
-        base, of_base = self._checked(comparison, baseline)
+        base, of_base = self._checked(comparison, first)
         if base is None:
-            pytest.fail(f"the baseline {baseline!r} cannot be measured: {of_base['reason']}")
+            pytest.fail(f"the baseline {first[0]!r} cannot be measured: {of_base['reason']}")
         call = "forward" if phase == "graph" else phase
         functions = {"contender": contender.call(call)}
         if contender is not base:
@@ -262,7 +256,7 @@ class Run:
         contender.release()
         base.release()
         benchmark.group = f"{comparison.title}, {phase}"
-        benchmark.name = name
+        benchmark.name = named[0]
         for key in ("errors", "memory", "parameters", "floor"):
             benchmark.extra_info[key] = row.get(key)
         if benchmark.stats is not None:  # None with --benchmark-disable
@@ -362,13 +356,11 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
     machine = describe(run.device, run.threads)
     start = time.perf_counter()
     before = torch.get_num_threads()
-    clean = dict(os.environ)
-    for name in os.environ:
-        if name.startswith("PYTEST_"):
-            del clean[name]
     torch.set_num_threads(run.threads)
     try:
-        with patch.dict(os.environ, clean, clear=True), contextlib.redirect_stdout(printed):
+        with patch.dict(os.environ), contextlib.redirect_stdout(printed):
+            for name in filter(re.compile("PYTEST_").match, list(os.environ)):
+                del os.environ[name]
             code = pytest.main(words, plugins=[run])
     finally:
         torch.set_num_threads(before)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpoe_bench.cases import Workload, expert_choice, random_blocks
-from mpoe_bench.contender import Comparison
+from mpoe_bench.contender import Comparison, Named
 from mpoe_bench.run import Run, in_turn
 from mpoe_kernels import BackendError, available_backends, grouped_mpo_linear, route
 from mpoe_kernels.backends import AUTO, Candidate
@@ -29,9 +29,9 @@ MOST_FLOPS = 5.0  # strategies of more than this many times the fewest FLOPs are
 
 
 def test_speed(
-    benchmark: Any, bench_run: Run, comparison: Comparison, name: str, phase: str
+    benchmark: Any, bench_run: Run, comparison: Comparison, contender: Named, phase: str
 ) -> None:
-    bench_run.measure(benchmark, comparison, name, phase)
+    bench_run.measure(benchmark, comparison, contender, phase)
 
 
 def problem_of(case: Workload, backend: str, phase: str) -> Problem:

@@ -196,10 +196,10 @@ def test_sizes_of_the_study_of_neurons():
     assert found["hidden"].weights / dense.weights == pytest.approx(1 + 32 * 8 / 48)
     assert found["flops"].flops == pytest.approx(found["neurons"].flops, rel=0.02)
     assert found["large"].parameters == pytest.approx(found["neurons"].parameters, rel=0.01)
-    spent = 0.25 * dense.whole + 0.75 * found["neurons"].whole
+    spent = 0.25 * dense.whole_flops + 0.75 * found["neurons"].whole_flops
     assert steps_of(study, "large_budget", Corner(48, 1600)) * found[
         "large"
-    ].whole == pytest.approx(1600 * spent, rel=0.002)
+    ].whole_flops == pytest.approx(1600 * spent, rel=0.002)
     assert steps_of(study, "neurons", Corner(48, 1600)) == 1600
 
 
@@ -212,7 +212,7 @@ def test_deeper_models_have_corners_of_their_own():
     two, four = (costs(study, "neurons", 48, layers) for layers in (2, 4))
     assert (two.weights, two.flops) == (four.weights, four.flops)
     head = 48 * arms.VOCABULARY
-    assert four.whole - head == 2 * (two.whole - head)
+    assert four.whole_flops - head == 2 * (two.whole_flops - head)
 
 
 def test_a_stage_names_its_layers_and_rates_are_chosen_with_two(study_file, data):

@@ -75,13 +75,14 @@ class Costs(NamedTuple):
         weights: matrices of the dense network and the experts; ``parameters``: biases and the
             router too.
         flops: multiply-adds of a token in the layer, router in.
-        whole: of a token in the whole model, head in; attention sees half of a block on average.
+        whole_flops: of a token in the whole model, head in; attention sees half of a block on
+            average.
     """
 
     weights: int
     parameters: int
     flops: float
-    whole: float
+    whole_flops: float
 
 
 def costs(study: Study, key: str, model: int, layers: int = LAYERS) -> Costs:
@@ -137,11 +138,11 @@ def steps_of(study: Study, key: str, corner: Corner) -> int:
     layers = corner.layers
     other = study.arms[arm.budget_of]
     hidden = dense_hidden(study, arm.budget_of, model)
-    mixture = costs(study, arm.budget_of, model, layers).whole
-    before = costs_of(Arm(""), model, hidden, layers).whole
+    mixture = costs(study, arm.budget_of, model, layers).whole_flops
+    before = costs_of(Arm(""), model, hidden, layers).whole_flops
     until = other.dense_until if other.experts else 1.0
     spent = until * before + (1 - until) * mixture
-    return round(corner.steps * spent / costs(study, key, model, layers).whole)
+    return round(corner.steps * spent / costs(study, key, model, layers).whole_flops)
 
 
 WARMUP = 0.05  # share of the steps
@@ -280,16 +281,14 @@ def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) ->
     test = evaluate(model, data["test"])
     mixture = costs(study, run.arm, size, run.corner.layers)
     dense = costs(study, study.reference, size, run.corner.layers)
+    pairs = zip(Costs._fields, mixture, dense, strict=True)
     return {
         "validation": round(fmean(validation.values()), 5),
         "test": round(fmean(test.values()), 5),
         "parts": {domain: round(loss, 4) for domain, loss in test.items()},
         "hidden": dense_hidden(study, run.arm, size),
         "steps": steps_of(study, run.arm, run.corner),
-        "weights": round(mixture.weights / dense.weights, 3),
-        "parameters": round(mixture.parameters / dense.parameters, 3),
-        "flops": round(mixture.flops / dense.flops, 3),
-        "whole_flops": round(mixture.whole / dense.whole, 3),
+        **{name: round(cost / of_dense, 3) for name, cost, of_dense in pairs},
         "cpu_seconds": round(seconds, 1),
     }
 

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 # As csrc/bindings/linear.cpp numbers them.
 OPERANDS = ("L", "C", "R")
-COMPUTED = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def contraction_reasons(plan: Contraction) -> list[str]:
     """Why the native kernels cannot compute a contraction."""
-    if plan.dtype in COMPUTED:
+    if plan.dtype in DTYPES:
         return []
     return [f"it runs on float32 and bfloat16, not on {str(plan.dtype).removeprefix('torch.')}"]
 
@@ -72,13 +72,14 @@ class _Inputs(NamedTuple):
 
     Attributes:
         arguments: the first ones of its functions.
-        kept: x, left, central, right, the offsets and rows that they point to; the caller keeps
-            them until the library returns.
+        operands: x, left, central and right, to which the arguments point.
+        indices: the offsets and rows, likewise; the caller keeps both until the library returns.
         slots: N.
     """
 
     arguments: tuple[Any, ...]
-    kept: tuple[Any, ...]
+    operands: tuple[Tensor, Tensor, Tensor, Tensor]
+    indices: tuple[Tensor, Tensor | None]
     slots: int
 
 
@@ -87,13 +88,15 @@ def _inputs(call: LinearCall) -> _Inputs:
     left, central, right = dense_blocks(call)
     x = dense("x", call.x)
     offsets = dense("expert_offsets", call.expert_offsets)
+    tokens = len(x)
     rows = None
+    slots = tokens
     if call.row_index is not None:
         rows = dense_index("row_index", call.row_index)
-    tokens = len(x)
-    slots = tokens
-    if rows is not None:
         slots = len(rows)
+        if slots == 0:
+            # an empty tensor has address 0, which the library reads as "every slot its own row"
+            rows = rows.new_zeros(1)
     blocks = (left.data_ptr(), central.data_ptr(), right.data_ptr())
     arguments = (
         sizes,
@@ -105,11 +108,11 @@ def _inputs(call: LinearCall) -> _Inputs:
         offsets.data_ptr(),
         address(rows),
     )
-    return _Inputs(arguments, (x, left, central, right, offsets, rows), slots)
+    return _Inputs(arguments, (x, left, central, right), (offsets, rows), slots)
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """One candidate for every strategy; half_right is the half_left of a mirrored problem."""
+    """The kernels of the plan's strategy; half_right is the half_left of a mirrored problem."""
     run = linear_forward if plan.phase == "forward" else linear_backward
     return [Candidate("native", plan.strategy, plan.strategy, run)]
 
@@ -143,8 +146,7 @@ def linear_backward(call: BackwardCall) -> Backward:
         return mirrored_backward(call, linear_backward)
     inputs = _inputs(call)
     slots = inputs.slots
-    operands = inputs.kept[:4]
-    x = operands[0]
+    x = inputs.operands[0]
     grad = dense("grad", call.grad)
     h = saved = None
     if call.strategy == "separable":
@@ -154,7 +156,7 @@ def linear_backward(call: BackwardCall) -> Backward:
         saved = dense_like("saved", call.saved, tuple(grad.shape), grad.dtype)
     *needed, needs_bias = call.need
     results = []
-    for operand, need in zip(operands, needed, strict=True):
+    for operand, need in zip(inputs.operands, needed, strict=True):
         result = torch.empty_like(operand) if need else x.new_empty(0)
         results.append(result)
     results.append(x.new_empty(call.out_features if needs_bias else 0))

@@ -167,6 +167,16 @@ def test_blocks_and_pieces_of_native_kernels(size, dtype):
 
 
 @on_every_backend
+@pytest.mark.parametrize("name", ["paper", "separable"])
+def test_rows_that_no_slot_reads(backend, name):
+    shape = SMALL_SHAPES[name]
+    product = Product(shape, tokens=0, top_k=1, backend=backend)
+    product.x = torch.randn(3, shape.in_features)
+    for strategy in require_strategies(backend, shape, product.dtype):
+        product.check(strategy)
+
+
+@on_every_backend
 @pytest.mark.parametrize("order, dtype", pairwise(list(CHAIN_ORDERS), BOTH))
 def test_every_chain_order(backend, order, dtype):
     shape = MPOShape(*CHAIN_ORDERS[order], max_bond=5)

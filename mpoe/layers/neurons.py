@@ -1,4 +1,4 @@
-"""Experts of their own hidden neurons beside a dense feed-forward network, which stays as it is."""
+"""Experts that are extra hidden neurons beside a dense feed-forward network, which stays as it is."""
 
 from __future__ import annotations
 
@@ -109,10 +109,11 @@ class NeuronExperts(FromInitialValues):
             if name in ("down", "bias"):
                 values[name] = torch.zeros(parameter.shape, **options)
                 continue
-            # P gives every latent number the size of x / sqrt(I)
-            std = self.init_std * (self.in_features / parameter.shape[-1]) ** 0.5
             if name in self.shared:
                 std = parameter.shape[0] ** -0.5
+            else:
+                # P gives every latent number the size of x / sqrt(I)
+                std = self.init_std * (self.in_features / parameter.shape[-1]) ** 0.5
             values[name] = torch.randn(parameter.shape, **options) * std
         return values
 
@@ -127,9 +128,9 @@ class NeuronExperts(FromInitialValues):
             bias: ``[F]``, or ``None``.
             noise: relative to the weights' standard deviation.
         """
-        chosen = torch.randint(weights["up"].shape[1], (self.num_experts * self.neurons,)).to(
-            weights["up"].device
-        )
+        dense_neurons = weights["up"].shape[1]
+        chosen = torch.randint(dense_neurons, (self.num_experts * self.neurons,))
+        chosen = chosen.to(weights["up"].device)
         for name, weight in weights.items():
             parameter: nn.Parameter = getattr(self, name)
             parameter.copy_(weight.t()[chosen].view(parameter.shape))
@@ -161,7 +162,8 @@ class NeuronExperts(FromInitialValues):
         Returns the result, which is the same, or None with gradients, autocast, a compiler or
         another dtype of the tokens.
         """
-        parameters: Any = self._parameters  # as attributes, they would be looked for in vain before
+        # nn.Module finds an attribute last among its parameters, which decoding a token would feel
+        parameters: Any = self._parameters
         if x.dtype != parameters["down"].dtype or not router.can_gate_natively(
             x, token_mask, *parameters.values()
         ):
@@ -241,17 +243,18 @@ class NeuronFeedForward(KeptFeedForward):
         return NeuronExperts(*sizes, backend=config.backend, **options)
 
     def around(self, dense: nn.Module, projections: Mapping[str, nn.Module]) -> None:
-        """Become ``dense``, with the experts added. It must not be used any more.
+        """Become ``dense``, with the experts added; ``dense`` must not be used any more.
 
         ``projections``: by kind; those that are not in `names` are in other modules.
         """
         for name, value in vars(dense).items():
             entries = vars(self).get(name)
-            if isinstance(entries, dict) and isinstance(value, dict):
+            if isinstance(entries, (dict, set)):
                 entries.update(value)  # parameters, buffers, submodules, hooks
-            elif name not in vars(self) and name != "forward":
+            elif name not in vars(self) and name != "forward":  # somebody's patch would hide ours
                 setattr(self, name, value)
-        self.__class__ = _class_around(type(dense))  # type: ignore[assignment, arg-type]  # classes can be hashed
+        # the same object, so that references to it stay; a class, as key of a cache, can be hashed
+        self.__class__ = _class_around(type(dense))  # type: ignore[assignment, arg-type]
         self.adopt(projections)
 
     def forward(
@@ -295,7 +298,7 @@ class NeuronFeedForward(KeptFeedForward):
         return self.experts.shared
 
     def relative_flops(self, top_k: int) -> float:
-        """1 + k m / F; with a latent size 1 + l / F + k l m / (I F) (gated: 2 l / 3 F)."""
+        """1 + k m / F; with a latent size 1 + l / F + k l m / (I F) (gated: 2 l / (3 F))."""
         m, latent = self.experts.neurons, self.experts.latent
         if latent is None:
             return 1 + top_k * m / self.hidden_features
@@ -318,13 +321,14 @@ class NeuronFeedForward(KeptFeedForward):
 def without_experts(model: nn.Module) -> Iterator[None]:
     """Inside, a model with neurons beside its networks computes what the dense model does."""
     layers = [module for module in model.modules() if isinstance(module, NeuronFeedForward)]
+    before = [layer.adds_experts for layer in layers]
     try:
         for layer in layers:
             layer.adds_experts = False
         yield
     finally:
-        for layer in layers:
-            del layer.adds_experts
+        for layer, added in zip(layers, before, strict=True):
+            layer.adds_experts = added
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from mpoe.layers import (
     NeuronFeedForward,
     routing_context,
 )
+from mpoe.layers.neurons import without_experts
 from mpoe_kernels import MPOShape, neuron_experts
 from tests.assertions import refuses
 from tests.cases import either
@@ -128,11 +129,27 @@ def test_what_the_layer_has_itself_is_not_taken_from_the_dense_network():
     dense = Ending()
     dense.in_features, dense.note = 99, "of the dense network"
     dense.forward = lambda *_: None
+    dense.register_buffer("positions", torch.zeros(2), persistent=False)
     config = MPOEConfig(shape="neurons", num_experts=E, neurons=M)
     module = NeuronFeedForward(I, F, config, names={"down": "dense"}, adds_input=True)
     module.around(dense, {"up": nn.Linear(I, F), "down": dense.dense})
     assert (module.in_features, module.note) == (I, "of the dense network")
     assert "forward" not in vars(module)
+    assert "positions" in dict(module.named_buffers())
+    assert "positions" not in module.state_dict()
+
+
+def test_without_experts_may_be_nested():
+    module = layer()
+    x = torch.randn(4, I)
+    whole = module(x)
+    with without_experts(module):
+        alone = module(x)
+        with without_experts(module):
+            assert torch.equal(module(x), alone)
+        assert torch.equal(module(x), alone)
+    assert torch.equal(module(x), whole)
+    assert not torch.equal(alone, whole)
 
 
 def test_the_dense_networks_dropout_is_not_the_experts():

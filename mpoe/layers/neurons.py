@@ -1,4 +1,4 @@
-"""Experts that are extra hidden neurons beside a dense feed-forward network, which stays as it is."""
+"""Experts that are extra hidden neurons beside a dense feed-forward network, which stays."""
 
 from __future__ import annotations
 

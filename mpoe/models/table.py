@@ -6,11 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpoe.config.checks import check_fields, check_list, check_type, quoted
+from mpoe.config.checks import (
+    check_choice,
+    check_fields,
+    check_list,
+    check_number,
+    check_type,
+    quoted,
+)
 
 SEQ2SEQ = "seq2seq"
 CAUSAL = "causal"
 ENCODER = "encoder"
+STREAMS = ("main", "encoder", "decoder")
 # prefix of a converted model's `model_type` and of its class name
 TYPE_PREFIX = "mpoe_"
 CLASS_PREFIX = "MPOE"
@@ -55,7 +63,7 @@ class FFN:
         sums: name, inside the holder, of the module that ends a network that is not a module of its
             own: it holds ``down`` and is called with what ``up`` gave and the network's input,
             which it adds.
-        stream: the tokens that it processes: ``"main"``, ``"encoder"`` or ``"decoder"``.
+        stream: the tokens that it processes, one of `STREAMS`.
         activation: name of the activation between the projections, see `mpoe.layers.experts`; of a
             known family the model's configuration names it.
         dropout: rate between the projections; ``None`` = that of the model's configuration
@@ -84,10 +92,21 @@ class FFN:
         return {"up": self.up, "down": self.down, **gate, **dict.fromkeys(self.fused, self.up)}
 
     def settings(self, config: Any) -> dict[str, Any]:
-        """Activation and rates in a model of this configuration."""
+        """Activation and rates in a model of this configuration.
+
+        Raises:
+            ValueError: it lacks the field that ``output_dropout`` names.
+        """
         activations = ("dense_act_fn", "hidden_activation", "activation_function", "hidden_act")
         dropout = self.dropout
         last = self.output_dropout
+        if isinstance(last, str):
+            if not hasattr(config, last):
+                raise ValueError(
+                    "output_dropout must be a rate or a field of the model's configuration; got "
+                    f"{quoted(last)}"
+                )
+            last = getattr(config, last)
         if dropout is None:
             dropout = _of_any_name(
                 config, "activation_dropout", "mlp_dropout", "dropout_rate", default=0.0
@@ -95,7 +114,7 @@ class FFN:
         return {
             "activation": self.activation or _of_any_name(config, *activations),
             "dropout": float(dropout),
-            "output_dropout": float(getattr(config, last) if isinstance(last, str) else last),
+            "output_dropout": float(last),
         }
 
 
@@ -109,7 +128,7 @@ class Family:
     """Models that build their layers alike.
 
     Attributes:
-        models: Hugging Face `model_type`s of the dense models.
+        models: Hugging Face `model_type`s of the dense models, separated by spaces.
         style: how the command line trains and evaluates them: ``"seq2seq"``, ``"causal"`` or
             ``"encoder"``.
         ffn: their feed-forward networks; the first one that matches a module is used.
@@ -195,7 +214,8 @@ _FAMILIES = (
         CAUSAL,
         ffn=(
             FFN("layers.*.mlp", up="up_proj", gate_proj="gate_proj", down="down_proj"),
-            FFN("layers.*.mlp", up="gate_up_proj", down="down_proj", fused=_GATE_AND_UP),  # Phi-3
+            # Phi-3
+            FFN("layers.*.mlp", up="gate_up_proj", down="down_proj", fused=_GATE_AND_UP),
         ),
         attention=("layers.*.self_attn.{q,k,v,o,qkv}_proj",),
     ),
@@ -205,7 +225,8 @@ _FAMILIES = (
         ffn=(replace(_INTERMEDIATE, holder="encoder.layer.*", sums="output"),),
         attention=(
             "encoder.layer.*.{attention,crossattention}.{self.query,self.key,self.value,output.dense}",
-            "encoder.layer.*.attention.{self.query_proj,self.key_proj,self.value_proj}",  # DeBERTa
+            # DeBERTa
+            "encoder.layer.*.attention.{self.query_proj,self.key_proj,self.value_proj}",
         ),
         pooler="pooler.dense",
     ),
@@ -218,10 +239,8 @@ _FAMILIES = (
     Family(
         "vit",
         ENCODER,
-        ffn=(
-            FFN("{layer,layers}.*.mlp", up="fc1", down="fc2"),
-            _INTERMEDIATE,
-        ),  # newer and older versions
+        # of newer and of older versions of Transformers
+        ffn=(FFN("{layer,layers}.*.mlp", up="fc1", down="fc2"), _INTERMEDIATE),
         attention=(
             "{layer,layers}.*.attention.{q_proj,k_proj,v_proj,o_proj,out_proj}",
             "{layer,layers}.*.attention.{attention.query,attention.key,attention.value,output.dense}",
@@ -256,10 +275,11 @@ def family_for(sites: Mapping[str, Any] | None, model_type: str) -> Family:
     """The family that checked ``sites`` describe, or that of ``model_type`` if they are None."""
     if sites is None:
         return TABLE[model_type]
-    values: dict = {
-        n: tuple(value) if isinstance(value, list) else value for n, value in sites.items()
-    }
-    return Family(model_type, CAUSAL, (FFN(**{"dropout": 0.0, **values}),))
+    values: dict[str, Any] = {"dropout": 0.0}
+    for name, value in sites.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    # `style` is the command line's alone, which takes no sites
+    return Family(model_type, CAUSAL, (FFN(**values),))
 
 
 def checked_sites(sites: Any) -> dict[str, Any]:
@@ -267,20 +287,29 @@ def checked_sites(sites: Any) -> dict[str, Any]:
 
     Raises:
         TypeError: not a mapping, or fields of other types.
-        ValueError: an unknown field, a holder without ``*``.
+        ValueError: an unknown field, a missing one, a holder without ``*``, an unknown stream, a
+            rate outside 0 to 1.
     """
     check_type("sites", sites, Mapping, "a mapping with 'holder', 'up', 'down', 'activation'")
     check_fields(FFN, sites, "sites")
+    for name in ("holder", "up", "down", "gate_proj", "place", "sums", "stream", "activation"):
+        if sites.get(name) is not None:
+            check_type(f"sites[{name!r}]", sites[name], str, "a name")
+    for name in ("fused", "emptied", "zeroed"):
+        check_list(f"sites[{name!r}]", sites.get(name, ()), "names")
+        for place, value in enumerate(sites.get(name, ())):
+            check_type(f"sites[{name!r}][{place}]", value, str, "a name")
+    for name in ("dropout", "output_dropout"):
+        is_field = name == "output_dropout" and isinstance(sites.get(name), str)
+        if sites.get(name) is not None and not is_field:
+            check_number(f"sites[{name!r}]", sites[name], 0, 1)
+    check_choice("sites['stream']", sites.get("stream", "main"), STREAMS)
     missing = [name for name in ("holder", "up", "down", "activation") if not sites.get(name)]
     if missing:
         raise ValueError(
             f"sites must name 'holder', 'up', 'down' and 'activation'; {', '.join(missing)} is "
             "missing"
         )
-    for name in ("holder", "up", "down", "gate_proj", "place", "sums", "stream"):
-        check_type(f"sites[{name!r}]", sites.get(name) or "", str, "a name")
-    for name in ("fused", "emptied", "zeroed"):
-        check_list(f"sites[{name!r}]", sites.get(name, ()), "names")
     if "*" not in sites["holder"]:
         raise ValueError(
             f"sites['holder'] must hold a * for the number of the layer; got {sites['holder']!r}"

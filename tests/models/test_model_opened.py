@@ -256,6 +256,36 @@ def test_sites_with_fused_projections_and_parts_left_empty():
             ValueError,
             "must hold a * for the number of the layer; got 'mlp'",
         ),
+        (
+            {**LLAMA_SITES, "gate_proj": 0},
+            TypeError,
+            "sites['gate_proj'] must be a name; got int 0",
+        ),
+        (
+            {**LLAMA_SITES, "zeroed": ["p", 1]},
+            TypeError,
+            "sites['zeroed'][1] must be a name; got int 1",
+        ),
+        (
+            {**LLAMA_SITES, "dropout": "x"},
+            TypeError,
+            "sites['dropout'] must be a number; got str 'x'",
+        ),
+        (
+            {**LLAMA_SITES, "output_dropout": 2},
+            ValueError,
+            "sites['output_dropout'] must be at least 0 and at most 1; got 2",
+        ),
+        (
+            {**LLAMA_SITES, "output_dropout": "p_drop"},
+            ValueError,
+            "output_dropout must be a rate or a field of the model's configuration; got 'p_drop'",
+        ),
+        (
+            {**LLAMA_SITES, "stream": "other"},
+            ValueError,
+            "sites['stream'] must be one of 'main', 'encoder', 'decoder'; got 'other'",
+        ),
         ({**LLAMA_SITES, "activation": "silo"}, ValueError, "did you mean 'silu'"),
         (
             {**LLAMA_SITES, "holder": "blocks.*.mlp"},

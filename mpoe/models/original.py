@@ -36,21 +36,21 @@ from mpoe.models.walk import mpo_modules
 from mpoe.models.weight_files import first_line
 from mpoe_kernels import MPOShape, reconstruct
 
-CENTRAL = 2  # of five cores, always
+NUM_CORES = 5
+CENTRAL = 2
 _LAYER = r"(?P<layer>(?:encoder|decoder)\.block\.\d+\.layer\.\d+)"
 _CORE = r"_mpo(?:\.tensor_set)?\.(?P<core>\d+)"
-_EXPERTS = re.compile(
-    rf"{_LAYER}\.(?:sffn\.experts\.(?P<expert>\d+)|moe_layer\.experts|DenseReluDense)\.(?P<kind>w[io12]){_CORE}"
-)
+_OWNER = r"(?:sffn\.experts\.(?P<expert>\d+)|moe_layer\.experts|DenseReluDense)"
+_EXPERTS = re.compile(rf"{_LAYER}\.{_OWNER}\.(?P<kind>w[io12]){_CORE}")
 _LINEAR = re.compile(
     rf"(?P<name>{_LAYER}\.(?:SelfAttention|EncDecAttention)\.[qkvo]|shared){_CORE}"
 )
 _ROUTER = re.compile(rf"{_LAYER}\.(?:sffn\.switch\.weight|moe_layer\.gate\.w_gating)")
 _BIAS = re.compile(rf"{_LAYER}\.(?:sffn\.switch\.bias|moe_layer\.experts\.b[12])")
-# the same table again, under the names of modules that share it; matrices that cores came from
-_COPIES = re.compile(
-    rf"(?:(?:encoder|decoder)\.embed_tokens|lm_head_mpo)\.tensor_set\.\d+|{_LAYER}\.moe_layer\.experts\.w[12]"
-)
+# the embedding again, under the names of modules that share it
+_TABLE_COPY = r"(?:(?:encoder|decoder)\.embed_tokens|lm_head_mpo)\.tensor_set\.\d+"
+_DECOMPOSED = rf"{_LAYER}\.moe_layer\.experts\.w[12]"  # matrices that cores came from
+_COPIES = re.compile(rf"{_TABLE_COPY}|{_DECOMPOSED}")
 _KINDS = {"wi": "up", "w1": "up", "wo": "down", "w2": "down"}
 
 
@@ -69,15 +69,18 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             raise ValueError(
                 f"source must hold tensors and nothing else; {path}: {first_line(error)}"
             ) from error
-    values = tensors.values() if isinstance(tensors, Mapping) else [tensors]
-    if not all(isinstance(value, Tensor) for value in values):
+    is_state = isinstance(tensors, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    )
+    if not is_state:
         raise ValueError("source must map names to tensors; it holds something else")
     return tensors
 
 
-def _in_our_order(key: str, core: Tensor) -> Tensor:
-    if core.dim() not in (4, 5):
-        raise ValueError(f"{key} must be a core [d, out, in, d']; got {list(core.shape)}")
+def _in_our_order(key: str, core: Tensor, of_all_experts: bool = False) -> Tensor:
+    axes = "[E, d, out, in, d']" if of_all_experts else "[d, out, in, d']"
+    if core.dim() != 4 + of_all_experts:
+        raise ValueError(f"{key} must be a core {axes}; got {list(core.shape)}")
     return core.transpose(-2, -3)
 
 
@@ -94,6 +97,7 @@ class _Checkpoint:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.moe_type = "none"
+        self._has_experts = False
         self.num_experts = 1
         self.lost: list[str] = []
         self.chains: dict[str, dict[int, Tensor]] = defaultdict(dict)
@@ -121,18 +125,29 @@ class _Checkpoint:
     def _take_experts(self, key: str, match: re.Match, tensor: Tensor) -> None:
         name = f"{match['layer']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
         index = int(match["core"])
-        core = _in_our_order(key, tensor)
         if match["expert"]:
-            self.moe_type = "switch"
+            self._set_moe_type("switch")
             expert = int(match["expert"])
             self.num_experts = max(self.num_experts, expert + 1)
-            self._by_expert[name, index][expert] = core
-            return
-        if ".moe_layer." in key:
-            self.moe_type = "moe"
+            self._by_expert[name, index][expert] = _in_our_order(key, tensor)
+        elif ".moe_layer." in key:
+            self._set_moe_type("moe")
+            core = _in_our_order(key, tensor, of_all_experts=index != CENTRAL)
             if index != CENTRAL:
                 self.num_experts = max(self.num_experts, len(core))
-        self.chains[name][index] = core
+            self.chains[name][index] = core
+        else:
+            self._set_moe_type("none")
+            self.chains[name][index] = _in_our_order(key, tensor)
+
+    def _set_moe_type(self, moe_type: str) -> None:
+        if self._has_experts and moe_type != self.moe_type:
+            raise ValueError(
+                f"the checkpoint must be of one moe_type; it holds experts of {self.moe_type!r} "
+                f"and of {moe_type!r}"
+            )
+        self._has_experts = True
+        self.moe_type = moe_type
 
     def _joined(self, name: str, index: int, cores: Mapping[int, Tensor]) -> Tensor:
         """The experts' cores as one tensor; the central one, which they share, as it is."""
@@ -151,11 +166,12 @@ class _Checkpoint:
         """Shape of the chain for a weight ``[in, out]``, with factors and bonds read from the
         cores."""
         chain = self.chains.get(name, {})
-        if len(chain) <= CENTRAL or sorted(chain) != list(range(len(chain))):
+        if sorted(chain) != list(range(NUM_CORES)):
             raise ValueError(
                 f"the checkpoint must hold every core of {name}; it has {sorted(chain)}"
             )
-        left, ins, outs, _ = zip(*(chain[k].shape[-4:] for k in range(len(chain))), strict=True)
+        sizes = [chain[index].shape[-4:] for index in range(NUM_CORES)]
+        left, ins, outs, _ = zip(*sizes, strict=True)
         return MPOShape(ins, outs, left[1:], CENTRAL, *weight.shape)
 
     def config(self, base: Any) -> MPOEConfig:
@@ -237,9 +253,9 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
             raise ValueError(
                 f"the checkpoint holds {name!r}, which a T5 with these MPO layers has not"
             )
-    missing = [name for name in missing if name.endswith(".router.weight")]
-    if missing:
-        raise ValueError(f"the checkpoint must hold every router; missing {missing[:3]}")
+    routers = [name for name in missing if name.endswith(".router.weight")]
+    if routers:
+        raise ValueError(f"the checkpoint must hold every router; missing {routers[:3]}")
     adopt_class(model, converted_class(base), config)
     if lost := checkpoint.lost:
         warnings.warn(

@@ -414,11 +414,12 @@ def test_import_reproduces_the_matrices(moe_type, components, tmp_path):
 def test_matrices_that_the_cores_came_from_are_ignored():
     base = dense_model("t5")
     state, matrices = original_checkpoint(base, "moe")
-    name = next(iter(matrices))
-    state[f"{name.partition('.DenseReluDense')[0]}.moe_layer.experts.w1"] = torch.zeros(
-        EXPERTS, 24, 48
-    )
+    experts = f"{next(iter(matrices)).partition('.DenseReluDense')[0]}.moe_layer.experts"
+    state[f"{experts}.w1"] = torch.zeros(EXPERTS, 24, 48)
     assert import_original(state, base).mpoe_config.expert_type == "mpo"
+    state[f"{experts}.w1_mpo.0"] = torch.ones(1, 4, 3, 6)
+    words = r"w1_mpo\.0 must be a core \[E, d, out, in, d'\]; got \[1, 4, 3, 6\]"
+    refuses(ValueError, words, import_original, state, base)
 
 
 def broken(change):
@@ -429,7 +430,8 @@ def broken(change):
 
 
 PREFIX = "encoder.block.0.layer.1.sffn"
-ABSENT = "encoder.block.9.layer.1.DenseReluDense"
+MOE = "encoder.block.1.layer.1.moe_layer.experts"
+ABSENT = "encoder.block.9.layer.1"
 
 
 @pytest.mark.parametrize(
@@ -455,12 +457,17 @@ ABSENT = "encoder.block.9.layer.1.DenseReluDense"
             "must hold every router",
         ),
         (
-            lambda s: s.update({f"{ABSENT}.wi_mpo.0": torch.ones(1)}),
-            f"{ABSENT}.wi_mpo.0 must be a core [d, out, in, d']; got [1]",
+            lambda s: s.update({f"{PREFIX}.experts.0.wi_mpo.0": torch.ones(1)}),
+            f"{PREFIX}.experts.0.wi_mpo.0 must be a core [d, out, in, d']; got [1]",
         ),
         (
-            lambda s: s.update({f"{ABSENT}.wi_mpo.0": torch.ones(1, 1, 1, 1)}),
-            f"cores of '{ABSENT}.experts.up', which base does not have",
+            lambda s: s.update(
+                {
+                    f"{ABSENT}.sffn.experts.{e}.wi_mpo.0": torch.ones(1, 1, 1, 1)
+                    for e in range(EXPERTS)
+                }
+            ),
+            f"cores of '{ABSENT}.DenseReluDense.experts.up', which base does not have",
         ),
         (
             lambda s: s.update({f"{PREFIX}.switch.weight": torch.zeros(2, 24)}),
@@ -476,6 +483,15 @@ ABSENT = "encoder.block.9.layer.1.DenseReluDense"
             "must hold every core of encoder.block.0",
         ),
         (lambda s: [s.pop(k) for k in list(s) if "_mpo." in k], "holds no MPO cores"),
+        (
+            lambda s: [s.pop(k) for k in list(s) if "experts" in k and "tensor_set.4" in k],
+            "it has [0, 1, 2, 3]",
+        ),
+        (
+            lambda s: s.update({f"{MOE}.w1_mpo.0": torch.ones(1, 1, 1, 1)}),
+            "one moe_type; it holds experts of 'switch' and of 'moe'",
+        ),
+        (lambda s: s.update({0: torch.ones(1)}), "must map names to tensors"),
     ],
 )
 def test_checkpoints_that_do_not_fit(change, words):

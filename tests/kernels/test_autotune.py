@@ -1,4 +1,9 @@
-"""The choice by one timing: what is timed, what it depends on, and where nothing is timed."""
+"""The choice by one timing: what is timed, what it depends on, and where nothing is timed.
+
+The fixture `seconds` (conftest.py) replaces the clock and the CPU's backends. ``first``, the
+preferred stand-in, takes 2 ms and ``second`` 1 ms for the best strategy, and 1 ms more for the
+second-ranked one. So a timing chooses ``second``, and the ranking alone ``first``.
+"""
 
 import json
 from dataclasses import replace
@@ -19,9 +24,36 @@ from tests.assertions import in_threads, refuses, torch_threads
 from tests.cases import SMALL_SHAPES, either, named_cases
 
 LINEAR = "grouped_mpo_linear"
-DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
+DIMS = BlockDims(
+    iL=8, jL=8, a=64, iC=12, jC=48, b=64, iR=8, jR=8, in_features=768, out_features=3072
+)
+PROBLEM = Problem(LINEAR, DIMS, num_experts=8, slots=64, dtype=torch.float32, device="cpu")
 pytestmark = pytest.mark.usefixtures("empty_cache")
-PROBLEM = Problem(LINEAR, DIMS, 8, 64, torch.float32, "cpu")
+
+
+def resolved():
+    """Backend and strategy of what runs."""
+    candidate = resolve_contraction(PROBLEM)
+    return candidate.backend, candidate.strategy
+
+
+def first_ranked():
+    """What runs where nothing is timed: the best strategy with the preferred backend."""
+    return "first", PROBLEM.rounded().plans()[0].strategy
+
+
+@pytest.fixture
+def counted_timings(seconds, monkeypatch):
+    """Of every timing of stand-ins, the number of candidates."""
+    counts = []
+    time_stand_ins = autotune._seconds
+
+    def counted(runs, device):
+        counts.append(len(runs))
+        return time_stand_ins(runs, device)
+
+    monkeypatch.setattr(autotune, "_seconds", counted)
+    return counts
 
 
 def test_the_fastest_is_kept(seconds, empty_cache):
@@ -90,31 +122,23 @@ def test_another_machine_is_another_choice(owner, name, value, monkeypatch):
     assert len(choices()) == 2
 
 
-def ranked():
-    candidate = resolve_contraction(PROBLEM)
-    return candidate.backend, candidate.strategy
-
-
-def first_of():
-    return "first", PROBLEM.rounded().plans()[0].strategy
-
-
 def test_the_setting_turns_timing_off(seconds, monkeypatch):
     monkeypatch.setenv("MPOE_AUTOTUNE", "0")
-    kept.add_choices({autotune._key(PROBLEM): f"second {first_of()[1]}"})
-    assert ranked() == first_of(), "the file does not count either"
-    assert list(choices().values()) == [" ".join(first_of())], "what ran is told, for a resumed run"
+    kept.add_choices({autotune._key(PROBLEM): f"second {first_ranked()[1]}"})
+    assert resolved() == first_ranked(), "the file does not count either"
+    ran = " ".join(first_ranked())
+    assert list(choices().values()) == [ran], "a resumed run needs to know it"
 
 
 def test_deterministic_programs_rank_alone(seconds):
-    assert ranked()[0] == "second"
-    adopt({autotune._key(PROBLEM): f"second {first_of()[1]}"})
+    assert resolved()[0] == "second"
+    adopt({autotune._key(PROBLEM): f"second {first_ranked()[1]}"})
     torch.use_deterministic_algorithms(True)
     try:
-        assert ranked() == first_of()
+        assert resolved() == first_ranked()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert ranked()[0] == "second"
+    assert resolved()[0] == "second"
 
 
 @pytest.mark.usefixtures("seconds")
@@ -129,39 +153,38 @@ def test_under_capture_and_tracing_nothing_is_timed(conditions, monkeypatch):
     with monkeypatch.context() as patched:
         for condition in conditions:
             patched.setattr(condition, lambda: True)
-        assert ranked() == first_of()
+        assert resolved() == first_ranked()
         assert choices() == {}
-    assert ranked()[0] == "second", "and nothing of it is remembered"
+    assert resolved()[0] == "second", "and nothing of it is remembered"
 
 
 def test_several_ranks_rank_alone_or_take_what_was_adopted(seconds, monkeypatch):
-    assert ranked()[0] == "second"
-    told = choices()
+    assert resolved()[0] == "second"
+    made = choices()
     monkeypatch.setattr(timing, "has_ranks", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert ranked() == first_of(), "what one rank timed before does not count"
+    assert resolved() == first_ranked(), "what one rank timed before does not count"
     monkeypatch.setattr(autotune, "processor_name", lambda: "another rank's")
-    adopt(told)
-    assert ranked()[0] == "second", "ranks on unlike machines agree"
+    adopt(made)
+    assert resolved()[0] == "second", "ranks on unlike machines agree"
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     autotune.forget()
-    seconds["second"] = 0.0005
-    assert ranked()[0] == "second", "one rank times"
+    assert resolved()[0] == "second", "one rank times"
 
 
 def test_adopted_choices_come_before_timing(seconds, empty_cache):
-    assert ranked()[0] == "second"
-    told = choices()
+    assert resolved()[0] == "second"
+    made = choices()
     autotune.forget()
     empty_cache.unlink()
     seconds["second"] = 3.0
-    adopt(told)
-    assert choices() == told
-    assert ranked()[0] == "second"
+    adopt(made)
+    assert choices() == made
+    assert resolved()[0] == "second"
     autotune.forget()
-    adopt(dict.fromkeys(told, "abacus chain") | {"unknown": "native chain"})
-    assert ranked()[0] == "first", "one that cannot run here is timed again"
-    assert set(choices()) == {*told, "unknown"}
+    adopt(dict.fromkeys(made, "abacus chain") | {"unknown": "native chain"})
+    assert resolved()[0] == "first", "one that cannot run here is timed again"
+    assert set(choices()) == {*made, "unknown"}
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["a"], {"a": 1}, {1: "a"}], ids=str)
@@ -176,32 +199,42 @@ def test_what_fails_when_it_is_timed_does_not_run():
 
 
 @pytest.mark.parametrize("threads, clock", [(1, "thread_time"), (2, "perf_counter")])
-@pytest.mark.parametrize(
-    "takes, calls", [((1, 2, 3), (21, 21, 1)), ((40, 41), (4, 4)), ((300, 301), (2, 2))]
+@named_cases(
+    "milliseconds, calls",
+    {
+        # Once and in all 20 rounds, which take 60 ms; 3 ms are hopeless beside 1 ms.
+        "all rounds, and one that is hopeless": ((1, 2, 3), (21, 21, 1)),
+        # Two rounds take 162 ms, which is less than 200 ms, so a third one follows.
+        "until 200 ms are spent": ((40, 41), (4, 4)),
+        "one round is enough": ((300, 301), (2, 2)),
+    },
 )
-def test_how_often_candidates_are_timed(takes, calls, threads, clock, monkeypatch):
-    """Once, then in turn for 20 rounds or 200 ms together: of 40 and 41 ms three times more, as
-    two rounds take 162 ms. One of 3 ms is hopeless beside one of 1 ms."""
+def test_how_often_candidates_are_timed(milliseconds, calls, threads, clock, monkeypatch):
+    """Once each, then in turn for 20 rounds or 200 ms of all together."""
     ran = []
     monkeypatch.setattr(autotune, "time", SimpleNamespace(**{clock: lambda: sum(ran) / 1000}))
     with torch_threads(threads):
-        seconds = autotune._seconds([partial(ran.append, took) for took in takes], "cpu")
-    assert seconds == pytest.approx([took / 1000 for took in takes])
-    assert tuple(map(ran.count, takes)) == calls
+        seconds = autotune._seconds([partial(ran.append, took) for took in milliseconds], "cpu")
+    assert seconds == pytest.approx([took / 1000 for took in milliseconds])
+    assert tuple(map(ran.count, milliseconds)) == calls
 
 
-@pytest.mark.parametrize(
+@named_cases(
     "rows, share, of_one_thread, of_two",
-    [
-        (256, 1, (8, 64), (8, 64)),
-        (256, 0.25, (2, 16), (4, 32)),
-        (16, 1, (2, 16), (4, 32)),
-        (4, 1, (1, 4), (2, 8)),
-    ],
+    {
+        "all fit": (256, 1, (8, 64), (8, 64)),
+        # One thread may take 1/4 of the FLOPs, so of the experts and slots; two threads 2/4.
+        "too many FLOPs": (256, 0.25, (2, 16), (4, 32)),
+        # One thread may take 16 of the 64 rows, which is 1/4.
+        "too many rows": (16, 1, (2, 16), (4, 32)),
+        # 4 of the 64 rows are those of half an expert. One is taken all the same, with 4 of its 8
+        # slots. Two threads may take 8 rows, those of one expert, and take two with 4 slots each.
+        "not one expert's rows a thread": (4, 1, (1, 4), (2, 8)),
+    },
 )
 def test_a_timed_call_is_short(rows, share, of_one_thread, of_two, monkeypatch):
-    """Experts and slots, of 8 and 64, if a thread may take so many rows and this share of the
-    problem's FLOPs: a quarter of these leaves one thread 2 experts with their 16 slots."""
+    """Of 8 experts with 64 slots, so many are timed if a thread may take ``rows`` rows and
+    ``share`` of the problem's FLOPs."""
     monkeypatch.setitem(autotune.ROWS, "cpu", rows)
     monkeypatch.setitem(autotune.FLOPS, "cpu", share * PROBLEM.plans()[0].flops)
     for threads, sizes in ((1, of_one_thread), (2, of_two)):
@@ -209,29 +242,21 @@ def test_a_timed_call_is_short(rows, share, of_one_thread, of_two, monkeypatch):
             assert autotune._timed_sizes(PROBLEM) == sizes, f"{threads} threads"
 
 
-@pytest.mark.usefixtures("seconds")
-@pytest.mark.parametrize("slots, strategies", [(64, 2), (4096, 1)])
-def test_what_holds_too_much_memory_is_not_timed(slots, strategies, monkeypatch):
-    """Both backends compute every strategy that is timed: the second one's rows of 4,096 slots are
-    too many."""
-    numbers = []
-
-    def timed(runs, device):
-        numbers.append(len(runs))
-        return [1.0] * len(runs)
-
-    monkeypatch.setattr(autotune, "_seconds", timed)
+@pytest.mark.parametrize("slots, fit", [(64, [True, True]), (4096, [True, False])])
+def test_what_holds_too_much_memory_is_not_timed(slots, fit, counted_timings):
+    """Both backends compute both strategies of the shortlist. The second-ranked strategy holds more
+    than MOST_BYTES at 4,096 slots."""
     problem = PROBLEM._replace(slots=slots)
+    held = [plan.held_bytes for plan in problem.plans()[:2]]
+    assert [size <= autotune.MOST_BYTES for size in held] == fit
     resolve_contraction(problem)
-    first, second = [plan.held_bytes for plan in problem.plans()[:2]]
-    assert numbers == [2 * strategies]
-    assert (second > autotune.MOST_BYTES > first) == (strategies == 1)
+    assert counted_timings == [2 * sum(fit)]
 
 
 @either("training")
 @pytest.mark.parametrize("name", ["light", "separable", "padded"])
 def test_a_first_use_is_timed_and_leaves_no_trace(name, training):
-    """Through the op: the random numbers go on, and so does the gradient."""
+    """A timing inside the op draws no random numbers, and the op has its gradient."""
     shape = SMALL_SHAPES[name]
     blocks = random_blocks(shape, 3, torch.float32, requires_grad=training)
     x, offsets = torch.ones(8, shape.in_features), torch.tensor([0, 2, 2, 8], dtype=torch.int32)
@@ -242,7 +267,10 @@ def test_a_first_use_is_timed_and_leaves_no_trace(name, training):
         assert blocks.central.grad is not None
     assert torch.equal(torch.get_rng_state(), state)
     assert len(choices()) == 1 + training
-    assert set(choices().values()) <= {f"{b} {s}" for b in ("native", "eager") for s in STRATEGIES}
+    for choice in choices().values():
+        backend, strategy = choice.split()
+        assert backend in ("native", "eager")
+        assert strategy in STRATEGIES
 
 
 def small_product():
@@ -265,14 +293,6 @@ def test_a_compiled_graph_times_when_it_runs():
     assert len(choices()) == 1
 
 
-def test_two_threads_at_once(seconds, monkeypatch):
-    numbers = []
-    timing = autotune._seconds
-
-    def timed(runs, device):
-        numbers.append(len(runs))
-        return timing(runs, device)
-
-    monkeypatch.setattr(autotune, "_seconds", timed)
+def test_of_four_threads_at_once_one_times(counted_timings):
     assert in_threads(4, lambda _: resolve_contraction(PROBLEM).backend) == ["second"] * 4
-    assert len(numbers) == 1
+    assert len(counted_timings) == 1

@@ -230,7 +230,7 @@ def cost_of(launch: Launch | Library, tokens: int) -> Cost:
 
 def dense_seconds(case: Case, training: bool) -> float:
     """The dense network's floor."""
-    dense = Dense(case.model, "relu", device="meta", dtype=torch.bfloat16)
+    dense = Dense(case.model, device="meta", dtype=torch.bfloat16)
     return sum(cost_of(launch, case.tokens).floor for launch in recorded(dense, case, training))
 
 

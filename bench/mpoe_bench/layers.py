@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.layers import ACTIVATIONS, MPOEFeedForward
+from mpoe.layers import MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
 from mpoe_bench.cases import dtype_name
 from mpoe_bench.contender import Comparison, Contender, Truth, gradients_of, size_facts
@@ -36,19 +37,15 @@ PHASES = ("forward", "training")
 
 
 class Dense(nn.Module):
-    """``down(act(up x))``, four times as wide inside unless ``hidden`` says otherwise."""
+    """``down(relu(up x))``, four times as wide inside."""
 
-    def __init__(
-        self, model: int, activation: str, hidden: int | None = None, **placed: Any
-    ) -> None:
+    def __init__(self, model: int, **placed: Any) -> None:
         super().__init__()
-        hidden = hidden or 4 * model
-        self.act = ACTIVATIONS[activation]
-        self.up = nn.Linear(model, hidden, False, **placed)
-        self.down = nn.Linear(hidden, model, False, **placed)
+        self.up = nn.Linear(model, 4 * model, False, **placed)
+        self.down = nn.Linear(4 * model, model, False, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x)))
+        return self.down(self.up(x).relu())
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,6 @@ class Case:
         self,
         device: str,
         backend: str | None = None,
-        activation: str = "relu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> nn.Module:
         """With random weights, also of experts that start adding nothing, so that every gradient is
@@ -102,12 +98,12 @@ class Case:
         )
         sizes = self.model, 4 * self.model
         if self.shape == "neurons":
-            dense = Dense(self.model, activation, **placed)
+            dense = Dense(self.model, **placed)
             names = {"up": "up", "down": "down"}
-            layer = NeuronFeedForward(*sizes, config, names=names, activation=activation, **placed)
+            layer = NeuronFeedForward(*sizes, config, names=names, **placed)
             layer.around(dense, {"up": dense.up, "down": dense.down})
         else:
-            layer = MPOEFeedForward(*sizes, config, activation=activation, **placed)
+            layer = MPOEFeedForward(*sizes, config, **placed)
         if self.shape in ("neurons", "hidden"):
             with torch.no_grad():
                 for core in layer.experts.own_cores:
@@ -210,21 +206,20 @@ def case_layer(label: str, shape: str, case: Case, backend: str, at: Place) -> L
         if hasattr(layer, "relative_flops"):
             floor["forward"] = layer.relative_flops(case.top_k) + router
         else:
-            for phase, training in (("forward", False), ("train", True)):
-                up, down = (
+            for phase in ("forward", "train"):
+                plans = [
                     plan_contraction(
                         projection.shape,
                         case.experts,
                         at.tokens,
                         at.dtype,
-                        training=training,
+                        training=phase == "train",
                         mask_central=case.masked,
                         top_k=case.top_k,
                     )
-                    for projection in (layer.experts.up, layer.experts.down)
-                )
-                relative = (up.flops + down.flops) / (up.dense_flops + down.dense_flops)
-                floor[phase] = relative + router
+                    for projection in layer.experts.projections().values()
+                ]
+                floor[phase] = fmean(plan.x_dense for plan in plans) + router
         return {"shape": shape, "backend": backend, "masked": case.masked, "floor": floor}
 
     make = partial(case.layer, at.device, dtype=at.dtype)
@@ -313,7 +308,7 @@ def layers_comparison(
         grad_y = torch.randn(at.tokens, model).to(at.device, at.dtype)
         return x.requires_grad_(train), grad_y if train else None
 
-    limit = Layer(LIMIT, "limit", lambda _: Dense(model, "relu", device=at.device, dtype=at.dtype))
+    limit = Layer(LIMIT, "limit", lambda _: Dense(model, device=at.device, dtype=at.dtype))
     built = partial(_built, count=count, dtype=at.dtype)
     builds = [
         (contender.name, contender.kind, partial(built, layer=contender))

@@ -46,7 +46,11 @@ class Scale:
         model: size of the model; the hidden size is four times as large.
         training_tokens, decoding_tokens: T of a training batch, and of a batch that decodes.
         few_experts, many_experts: E.
-        step_batch, step_tokens: sequences of a train step, and the length of each.
+        short_step, step: sequences of a train step, and the length of each: of a model of one
+            layer, and of whole models.
+        depth: layers of a model.
+        new_tokens: that `generate` makes.
+        wide: size of another model, whose layers have targets too.
         judged: whether targets count, and the choice is judged on its own cases, not on a few sizes
             made for a test.
     """
@@ -56,12 +60,15 @@ class Scale:
     decoding_tokens: int = 64
     few_experts: int = 8
     many_experts: int = 64
-    step_batch: int = 4
-    step_tokens: int = 128
+    short_step: tuple[int, int] = (4, 128)
+    step: tuple[int, int] = (8, 256)
+    depth: int = LAYERS
+    new_tokens: int = 24
+    wide: int = 2048
     judged: bool = True
 
 
-SCALES = {"real": Scale(), "tiny": Scale(48, 32, 8, 4, 8, 2, 8, judged=False)}
+SCALES = {"real": Scale(), "tiny": Scale(48, 32, 8, 4, 8, (2, 8), (2, 8), 2, 3, 64, judged=False)}
 
 
 def judged_of(scale: Scale, backends: tuple[str, ...]) -> list[tuple[str, Workload]]:
@@ -204,20 +211,19 @@ class Plan(NamedTuple):
         if self.device == "cuda":
             yield from self.limited_layers((768, 2048, 4096), (1, 64, TOKENS))
             return
-        depth = LAYERS
-        wide = 2048
         if not scale.judged:
             yield from self.limited_layers((32,), (1, 64))
-            depth = 2
-            wide = 64
+        depth = scale.depth
         for dtype in DTYPES:
             named = mixtures(scale.model)
             counts = {scale.training_tokens: 1, scale.decoding_tokens: depth, 1: depth}
             for tokens, count in counts.items():
                 at = self.at(tokens, dtype)
                 yield self.beside(named, at, count, [granite(at)])
-            named = {name: case for name, case in mixtures(wide).items() if "neurons 64" in name}
-            yield self.beside(named, self.at(scale.training_tokens, dtype, wide))
+            named = {
+                name: case for name, case in mixtures(scale.wide).items() if "neurons 64" in name
+            }
+            yield self.beside(named, self.at(scale.training_tokens, dtype, scale.wide))
 
     def limited_layers(
         self, models: Sequence[int], token_counts: Sequence[int]
@@ -233,29 +239,19 @@ class Plan(NamedTuple):
     def train_step(self) -> Comparison:
         """Of a T5 of one layer in float32."""
         scale = self.scale
-        step = (scale.step_batch, scale.step_tokens)
         sizes = (scale.model, scale.few_experts, self.device)
-        return ModelCase("train_step", MODEL_SHAPES, *step, *sizes).comparison()
+        return ModelCase("train_step", MODEL_SHAPES, *scale.short_step, *sizes).comparison()
 
     def models(self) -> Iterator[Comparison]:
         """In bfloat16, with layers of T5-base's size: an AdamW step, and `generate` alone and in
         batches."""
         scale = self.scale
-        step = (8, 256)
-        depth = LAYERS
-        new = 24
-        if not scale.judged:
-            step = (scale.step_batch, scale.step_tokens)
-            depth = 1
-            new = 3
         sizes = (scale.model, scale.few_experts, self.device)
-        short = min(4, depth)
-        for family in ("T5", "Llama"):
-            how = (family, depth, torch.bfloat16)
-            yield ModelCase("train_step", MODEL_SHAPES, *step, *sizes, *how).comparison()
-            how = (family, short, torch.bfloat16)
-            if family == "T5":
-                yield ModelCase("generate", GENERATING_SHAPES, 1, new, *sizes, *how).comparison()
-                yield ModelCase("generate", GENERATING_SHAPES, 8, new, *sizes, *how).comparison()
-            else:
-                yield ModelCase("generate", MODEL_SHAPES, 8, new, *sizes, *how).comparison()
+        generating = {"T5": (GENERATING_SHAPES, (1, 8)), "Llama": (MODEL_SHAPES, (8,))}
+        for family, (shapes, batches) in generating.items():
+            how = (family, scale.depth, torch.bfloat16)
+            yield ModelCase("train_step", MODEL_SHAPES, *scale.step, *sizes, *how).comparison()
+            how = (family, min(4, scale.depth), torch.bfloat16)
+            for batch in batches:
+                work = (batch, scale.new_tokens)
+                yield ModelCase("generate", shapes, *work, *sizes, *how).comparison()

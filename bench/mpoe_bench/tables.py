@@ -39,9 +39,12 @@ def ratio_text(timing: Facts | None) -> str:
     return x if timing["rounds"] < 2 else f"{x} ({low}-{high})"
 
 
+def number_text(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
 def _floor(row: Facts, phase: str) -> str:
-    value = row.get("floor", {}).get(phase)
-    return "-" if value is None else f"{value:.2f}"
+    return number_text(row.get("floor", {}).get(phase), ".2f")
 
 
 def _peak(row: Facts, phase: str) -> str:
@@ -49,17 +52,16 @@ def _peak(row: Facts, phase: str) -> str:
     if memory is None:
         return "-"
     mebibytes = memory["peak"] / 2**20
-    return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.3g}"
+    return number_text(mebibytes, ".0f" if mebibytes >= 100 else ".3g")
 
 
 def _error(row: Facts, phase: str) -> str:
     """The largest error of the result (``forward``) or of the gradients (``train``)."""
     errors = dict(row.get("errors", {}))
-    of_result = errors.pop("y", None)
-    values = list(errors.values())
-    if phase == "forward":
-        values = [] if of_result is None else [of_result]
-    return f"{max(values):.0e}" if values else "-"
+    error = errors.pop("y", None)
+    if phase == "train":
+        error = max(errors.values(), default=None)
+    return number_text(error, ".0e")
 
 
 def timing_table(section: Facts) -> TextTable:
@@ -89,10 +91,9 @@ def timing_table(section: Facts) -> TextTable:
     if any(row.get("floor") for row in rows):
         columns["floor"] = pairs(_floor)
     columns["peak MiB"] = pairs(_peak)
-    forward = [row.get("forward") for row in rows]
-    columns["tokens/s"] = [f"{time['tokens_per_second']:,.0f}" if time else "-" for time in forward]
-    counts = [row.get("parameters") for row in rows]
-    columns["params M"] = [f"{count / 1e6:.2f}" if count else "-" for count in counts]
+    speeds = [row.get("forward", {}).get("tokens_per_second") for row in rows]
+    columns["tokens/s"] = [number_text(speed, ",.0f") for speed in speeds]
+    columns["params M"] = [f"{row['parameters'] / 1e6:.2f}" for row in rows]
     columns["error"] = pairs(_error)
     lines = [f"{', '.join(who)}: {reason}" for reason, who in notes.items()]
     return TextTable(section["title"], columns, lines)
@@ -105,11 +106,12 @@ def planner_table(section: Facts) -> TextTable:
     firsts = [sum(row["first_use"].values()) for row in rows]
     title = section["title"]
     if rows:
+        within = sum(ratio <= TOLERANCE for ratio in ratios)
         title += (
-            f": {sum(ratio <= TOLERANCE for ratio in ratios)} of {len(rows)} within {TOLERANCE}, "
+            f": {within} of {len(rows)} within {TOLERANCE}, mean {mean(ratios):.3f}, "
+            f"worst {max(ratios):.2f}; first use: median {median(firsts):.2f} s, "
+            f"worst {max(firsts):.2f} s"
         )
-        title += f"mean {mean(ratios):.3f}, worst {max(ratios):.2f}; "
-        title += f"first use: median {median(firsts):.2f} s, worst {max(firsts):.2f} s"
     columns = {
         "case": [row["name"] for row in rows],
         "x best": [f"{ratio:.2f}" for ratio in ratios],

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpoe_bench.layers import TOKENS, Case, cases
+from mpoe_bench.layers import LIMIT, TOKENS, Case, cases
 from mpoe_bench.peers import GROUPED, LOOP, ORIGINAL
 
 Facts = Mapping[str, Any]  # a section, or a row of one: see `Run`
@@ -108,8 +108,11 @@ Judged = Iterator[tuple[str, str, str, bool]]  # what, wanted, found, reached
 
 def _against_limits(section: Facts, row: Facts, device: str) -> Judged:
     case = section["case"]
-    counted = "E" if section["key"] == "ffn" else "layers"
-    number = case.get("experts" if counted == "E" else "layers")
+    counted = "layers"
+    number = case.get(counted)
+    if section["key"] == "ffn":
+        counted = "E"
+        number = case["experts"]
     place = row.get("shape"), number, case["tokens"], (case.get("model"), case.get("hidden"))
     if row.get("masked"):
         return
@@ -122,9 +125,9 @@ def _against_limits(section: Facts, row: Facts, device: str) -> Judged:
         peer = f"{ORIGINAL} ({target.shape})" if target.peer == ORIGINAL else target.peer
         for phase, words in PHASES.items():
             limit = getattr(target, phase)
-            x = (row.get(phase) or {}).get("x")
-            if limit is None or x is None:
+            if limit is None or phase not in row:
                 continue
+            x = row[phase]["x"]
             if peer is None:
                 yield f"{what}, {words}", f"<= {limit:g} x dense", f"{x:.2f}", x <= limit
             elif (other := _timed(section, phase, name=peer)) is not None:
@@ -142,13 +145,10 @@ def _against_others(section: Facts, row: Facts, device: str) -> Judged:
     trained = {
         other["name"]: other for other in section["rows"] if "train" in other.get("memory", {})
     }
-    is_trained = row["name"] in trained
-    if section["key"] == "layers":
-        limits = [other for other in trained.values() if other["kind"] == "limit"]
-        if device == "cpu" and is_trained and limits:
-            ratio = _temporary(row) / _temporary(limits[0])
-            what = f"{shape} {case['model']}x{case['hidden']}, memory of {words}"
-            yield what, f"<= {MOST_MEMORY:g} x dense", f"{ratio:.2f}", ratio <= MOST_MEMORY
+    if section["key"] == "layers" and device == "cpu" and {LIMIT, row["name"]} <= trained.keys():
+        ratio = _temporary(row) / _temporary(trained[LIMIT])
+        what = f"{shape} {case['model']}x{case['hidden']}, memory of {words}"
+        yield what, f"<= {MOST_MEMORY:g} x dense", f"{ratio:.2f}", ratio <= MOST_MEMORY
     if section["key"] != "ffn":
         return
     what = f"{shape}, E={case['experts']} T={case['tokens']}"
@@ -159,7 +159,7 @@ def _against_others(section: Facts, row: Facts, device: str) -> Judged:
             x = row["train"]["x"]
             what += f", {words}, central masked"
             yield what, "less than unmasked", f"{x:.2f} of {whole:.2f}", x < whole
-    elif is_trained and LOOP in trained and case["experts"] >= 4:
+    elif {LOOP, row["name"]} <= trained.keys() and case["experts"] >= 4:
         experts = _largest(row)
         loop = _largest(trained[LOOP])
         what += f", weights + peak of {words}"
@@ -208,10 +208,9 @@ def check_targets(sections: Sequence[Facts], device: str = "cpu") -> list[dict[s
     for section in sections:
         for backend, dtype, judged in _judged(section, device):
             for what, wanted, measured, reached in judged:
-                new = {"what": what, "backend": backend, "wanted": wanted}
-                new |= {"found": {}, "reached": reached}
-                line = lines.setdefault((what, backend), new)
+                line = lines.setdefault((what, backend), {"found": {}, "reached": True})
+                line |= {"what": what, "backend": backend, "wanted": wanted}
                 if dtype not in line["found"]:
                     line["found"][dtype] = measured
-                    line["reached"] = reached and line["reached"]
+                    line["reached"] &= reached
     return sorted(lines.values(), key=lambda line: line["backend"])

@@ -40,12 +40,8 @@ def problem_of(case: Workload, backend: str, phase: str) -> Problem:
     if phase == "backward":
         need = (True, True, not case.mask_central, True)
         return Problem("grouped_mpo_linear_backward", *sizes, need, backend=backend)
-    return Problem(
-        "grouped_mpo_linear",
-        *sizes,
-        keeps=case.training and case.shape.is_separable,
-        backend=backend,
-    )
+    keeps = case.training and case.shape.is_separable
+    return Problem("grouped_mpo_linear", *sizes, keeps=keeps, backend=backend)
 
 
 def first_use(problem: Problem) -> tuple[Candidate, float]:
@@ -53,12 +49,11 @@ def first_use(problem: Problem) -> tuple[Candidate, float]:
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
         os.environ.pop(autotune.SETTING, None)
         autotune.forget()
-        try:
-            start = time.perf_counter()
-            candidate = autotune.resolve_contraction(problem)
-            return candidate, time.perf_counter() - start
-        finally:
-            autotune.forget()
+        start = time.perf_counter()
+        candidate = autotune.resolve_contraction(problem)
+        seconds = time.perf_counter() - start
+        autotune.forget()
+        return candidate, seconds
 
 
 def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
@@ -70,22 +65,19 @@ def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
     x.requires_grad_(case.training)
     chosen = expert_choice("uniform", case.num_tokens, case.num_experts)
     routing = route(chosen, case.num_experts)
+    slots = {"expert_offsets": routing.expert_offsets, "row_index": routing.token_of_slot}
     grad = torch.randn(case.num_tokens, case.out_features).to(case.dtype)
     inputs = (x, blocks.left, blocks.central, blocks.right)
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
-    rows = routing.token_of_slot
-    offsets = routing.expert_offsets
-
-    def forward(backend: str, strategy: str) -> Tensor:
-        with torch.set_grad_enabled(case.training):
-            return grouped_mpo_linear(
-                x, blocks, offsets, row_index=rows, backend=backend, strategy=strategy
-            )
 
     def call(phase: str, backend: str, strategy: str) -> Callable[[], object]:
-        y = forward(backend, strategy)  # refuses what has no kernel
+        @torch.set_grad_enabled(case.training)
+        def forward() -> Tensor:
+            return grouped_mpo_linear(x, blocks, **slots, backend=backend, strategy=strategy)
+
+        y = forward()  # refuses what has no kernel
         if phase == "forward":
-            return lambda: forward(backend, strategy)
+            return forward
         return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
     return call
@@ -111,10 +103,9 @@ def seconds_of(samples: Mapping[str, Sequence[float]], chosen: str) -> dict[str,
 def add_to_row(section: dict[str, Any], name: str, phase: str, **facts: Any) -> None:
     """Put a phase's facts into the case's row, which is made if there is none."""
     rows = {row["name"]: row for row in section["rows"]}
+    row = rows.get(name, {"name": name})
     if name not in rows:
-        rows[name] = {"name": name}
-        section["rows"].append(rows[name])
-    row = rows[name]
+        section["rows"].append(row)
     for fact, value in facts.items():
         row.setdefault(fact, {})[phase] = value
     took = sum(seconds[row["chosen"][of]] for of, seconds in row["seconds"].items())

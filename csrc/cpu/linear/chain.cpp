@@ -107,7 +107,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
     ChainMemory<T> memory = chain.memory(most);
     Buffer<float> product(most * width), rows(most * width + kPanel);
     for (int64_t k = begin; k < end; ++k) {
-      const Span block{k * most, std::min(filled, (k + 1) * most)};
+      const Span block = nth_part(filled, most, k);
       chain.compute_states(block, last, memory);
       chain.multiply(
           last, Direction::kForward, block, memory.states[last].get(), memory, product.get());

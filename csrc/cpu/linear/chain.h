@@ -191,7 +191,7 @@ class Chain {
       return parallel_for(ceil_divide(columns, most), 1, [&](int64_t begin, int64_t end) {
         Buffer<T> panels(most * units * gemm_.unit);
         for (int64_t piece = begin; piece < end; ++piece) {
-          const Span part{piece * most, std::min((piece + 1) * most, columns)};
+          const Span part = nth_part(columns, most, piece);
           pack_piece(step, direction, part, panels.get());
           product(block, part, panels.get());
         }

@@ -14,6 +14,11 @@
 
 namespace mpoe {
 
+// The n-th part of `count` items in parts of `most`; the last one may have less.
+inline Span nth_part(int64_t count, int64_t most, int64_t n) {
+  return {n * most, std::min(count, (n + 1) * most)};
+}
+
 // Calls f(expert, slots) for every expert with slots in `block`.
 template <class F>
 void for_each_expert(const LinearInputs& in, Span block, const F& f) {

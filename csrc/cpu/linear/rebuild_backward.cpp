@@ -43,7 +43,7 @@ void store_central(const GemmKernels& gemm,
   const BlockDims& d = in.dims;
   const int64_t stride = d.iC * d.jC * d.b, k_blocks = plan.k_blocks();
   parallel_for_each(plan.n_blocks() * k_blocks, 1, [&](int64_t block) {
-    const Span i_range = plan.n_columns(block / k_blocks).c,
+    const Span i_range = plan.n_columns(block / k_blocks).central,
                j_range = plan.k_span(block % k_blocks);
     int64_t column = 0;
     for (int64_t i = i_range.first; i < i_range.last; ++i)

@@ -36,20 +36,20 @@ class ForwardWorker {
     place(n, panels);
     for (int64_t kb = 0; kb < blocks; ++kb) {
       const Span k = plan_.k_span(kb);
-      for (int64_t kc = k.first; kc < k.last; ++kc)
-        for (int64_t nc = n.c.first; nc < n.c.last; ++nc) {
+      for (int64_t k_central = k.first; k_central < k.last; ++k_central)
+        for (int64_t n_central = n.central.first; n_central < n.central.last; ++n_central) {
           build_half(gemm_,
                      plan_,
                      blocks_,
-                     n.l,
-                     central_ + plan_.pair(kc, nc) * plan_.central_size(),
+                     n.left,
+                     central_ + plan_.pair(k_central, n_central) * plan_.central_size(),
                      half_.get());
           build_slab(gemm_,
                      plan_,
                      blocks_,
-                     n.l.size(),
-                     kc - k.first,
-                     nc - n.c.first,
+                     n.left.size(),
+                     k_central - k.first,
+                     n_central - n.central.first,
                      half_.get(),
                      slab_.get());
         }
@@ -87,7 +87,7 @@ class ForwardWorker {
   // Sets where the columns of a block are, and their bias.
   void place(const BlockColumns& n, int64_t panels) {
     for (int64_t p = 0; p < panels; ++p) {
-      columns_[p] = side_columns(plan_.n, n.c, n.l, p);
+      columns_[p] = side_columns(plan_.n, n.central, n.left, p);
       if (in_.bias == nullptr)
         continue;
       for (int64_t c = 0; c < kPanel; ++c) {

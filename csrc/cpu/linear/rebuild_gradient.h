@@ -62,19 +62,19 @@ class GradientWorker {
     const BlockColumns n = plan_.n_columns(block);
     for (int64_t kb = 0; kb < plan_.k_blocks(); ++kb) {
       const Span k = plan_.k_span(kb);
-      pairs_ = k.size() * n.c.size();
-      load_central(k, n.c);
+      pairs_ = k.size() * n.central.size();
+      load_central(k, n.central);
       int64_t q = 0;
-      for (int64_t i = n.c.first; i < n.c.last; ++i)
+      for (int64_t i = n.central.first; i < n.central.last; ++i)
         for (int64_t j = k.first; j < k.last; ++j, ++q) {
           half(q);
           if (wanted_.x)
             build_slab(gemm_,
                        plan_,
                        rows_.blocks,
-                       n.l.size(),
+                       n.left.size(),
                        j - k.first,
-                       i - n.c.first,
+                       i - n.central.first,
                        half_.get(),
                        slab_.get());
           if (wanted_.weight())
@@ -148,7 +148,7 @@ class GradientWorker {
                                    dx,
                                    rows_.dx_rows.data() + first,
                                    0,
-                                   side_columns(plan_.n, n.c, n.l, p),
+                                   side_columns(plan_.n, n.central, n.left, p),
                                    Finish{});
                   });
   }

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError
 from mpoe.cli.outputs import RESULTS_FILE, check_output, write_json
 from mpoe.models.weight_files import write_text
 

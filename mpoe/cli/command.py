@@ -1,6 +1,5 @@
-"""What commands share: options as dataclasses, filled by `transformers.HfArgumentParser` from a
-configuration file and flags, and errors, shown in one line if the user can fix them, with a
-traceback if they are bugs.
+"""What commands share: options as dataclasses, which `transformers.HfArgumentParser` fills from a
+configuration file and flags.
 
 Flags override the file, unknown names are refused. Options are spelled ``--like_this`` or
 ``--like-this``, as in all Hugging Face scripts; values from the file are converted like flags, so
@@ -10,114 +9,25 @@ Flags override the file, unknown names are refused. Options are spelled ``--like
 import argparse
 import contextlib
 import dataclasses
-import difflib
-import errno
 import functools
-import importlib.util
 import io
+import itertools
 import json
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.short_help import COMMANDS, show_short_help
 
-_PACKAGE_FOLDERS = tuple(
-    str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels")
-)
-_ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
-
-
 HELP = {"-h", "--help"}
-
-
-class CommandError(ValueError):
-    """A request of the user that cannot be fulfilled; only its message is shown."""
-
-
-# The extra of pyproject.toml that a command cannot do without, and its packages.
-_FOR_TRAINING = ("train", ("sklearn", "datasets", "matplotlib", "scipy"))
-_FOR_REPORTS = ("report", ("matplotlib", "scipy"))
-NEEDED = {
-    "train": _FOR_TRAINING,
-    "evaluate": ("train", ("sklearn", "datasets")),
-    "compare": _FOR_REPORTS,
-    "inspect": _FOR_TRAINING,  # of data it reads as training does
-}
-
-
-def check_files(option_name: str, files: Iterable[str | Path]) -> None:
-    """Refuse files that are not there (CommandError)."""
-    for file in files:
-        if not Path(file).is_file():
-            raise CommandError(f"{option_name}: no such file: {file}")
-
-
-def comma_separated(values: Iterable[object]) -> list[str]:
-    """The parts of an option that takes several values, with commas or apart."""
-    parts = ",".join(map(str, values)).split(",")
-    return [part.strip() for part in parts if part.strip()]
-
-
-def check_installed(command: str) -> None:
-    """Refuse a command whose extra is not installed (CommandError), without importing it."""
-    extra, packages = NEEDED.get(command, ("", ()))
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise CommandError(
-            f"mpoe {command} needs what is not installed here, {', '.join(missing)}: "
-            f'pip install "mpoe[{extra}]"'
-        )
-
-
-def close_matches(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'a' or 'b'?"`` for the nearest of ``known``, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(m) for m in matches)}?" if matches else ""
-
-
-def is_on_purpose(error: BaseException) -> bool:
-    """Whether the package raised ``error`` deliberately, as a message to the user.
-
-    This is true for a `CommandError`, for errors of the system wherever they occur (a full disk, no
-    permission; not for an absent file), and for errors whose innermost frame is in this package: an
-    exception from inside torch or transformers is a bug, there or here, and keeps its traceback.
-    """
-    of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
-    if of_the_system or isinstance(error, CommandError):
-        return True
-    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return isinstance(error, _ON_PURPOSE) and bool(files) and files[-1].startswith(_PACKAGE_FOLDERS)
-
-
-# Exceptions that dataclasses of this package and of Transformers raise for invalid values.
-_UNFIT = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    OSError,
-    ImportError,
-    NotImplementedError,
-)
-_TRUTHS = (
-    "yes",
-    "true",
-    "t",
-    "y",
-    "1",
-    "no",
-    "false",
-    "f",
-    "n",
-    "0",
-)  # what Transformers' parser takes for a flag
+# what Transformers' parser takes for a flag
+_TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 # names that other tools have -> ours
-_MEANT = {
+_FOREIGN_NAMES = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "steps": "max_steps",
@@ -126,11 +36,27 @@ _MEANT = {
     "dataset": "data_dir",
     "output": "output_dir",
 }
+# Exceptions that dataclasses of this package and of Transformers raise for invalid values.
+_CONSTRUCTION_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OSError,
+    ImportError,
+    NotImplementedError,
+)
+
+
+def comma_separated(values: Iterable[object]) -> list[str]:
+    """The parts of an option that takes several values, with commas or apart."""
+    parts = ",".join(map(str, values)).split(",")
+    return [part.strip() for part in parts if part.strip()]
 
 
 class Request(NamedTuple):
     """A parsed command line: the filled dataclasses, the names of the options that were set, the
-    words that are no option's, and the whole as it was typed."""
+    words that are no option's, and the whole as it was typed (empty without arguments)."""
 
     options: tuple
     given: set[str]
@@ -183,9 +109,8 @@ def make_parser(dataclass_types: Sequence[type], **texts: str) -> argparse.Argum
 
     kinds: list = list(dataclass_types)
     for kind in kinds:
-        if kind.__module__.startswith(
-            __package__
-        ):  # the heading of its options: RunOptions are "run"
+        # the heading of its options: RunOptions are "run"
+        if kind.__module__.startswith(__package__):
             kind._argument_group_name = kind.__name__.removesuffix("Options").lower()
     parser = Parser(kinds, allow_abbrev=False, add_help=False, formatter_class=_Help, **texts)
     for action in parser._actions:
@@ -260,24 +185,10 @@ def parse(
         raise CommandError(str(error)) from None
     # argparse keeps values already in the namespace unless a flag sets them, so flags win
     for place, tokens in ((f"{config}: ", of_file), ("", flags)):
-        names = [token for token in tokens if _is_flag(token)]
-        for name in names:
-            if _normal(name) not in known:
-                meant = _MEANT.get(_normal(name))
-                hint = f"; did you mean '--{meant}'?" if meant in known else ""
-                hint = hint or close_matches(
-                    f"--{_normal(name)}", [f"--{option_name}" for option_name in known]
-                )
-                raise CommandError(f"{place}unknown option {name.partition('=')[0]!r}{hint}")
-            if name.partition("=")[2] == "--":  # argparse would drop it
-                raise CommandError(f"{place}{name[:-3]} must have a value; got '--'")
-        if most:  # a switch in front of a word does not take it for its value
-            tokens = [
-                f"{token}=true"
-                if _stands_alone(token, known) and after.lower() not in _TRUTHS
-                else token
-                for token, after in zip(tokens, [*tokens[1:], ""], strict=False)
-            ]
+        _check_flags(place, tokens, known)
+        given |= {known[_normal(token)].dest for token in tokens if _is_flag(token)}
+        if most:
+            tokens = _with_values(tokens, known)
         try:
             namespace, stray = parser.parse_known_args(tokens, namespace)
         except CommandError as error:
@@ -286,8 +197,29 @@ def parse(
             raise CommandError(
                 f"{place}values without an option: {' '.join(map(repr, stray[most:] or stray))}"
             )
-        given |= {known[_normal(name)].dest for name in names}
     return Request(tuple(_build(kind, namespace, given) for kind in kinds), given, stray)
+
+
+def _check_flags(place: str, tokens: Sequence[str], known: Mapping[str, argparse.Action]) -> None:
+    """Refuse unknown options, and the value ``--``, which argparse would drop."""
+    for flag in filter(_is_flag, tokens):
+        option_name = _normal(flag)
+        if option_name not in known:
+            meant = _FOREIGN_NAMES.get(option_name)
+            hint = f"; did you mean '--{meant}'?" if meant in known else ""
+            hint = hint or close_matches(f"--{option_name}", [f"--{name}" for name in known])
+            raise CommandError(f"{place}unknown option {flag.partition('=')[0]!r}{hint}")
+        if flag.partition("=")[2] == "--":
+            raise CommandError(f"{place}{flag[:-3]} must have a value; got '--'")
+
+
+def _with_values(tokens: Sequence[str], known: Mapping[str, argparse.Action]) -> list[str]:
+    """The tokens, in which a switch in front of a word does not take it for its value."""
+    valued = []
+    for token, after in itertools.zip_longest(tokens, tokens[1:], fillvalue=""):
+        is_alone = _stands_alone(token, known) and after.lower() not in _TRUTHS
+        valued.append(f"{token}=true" if is_alone else token)
+    return valued
 
 
 def _stands_alone(token: str, known: Mapping[str, argparse.Action]) -> bool:
@@ -302,7 +234,7 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return kind(**values)
-    except _UNFIT as error:
+    except _CONSTRUCTION_ERRORS as error:
         # Transformers' errors may not name an option: find the one whose value they repeat, or name
         # all given ones.
         message = str(error)

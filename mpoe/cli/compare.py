@@ -14,7 +14,8 @@ from typing import Any
 from markupsafe import Markup
 
 from mpoe.cli import report
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError
 from mpoe.cli.evaluate import metrics_of, score_table
 from mpoe.cli.options import BASELINES
 from mpoe.cli.outputs import REPORT_FILE, RESULTS_FILE, check_output, write_json
@@ -68,14 +69,10 @@ class CompareOptions:
     overwrite: bool = option(False, "replace the report in the output folder")
 
 
-@as_command(CompareOptions, words=(1, MOST_RUNS))
+@as_command(CompareOptions, words=(2, MOST_RUNS))
 def command(request: Request) -> None:
     """Compare the runs in the folders; prints tables and writes the report."""
     (options,), paths = request.options, request.words
-    if len(paths) < 2:
-        raise CommandError(
-            f"compare needs two runs or more; got {len(paths)}: mpoe compare RUN_DIR RUN_DIR ..."
-        )
     folder = options.output_dir
     check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE])
     names = [Path(path).resolve().name for path in paths]

@@ -18,14 +18,8 @@ from typing import Any, get_type_hints
 import yaml
 
 from mpoe.cli import models
-from mpoe.cli.command import (
-    CommandError,
-    Request,
-    as_command,
-    check_files,
-    close_matches,
-    option,
-)
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError, check_files, close_matches
 from mpoe.cli.outputs import Output, check_model_output, model_folder
 from mpoe.cli.quiet import background_beside, show_composition
 from mpoe.cli.short_help import COMMANDS

@@ -7,7 +7,8 @@ import dataclasses
 from pathlib import Path
 
 from mpoe.cli import models
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError
 from mpoe.cli.options import ExpertOptions, expert_options_of
 from mpoe.cli.outputs import check_model_output, model_folder
 from mpoe.models import convert_to_mpoe, import_original

@@ -7,10 +7,11 @@ Switch and MPO experts that are trained alike: gain and size."""
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mpoe.cli.command import CommandError, Request, as_command, check_installed, option
+from mpoe.cli.command import Request, as_command, option
 from mpoe.cli.demo_compare import ARMS, compare_arms
 from mpoe.cli.demo_experts import MODEL_FOLDER, STEPS, train_experts
 from mpoe.cli.demo_report import show, write
+from mpoe.cli.errors import CommandError, check_installed
 from mpoe.cli.outputs import REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.config.checks import check_seed
 from mpoe.models.expert_mixture import EXPERTS_FOLDER

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from mpoe.cli import models
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError
 from mpoe.cli.outputs import check_writable_file, write_json
 from mpoe.cli.report import Table
 from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment, resolve

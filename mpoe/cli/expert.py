@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Subset
 
-from mpoe.cli.command import CommandError
+from mpoe.cli.errors import CommandError
 from mpoe.cli.models import Source, load_model
 from mpoe.cli.quiet import (
     changes_of_expert,

@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from mpoe.cli import models
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError
 from mpoe.cli.outputs import check_model_output, model_folder
 from mpoe.models import merge_experts, push_expert
 from mpoe.models.expert_files import expert_repository

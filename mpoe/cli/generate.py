@@ -4,7 +4,8 @@ prompt."""
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpoe.cli.command import CommandError, Request, as_command, check_files, option
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError, check_files
 from mpoe.config.checks import check_number, check_seed
 
 

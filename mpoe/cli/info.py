@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError
 from mpoe.data.mappings import flatten, read_mapping
 from mpoe_kernels import info
 

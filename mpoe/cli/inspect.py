@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from mpoe.cli import models, report
-from mpoe.cli.command import CommandError, Request, as_command, check_files, option
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError, check_files
 from mpoe.cli.evaluate import encode_task, expert_load, padded_batches
 from mpoe.cli.outputs import REPORT_FILE, check_output, write_json
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve

@@ -7,13 +7,8 @@ import os
 import sys
 import traceback
 
-from mpoe.cli.command import (
-    HELP,
-    CommandError,
-    check_installed,
-    close_matches,
-    is_on_purpose,
-)
+from mpoe.cli.command import HELP
+from mpoe.cli.errors import CommandError, check_installed, close_matches, is_on_purpose
 from mpoe.cli.short_help import COMMANDS, show_short_help
 
 USER_ERROR = 2

@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub import constants
 from transformers.utils import logging
 
-from mpoe.cli.command import CommandError, close_matches
+from mpoe.cli.errors import CommandError, close_matches
 from mpoe.config.checks import refusing
 from mpoe.data.mappings import read_mapping
 from mpoe.data.stand_in_models import STAND_INS, stand_in_path

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, get_type_hints
 
-from mpoe.cli.command import CommandError, comma_separated, option
+from mpoe.cli.command import comma_separated, option
+from mpoe.cli.errors import CommandError
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.checks import check_choice, refusing
 from mpoe.config.shapes import SEPARABLE

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpoe.cli.command import CommandError
+from mpoe.cli.errors import CommandError
 from mpoe.models.weight_files import write_text
 from mpoe.training.checkpoints import clean_leftovers, delete
 from mpoe.training.output_dir import check_folder

@@ -25,7 +25,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import Request, as_command, option
+from mpoe.cli.errors import CommandError
 from mpoe.cli.models import read_configuration
 from mpoe.cli.options import ExpertOptions, expert_options_of
 from mpoe.cli.outputs import check_writable_file, write_json

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from transformers import AutoConfig
 from transformers.trainer_utils import IntervalStrategy
 
-from mpoe.cli.command import CommandError
+from mpoe.cli.errors import CommandError
 from mpoe.cli.models import Source
 from mpoe.cli.options import DENSE, SWITCH, WIDER
 from mpoe.config import MPOEConfig

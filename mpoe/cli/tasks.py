@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpoe.cli.command import CommandError, close_matches, comma_separated, option
+from mpoe.cli.command import comma_separated, option
+from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.options import read_json_option
 from mpoe.data.spec import TaskSpec
 from mpoe.data.tables import find_files

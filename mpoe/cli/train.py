@@ -20,8 +20,9 @@ import transformers
 from torch.utils.data import Subset
 
 from mpoe.cli import models
-from mpoe.cli.command import CommandError, Request, as_command
+from mpoe.cli.command import Request, as_command
 from mpoe.cli.compare import mixture_of, read_run, write_report
+from mpoe.cli.errors import CommandError
 from mpoe.cli.evaluate import encode_task, evaluate_tasks, show_scores
 from mpoe.cli.expert import (
     limit_measuring,

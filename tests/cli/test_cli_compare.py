@@ -142,7 +142,7 @@ def test_means_over_seeds(cli, tmp_path):
 def test_names_and_refusals(cli, refused, tmp_path):
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.6, 1e-3)
     out = f"--output_dir {tmp_path}/out"
-    assert "needs two runs or more; got 1" in refused(f"compare {first} {out}")
+    assert "compare needs two arguments" in refused(f"compare {first} {out}")
     assert "is not the folder of a run: it holds no run.json" in refused(
         f"compare {first} {tmp_path} {out}"
     )

@@ -24,7 +24,7 @@ from mpoe import (
     start_expert,
 )
 from mpoe.cli import compose as command
-from mpoe.cli.command import CommandError
+from mpoe.cli.errors import CommandError
 from mpoe.cli.quiet import made_background
 from mpoe.data.stand_in_models import load_stand_in, stand_in_path
 from mpoe.models.background import save_background

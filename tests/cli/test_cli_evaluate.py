@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 from mpoe.cli import evaluate
-from mpoe.cli.command import CommandError
+from mpoe.cli.errors import CommandError
 from mpoe.cli.evaluate import score_table
 from mpoe.cli.expert import limit_measuring
 from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment

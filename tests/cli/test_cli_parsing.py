@@ -5,18 +5,13 @@ import logging
 import re
 import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from mpoe.cli.command import (
-    CommandError,
-    Request,
-    as_command,
-    make_parser,
-    option,
-    option_names,
-    parse,
-)
+import mpoe
+from mpoe.cli.command import Request, as_command, make_parser, option, option_names, parse
+from mpoe.cli.errors import CommandError, is_on_purpose
 from mpoe.cli.short_help import COMMANDS
 from mpoe.cli.train import GROUPS
 from mpoe_kernels import backend_reasons
@@ -47,6 +42,16 @@ def write(folder, name, text):
     file = folder / name
     file.write_text(text)
     return file
+
+
+@pytest.mark.parametrize(
+    "folder, expected", [("mpoe/data", True), ("mpoe_kernels", True), ("mpoe_other", False)]
+)
+def test_errors_of_this_package_alone_are_meant_for_the_user(folder, expected):
+    file = str(Path(mpoe.__file__).parents[1] / folder / "any.py")
+    with pytest.raises(ValueError, match="wrong") as caught:
+        exec(compile("raise ValueError('wrong')", file, "exec"))
+    assert is_on_purpose(caught.value) == expected
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from mpoe.cli.command import is_on_purpose, parse
+from mpoe.cli.command import parse
+from mpoe.cli.errors import is_on_purpose
 from mpoe.cli.options import ExpertOptions, RunOptions
 from mpoe.cli.tasks import DataOptions
 from mpoe.data.tasks import load_task_from_folder

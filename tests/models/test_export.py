@@ -13,7 +13,7 @@ from torch import nn
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
 from mpoe.cli import export as command
-from mpoe.cli.command import CommandError
+from mpoe.cli.errors import CommandError
 from mpoe.cli.main import main
 from mpoe.data.stand_in_models import load_stand_in
 from mpoe.models.export import as_stock, check_export, padded_size, server_notes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpoe.cli.command import CommandError
+from mpoe.cli.errors import CommandError
 from mpoe.cli.info import facts_of
 from mpoe.cli.outputs import check_model_output, model_folder
 from mpoe.cli.quiet import background_beside, made_background

@@ -11,9 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: more threads would only wait for one another, and those of tests
     # of threads sleep while they wait. Subprocesses inherit it.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-os.environ["MPOE_AUTOTUNE"] = (
-    "0"  # by FLOPs alone: no test waits for a timing, depends on one or writes a cache
-)
+# By FLOPs alone: no test waits for a timing, depends on one or writes a cache.
+os.environ["MPOE_AUTOTUNE"] = "0"
 os.fsync = lambda _: None  # no test cuts the power; in processes of their own it is as it was
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
@@ -82,9 +81,8 @@ def _seed():
     import torch
 
     torch.default_generator.manual_seed(0)
-    if (
-        torch.cuda.is_initialized()
-    ):  # before, each seed is kept for it with the traceback of who gave it
+    # Before, each seed is kept for it with the traceback of who gave it.
+    if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
 
 

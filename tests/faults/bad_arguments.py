@@ -458,10 +458,9 @@ def stray(result):
             or not 0 < tensor.numel() <= 1 << 24
         ):
             continue
+        # An argument that was given back without its memory is not to be read.
         with contextlib.suppress(ValueError):
-            check_memory(
-                "result", tensor
-            )  # an argument without its memory that was given back is not to be read
+            check_memory("result", tensor)
             held.append(tensor)
     for tensor in held:
         if tensor.is_floating_point() and bool(tensor.isnan().any()):

@@ -141,9 +141,8 @@ def what_became_of(case):
     try:
         case.call()
     except Exception as error:
-        if "can't allocate memory" in str(
-            error
-        ):  # PyTorch's own words, for a size that some machines have
+        # PyTorch's own words, for a size that some machines have.
+        if "can't allocate memory" in str(error):
             return "refused"
         if not isinstance(error, Refused) and not is_on_purpose(error):
             raise

@@ -30,9 +30,8 @@ from mpoe.training.output_dir import RUN_FILE
 from mpoe.training.published import publish, staging_folder
 from tests.training.tiny import make_trainer, resume_options
 
-tqdm.monitor_interval = (
-    0  # its thread may hold tqdm's lock at a fork, and the child would wait for ever
-)
+# Its thread may hold tqdm's lock at a fork, and the child would wait for ever.
+tqdm.monitor_interval = 0
 SEED = int(os.environ.get("SEED", "0"))
 _VERSION_3, _DAC_OVERRIDE, _DAC_READ_SEARCH = 0x20080522, 1, 2  # linux/capability.h
 

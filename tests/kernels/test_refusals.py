@@ -1,6 +1,6 @@
 """What the public functions refuse: each error names the argument, what was expected and what came.
 
-Other sizes are in tests/faults/test_fuzz.py, other kinds of tensors in test_signatures.py.
+Other sizes are in tests/faults/test_public_names.py, other kinds of tensors in test_signatures.py.
 """
 
 from dataclasses import replace

@@ -6,15 +6,24 @@
 
 namespace mpoe {
 
+// Sizes of what the gradients of the blocks are computed from, beside those of RebuildPlan. A pair
+// is an (iC, jC) of a block; panels are of 32 columns, units of the inner axis.
 struct GradientSizes {
-  int64_t a_panels, left_units;                    // a as columns; iL jL as an inner size
-  int64_t right_panels, right_units;               // iR jR
-  int64_t b;                                       // in whole units
-  int64_t x_panels, dz_panels;                     // of the columns of one iC of x, of one jC of dz
-  int64_t pairs;                                   // most (iC, jC) per block
-  int64_t dhalf_panels;                            // of the columns (pairs b)
-  int64_t weight_row, dhalf_row, left_turned_row;  // row strides, in elements
-  int64_t left_sums, central_sums, right_sums;     // floats per block
+  int64_t a_panels;         // of a, as columns
+  int64_t left_units;       // of (iL jL), as the inner axis
+  int64_t right_panels;     // of (iR jR), as columns
+  int64_t right_units;      // of (iR jR), as the inner axis
+  int64_t b;                // in whole units
+  int64_t x_panels;         // of (iL iR), the columns of one iC of x
+  int64_t dz_panels;        // of (jL jR in granules), the columns of one jC of dz
+  int64_t pairs;            // most per block
+  int64_t dhalf_panels;     // of (pairs b), the columns of dLC
+  int64_t weight_row;       // row stride, in elements, of dW [(iL jL), (iR jR)]
+  int64_t dhalf_row;        // of dLC [(iL jL), (pairs b)]
+  int64_t left_turned_row;  // of left^T [a, (iL jL)]
+  int64_t left_sums;        // floats per block, as in GradientSums
+  int64_t central_sums;
+  int64_t right_sums;
 
   GradientSizes(const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan)
       : a_panels(ceil_divide(d.a, kPanel)),
@@ -34,6 +43,8 @@ struct GradientSizes {
         right_sums(right_panels * plan.b_panels * kPanel * kPanel) {}
 };
 
+// What all blocks of one expert read: its own blocks, and its slots' rows of x and dz, in the forms
+// that the products need. Only what the wanted gradients need is allocated.
 template <class T>
 struct ExpertRows {
   const GemmKernels& gemm;
@@ -51,26 +62,21 @@ struct ExpertRows {
   std::vector<int64_t> dx_rows;             // offsets of the slots' rows of dx from the first one
   int64_t first = 0, count = 0, units = 0;  // slots, and as an inner size
 
-  ExpertRows(const GemmKernels& gemm_,
-             const LinearBackward& in_,
-             const RebuildPlan& plan_,
-             const GradientSizes& sizes_,
-             int64_t most)
-      : gemm(gemm_),
-        in(in_),
-        plan(plan_),
-        sizes(sizes_),
-        wanted(in_),
-        blocks(gemm_, in_.dims, plan_) {
+  ExpertRows(const GemmKernels& gemm,
+             const LinearBackward& in,
+             const RebuildPlan& plan,
+             const GradientSizes& sizes,
+             int64_t most_slots)
+      : gemm(gemm), in(in), plan(plan), sizes(sizes), wanted(in), blocks(gemm, in.dims, plan) {
     const BlockDims& d = in.dims;
-    const int64_t column = ceil_divide(most, gemm.unit) * kPanel * gemm.unit;
+    const int64_t column = ceil_divide(most_slots, gemm.unit) * kPanel * gemm.unit;
     if (wanted.x)
-      dz_rows = Buffer<T>(plan.k_blocks() * most * plan.x_row);
+      dz_rows = Buffer<T>(plan.k_blocks() * most_slots * plan.x_row);
     if (!wanted.weight())
       return;
     dz_panels = Buffer<T>(d.jC * sizes.dz_panels * column);
     x_panels = Buffer<T>(d.iC * sizes.x_panels * column);
-    x_rows = Buffer<T>(d.iC * most * d.iL * d.iR);
+    x_rows = Buffer<T>(d.iC * most_slots * d.iL * d.iR);
     right_turned = Buffer<T>(plan.b_panels * sizes.right_units * kPanel * gemm.unit);
     left_turned = zeros<T>(d.a * sizes.left_turned_row);
   }

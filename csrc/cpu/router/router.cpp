@@ -1,3 +1,10 @@
+// Logits of all tokens, then each token's best experts and their gates. Logits are computed
+//
+//                                             x, weight bfloat16    other types, as float copies
+//   few experts, few tokens, or odd features  dots of bfloat16      dots of float
+//   else, by packed panels of the weight      tiles of bfloat16     tiles of float
+//
+// where features are odd if they are no whole units of gemm.h; of float, all are.
 #include "cpu/router/router.h"
 
 #include <algorithm>
@@ -83,8 +90,8 @@ void logits_by_tiles(
                    r.features,
                    panels.get(),
                    r.experts,
-                   [&](int64_t row, int64_t some, int64_t c, const float* tile) {
-                     for (int64_t i = 0; i < some; ++i)
+                   [&](int64_t row, int64_t tile_rows, int64_t c, const float* tile) {
+                     for (int64_t i = 0; i < tile_rows; ++i)
                        std::copy_n(tile + i * kPanel,
                                    std::min(kPanel, r.experts - c),
                                    logits + (first + row + i) * r.experts + c);
@@ -96,38 +103,41 @@ void logits_by_tiles(
 // The best experts of one token, in the order of scores and, among equal ones, of numbers; if a
 // score is NaN, false and the first experts.
 bool find_best(const float* scores, int64_t experts, int64_t top_k, int64_t* index) {
-  bool known = true;
+  bool has_nan = false;
   for (int64_t e = 0; e < experts; ++e)
-    known &= !std::isnan(scores[e]);
-  for (int64_t k = 0; !known && k < top_k; ++k)
-    index[k] = k;
-  int64_t found = 0;
-  float least = 0;  // of those found
-  // A later expert moves ahead of those whose scores are smaller.
-  for (int64_t e = 0; known && e < experts; ++e) {
-    if (found == top_k && scores[e] <= least)
+    has_nan |= std::isnan(scores[e]);
+  if (has_nan) {
+    for (int64_t k = 0; k < top_k; ++k)
+      index[k] = k;
+    return false;
+  }
+  int64_t count = 0;
+  float smallest = 0;  // of the scores of those in index, which are sorted
+  for (int64_t e = 0; e < experts; ++e) {
+    if (count == top_k && scores[e] <= smallest)
       continue;
-    int64_t place = found < top_k ? found++ : found - 1;
+    // Moves ahead of those whose scores are smaller; of a full list the last one is dropped.
+    int64_t place = count < top_k ? count++ : count - 1;
     for (; place > 0 && scores[e] > scores[index[place - 1]]; --place)
       index[place] = index[place - 1];
     index[place] = e;
-    least = scores[index[found - 1]];
+    smallest = scores[index[count - 1]];
   }
-  return known;
+  return true;
 }
 
-// The best experts of one token, and their gates.
+// The best experts of one token, and their gates, exp(logit - largest) / sum: the sum is over all
+// experts, or over these if not `raw`.
 void choose(const Gating& a, const float* logits, int64_t* index, float* gates) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-  const int64_t experts = a.router.experts;
-  const bool known = find_best(logits, experts, a.top_k, index);
-  const float most = logits[index[0]];
+  const bool is_ordered = find_best(logits, a.router.experts, a.top_k, index);
+  const float largest = logits[index[0]];
   float sum = 0;
   if (a.raw)
-    for (int64_t e = 0; e < experts; ++e)
-      sum += std::exp(logits[e] - most);
+    for (int64_t e = 0; e < a.router.experts; ++e)
+      sum += std::exp(logits[e] - largest);
   for (int64_t k = 0; k < a.top_k; ++k) {
-    gates[k] = known && std::isfinite(most) ? std::exp(logits[index[k]] - most) : kNaN;
+    gates[k] = is_ordered && std::isfinite(largest) ? std::exp(logits[index[k]] - largest) : kNaN;
     if (!a.raw)
       sum += gates[k];
   }
@@ -140,9 +150,9 @@ void choose(const Gating& a, const float* logits, int64_t* index, float* gates) 
 void router_logits(const Router& r, float* logits) {
   if (r.tokens == 0)
     return;
-  const bool many = r.tokens > kFewTokens && r.experts > kFewExperts;
+  const bool repays_packing = r.tokens > kFewTokens && r.experts > kFewExperts;
   const auto compute = [&](const GemmKernels& gemm, const auto* weight, const auto& rows_of) {
-    if (many && r.features % gemm.unit == 0)
+    if (repays_packing && r.features % gemm.unit == 0)
       logits_by_tiles(r, gemm, weight, logits, rows_of);
     else
       logits_by_dots(r, gemm, weight, logits, rows_of);
@@ -154,9 +164,9 @@ void router_logits(const Router& r, float* logits) {
             [&](int64_t first, int64_t, const auto& use) { use(x + first * r.features); });
     return;
   }
-  Floats32 of_weight(r.weight_dtype, r.experts * r.features);
+  Floats32 weight(r.weight_dtype, r.experts * r.features);
   compute(gemm_kernels(Dtype::kFloat32),
-          of_weight(r.weight, r.experts * r.features),
+          weight(r.weight, r.experts * r.features),
           [&](int64_t first, int64_t count, const auto& use) {
             Floats32 rows(r.x_dtype, count * r.features);
             use(rows(at(r.x, first * r.features, r.x_dtype), count * r.features));
@@ -174,14 +184,14 @@ void gating(const Gating& a) {
 void best_experts(
     const float* scores, int64_t tokens, int64_t experts, int64_t top_k, int64_t* index) {
   parallel_for(tokens, 256, [&](int64_t begin, int64_t end) {
-    std::vector<float> known(experts);
+    std::vector<float> comparable(experts);
     for (int64_t t = begin; t < end; ++t) {
       const float* const row = scores + t * experts;
       if (find_best(row, experts, top_k, index + t * top_k))
         continue;
       for (int64_t e = 0; e < experts; ++e)
-        known[e] = std::isnan(row[e]) ? std::numeric_limits<float>::infinity() : row[e];
-      find_best(known.data(), experts, top_k, index + t * top_k);
+        comparable[e] = std::isnan(row[e]) ? std::numeric_limits<float>::infinity() : row[e];
+      find_best(comparable.data(), experts, top_k, index + t * top_k);
     }
   });
 }

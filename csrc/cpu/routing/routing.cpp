@@ -1,3 +1,11 @@
+// The sort counts and then places the pairs of token and choice, in chunks of adjacent tokens that
+// threads share. Pair t * K + k has a key: its expert, or E if it gets none. For example, two chunks
+// of two tokens, K = 2, E = 2, where the last token is masked:
+//
+//   keys              0 1   1 0  |  1 0   2 2
+//   counts of keys    2, 2, 0    |  1, 1, 2
+//   first slots       0, 3, 6    |  2, 5, 6     key by key, chunk by chunk
+//   slots             0 3   4 1  |  5 2   6 7
 #include "cpu/routing/routing.h"
 
 #include <algorithm>
@@ -37,6 +45,13 @@ void* at(void* base, int64_t bytes) {
   return static_cast<char*>(base) + bytes;
 }
 
+// Replaces a count by the sum of those before it, to which it adds.
+void sum_before(int64_t& count, int64_t& before) {
+  const int64_t pairs = count;
+  count = before;
+  before += pairs;
+}
+
 // Marks pairs beyond the capacity with key E. First choices are served before second ones: counts
 // run over [K, T]. each_chunk(visit) calls visit(chunk, first token, last token).
 template <class EachChunk>
@@ -63,12 +78,8 @@ void drop_beyond_capacity(const Route& a,
   for (int64_t e = 0; e < a.experts; ++e) {
     int64_t before = 0;
     for (int64_t k = 0; k < a.top_k; ++k)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        int64_t& count = counts_of(k, chunk)[e];
-        const int64_t own = count;
-        count = before;
-        before += own;
-      }
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        sum_before(counts_of(k, chunk)[e], before);
   }
   const int32_t dropped = static_cast<int32_t>(a.experts);
   each_pair([&](int32_t& key, int64_t& rank) {
@@ -115,10 +126,10 @@ void route(const Route& a) {
   const int64_t pairs = a.tokens * a.top_k;
   const int64_t chunk_tokens = std::max<int64_t>(1, kPairsPerChunk / a.top_k);
   const int64_t chunks = std::max<int64_t>(1, (a.tokens + chunk_tokens - 1) / chunk_tokens);
-  const int64_t buckets = a.experts + 1;  // the last one holds masked and dropped pairs
+  const int64_t buckets = a.experts + 1;  // keys
   std::vector<int32_t> keys(pairs);
-  std::vector<int64_t> starts(chunks *
-                              buckets);  // [chunks, E + 1]: pairs of the chunk, later its next slot
+  // [chunks, E + 1]: pairs of the chunk, then its first slot, then its next one
+  std::vector<int64_t> starts(chunks * buckets);
   const auto each_chunk = [&](auto&& visit) {
     parallel_for_each(chunks, 1, [&](int64_t chunk) {
       visit(chunk, chunk * chunk_tokens, std::min(a.tokens, (chunk + 1) * chunk_tokens));
@@ -141,11 +152,8 @@ void route(const Route& a) {
   int64_t slot = 0;
   for (int64_t e = 0; e < buckets; ++e) {
     a.expert_offsets[e] = static_cast<int32_t>(slot);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t own = starts[chunk * buckets + e];
-      starts[chunk * buckets + e] = slot;
-      slot += own;
-    }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      sum_before(starts[chunk * buckets + e], slot);
   }
   each_chunk([&](int64_t chunk, int64_t first, int64_t last) {
     int64_t* next = &starts[chunk * buckets];

@@ -32,6 +32,7 @@ from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.models.walk import mpo_modules, routed_layers, short_name
 
 NUMBERS_FILE = "inspect.json"
+Spectra = dict[str, dict[str, list]]  # kind of projection -> layer -> its bonds
 NUM_TOKENS = 2048  # the plans of MPO weights are for a forward pass of so many
 LENGTH = 128  # tokens of an item, at most
 SHOWN_TOKENS = 60  # of an item whose routes are shown because no --text is given
@@ -84,7 +85,6 @@ class InspectOptions:
         "of a mixture of experts: a file of each domain, read as mpoe train does, on which each "
         "expert's worth is told; at most four items of 128 tokens, fewer where these would take "
         "more than about half a minute",
-        nargs="+",
     )
     num_items: int | None = option(
         None, "at most so many of them, or of each file of --texts; default: by size, of the model"
@@ -102,13 +102,13 @@ class Subject:
     """The model that is inspected.
 
     Attributes:
-        name: its folder, as it was typed.
+        folder: as it was typed.
         style: of the model, see `mpoe.models.table`.
         model, tokenizer: the tokenizer is None if the folder has none.
         is_composed: its experts came from files, so the folder has their statistics.
     """
 
-    name: str
+    folder: str
     style: str
     model: Any
     tokenizer: Any
@@ -120,17 +120,32 @@ class Reading:
     """What the model reads.
 
     Attributes:
-        items: those that the load is counted on.
-        counted: these in words.
+        items: encoded; the load is counted on them, unless the texts are where it is. Routes of the
+            first two are shown if no sentence is given.
+        counted: what the load is counted on, in words.
         texts: name -> batches on which experts' worth is told; none if it is not.
-        texts_hold_items: whether ``texts`` are all the items, so that the passes that tell experts'
-            worth count the load too.
+        is_load_of_texts: whether the passes over ``texts`` that tell experts' worth count the load.
     """
 
     items: list[Item]
     counted: str
     texts: Mapping[str, Batches]
-    texts_hold_items: bool
+    is_load_of_texts: bool
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found about the model.
+
+    Attributes:
+        routes: sentence -> the routes of its tokens, by stream.
+        load: tokens by layer and expert; empty if they were not counted.
+        worth: text -> what each expert is worth on it.
+    """
+
+    routes: list[tuple[str, list[Route]]]
+    load: list[list[int]]
+    worth: dict[str, Worth]
 
 
 @as_command(InspectOptions, DataOptions, words=(1, 1))
@@ -138,8 +153,8 @@ def command(request: Request) -> None:
     """Inspect the model; write the numbers and, last, the report."""
     (options, data), (name,) = request.options, request.words
     data, seed, described = data_of_run(name, data, request.given)
-    folder = options.output_dir
-    check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE])
+    output_dir = options.output_dir
+    check_output("output_dir", output_dir, options.overwrite, "an earlier report", [REPORT_FILE])
     source = models.find(name)
     if not source.is_mpoe:
         raise CommandError(
@@ -148,19 +163,20 @@ def command(request: Request) -> None:
         )
     tokenizer = models.tokenizer_if_any(source)
     is_composed = (Path(name) / EXPERTS_FOLDER).is_dir()
-    tasks = []
+    tasks: list[Task] = []
     if options.texts:
-        if not (is_composed and tokenizer and source.style == CAUSAL):
+        if not is_composed or source.style != CAUSAL:
             raise CommandError(
                 f"texts are for mixtures that mpoe compose made of experts of a decoder; {name} is "
                 "another"
             )
+        if not tokenizer:
+            raise CommandError(f"texts need a tokenizer; {name} holds none")
         check_files("texts", options.texts)
     else:
         style = SEQ2SEQ if source.style == ENCODER else source.style
         tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
-    model = models.load_model(source)
-    subject = Subject(name, source.style, model, tokenizer, is_composed)
+    subject = Subject(name, source.style, models.load_model(source), tokenizer, is_composed)
     if options.texts:
         reading = _read_files(subject, options)
     else:
@@ -170,15 +186,15 @@ def command(request: Request) -> None:
     worth = _worth(subject, reading.texts)
     routes = _routes(subject, options.text, reading.items)
     load: list = []
-    if routes and worth and reading.texts_hold_items:
+    if routes and worth and reading.is_load_of_texts:
         load = torch.tensor([result.load for result in worth.values()]).sum(0).tolist()
     elif routes:
-        load = expert_load(model, reading.items, tokenizer)
-    _report(folder, name, model, routes, load, reading.counted, worth)
+        load = expert_load(subject.model, reading.items, subject.tokenizer)
+    _write(output_dir, subject, reading, Findings(routes, load, worth))
     _print_worth(worth)
-    if is_composed and not worth:
+    if subject.is_composed and subject.style == CAUSAL and not worth:
         print("what each expert is worth: give --texts FILE ..., a file of each domain")
-    print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
+    print(f"report and numbers are in {output_dir}; open {output_dir / REPORT_FILE}")
 
 
 def _read_files(subject: Subject, options: InspectOptions) -> Reading:
@@ -200,40 +216,42 @@ def _read_tasks(
     most = options.num_items or _fitting(subject.model, LOAD_FLOPS, 1, MOST_ITEMS)
     items = _items(subject, options.split, most, tasks) if subject.tokenizer else []
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
-    if not subject.is_composed or not subject.tokenizer or subject.style == ENCODER:
-        return Reading(items, counted, {}, False)
-    if options.text and subject.style == CAUSAL:
+    texts: dict[str, Batches] = {}
+    tells_worth = subject.is_composed and subject.tokenizer and subject.style != ENCODER
+    is_load_of_texts = False
+    if tells_worth and options.text and subject.style == CAUSAL:
         encoded = subject.tokenizer(options.text)["input_ids"]
         sentences = [encoded_item(ids, ids) for ids in encoded]
-        batches = padded_batches(subject.model, sentences, subject.tokenizer)
-        return Reading(items, counted, {"the sentences": batches}, False)
-    if items and is_chosen:
-        batches = padded_batches(subject.model, items, subject.tokenizer)
-        return Reading(items, counted, {"the items": batches}, True)
-    return Reading(items, counted, {}, False)
+        texts["the sentences"] = padded_batches(subject.model, sentences, subject.tokenizer)
+    elif tells_worth and items and is_chosen:
+        texts["the items"] = padded_batches(subject.model, items, subject.tokenizer)
+        is_load_of_texts = True
+    return Reading(items, counted, texts, is_load_of_texts)
 
 
 def _items(subject: Subject, split: str, most: int, tasks: Sequence[Task]) -> list[Item]:
-    """At most so many encoded items, about as many of each task; an encoder reads only the
+    """At most so many encoded items, of every task as many or one more; an encoder reads only the
     inputs."""
     tokenizer = subject.tokenizer
-    share = math.ceil(most / len(tasks))
     items: list[Item] = []
-    for task in tasks:
+    for number, task in enumerate(tasks):
+        share = math.ceil((most - len(items)) / (len(tasks) - number))
+        if not share:
+            break
         if subject.style == ENCODER:
             sources = [example.source for example in task.examples(split)[:share]]
             cut = {"truncation": True, "max_length": LENGTH, "return_token_type_ids": False}
             items += [dict(tokenizer(text, **cut)) for text in sources]
         else:
             items += encode_task(task, split, tokenizer, share, subject.style)
-    return items[:most]
+    return items
 
 
 def _worth(subject: Subject, texts: Mapping[str, Batches]) -> dict[str, Worth]:
     """What each expert is worth, by text."""
     if not texts:
         return {}
-    experts, background = experts_in(Path(subject.name))
+    experts, background = experts_in(Path(subject.folder))
     classes = [expert.statistics for expert in experts]
     if background is not None:
         classes.append(background)
@@ -269,9 +287,10 @@ def _fitting(model: Any, flops: float, passes: int, most: int) -> int:
 
 def worth_table(worth: Worth, text: str) -> report.Table:
     """Share of the router's weights, loss alone, loss without and what removing adds, by expert."""
-    parts = zip(worth.names, worth.share, worth.alone, worth.removed, strict=True)
+    columns = (worth.names, worth.share, worth.alone, worth.removed)
     rows = [
-        [n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts
+        [name, f"{share:.0%}", f"{alone:.3f}", f"{without:.3f}", f"{without - worth.loss:+.3f}"]
+        for name, share, alone, without in zip(*columns, strict=True)
     ]
     rows.append(["the mixture", "", f"{worth.loss:.3f}", "", ""])
     rows.append(["oracle", "", f"{worth.oracle:.3f}", "", ""])
@@ -279,9 +298,9 @@ def worth_table(worth: Worth, text: str) -> report.Table:
     return report.Table(header, rows, f"{text}, {worth.tokens} tokens")
 
 
-def _spectra(model: Any) -> dict[str, dict[str, list]]:
+def _spectra(model: Any) -> Spectra:
     """Bonds of MPO weights by kind (up, down, an attention projection's name, ...) and layer."""
-    by_kind: dict[str, dict[str, list]] = {}
+    by_kind: Spectra = {}
     for name, cores in mpo_modules(model):
         layer, _, kind = short_name(name).rpartition(".")
         bonds = bond_spectra(cores)
@@ -290,53 +309,66 @@ def _spectra(model: Any) -> dict[str, dict[str, list]]:
     return by_kind
 
 
-def _report(
-    folder: Path,
-    name: str,
-    model: Any,
-    routes: Sequence[tuple[str, list[Route]]],
-    load: list[list[int]],
-    counted: str,
-    worth: Mapping[str, Worth],
-) -> None:
-    """Write everything, section by section."""
-    config = model.mpoe_config
-    layers = [short_name(layer) for layer, _ in routed_layers(model)]
-    parts = [report.Table((), list(facts(model).items()), kind="text").html()]
-    spectra = _spectra(model)
-    numbers = {
-        "model": name,
-        "parameters": model.parameter_report(),
-        "layers": layers,
-        "counted_on": counted,
-        "expert_load": load,
-        "worth": {text: vars(result) for text, result in worth.items()},
-        "routes": [{"text": text, "streams": list(map(vars, streams))} for text, streams in routes],
-        "bonds": {  # effective rank as a share of every bond
-            kind: {layer: [bond.used for bond in bonds] for layer, bonds in layers_of_kind.items()}
-            for kind, layers_of_kind in spectra.items()
-        },
-    }
-
-    def add(heading: str, note: str, *contents: Any) -> None:
-        parts.append(report.section(heading, *contents, note=note))
-
-    if routes:
-        named = getattr(model.config, "mpoe_experts", None) or [""] * config.num_experts
-        names = [f"{k} {expert_name}".strip() for k, expert_name in enumerate(named)]
-        add("Which expert took which token", _ROUTES_NOTE, report.routes_html(routes, names))
-    if worth:
-        tables = [worth_table(result, text).section() for text, result in worth.items()]
-        add("What each expert is worth", _WORTH_NOTE, *tables)
-    if load:
-        add("Expert load", _LOAD_NOTE.format(counted=counted), report.load_map(load, layers))
-    if spectra:
-        add("What the bonds carry", _BONDS_NOTE, report.spectrum_lines(spectra))
-    weights = summarize(model, NUM_TOKENS, config.top_k)
-    if weights:
-        parts.append(report.Table(HEADER, list(weights.values()), "MPO weights", LEGEND).section())
+def _write(folder: Path, subject: Subject, reading: Reading, found: Findings) -> None:
+    """Write the numbers and the report."""
+    spectra = _spectra(subject.model)
+    numbers = _numbers(subject, reading, found, spectra)
+    sections = _sections(subject, reading, found, spectra)
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: where there is one, the numbers beside it are its own.
     (folder / REPORT_FILE).unlink(missing_ok=True)
     write_json(folder / NUMBERS_FILE, numbers)
-    report.write_page(folder / REPORT_FILE, f"mpoe inspect: {name}", parts)
+    report.write_page(folder / REPORT_FILE, f"mpoe inspect: {subject.folder}", sections)
+
+
+def _numbers(subject: Subject, reading: Reading, found: Findings, spectra: Spectra) -> dict:
+    routes = [
+        {"text": text, "streams": [vars(route) for route in streams]}
+        for text, streams in found.routes
+    ]
+    used = {  # effective rank as a share of every bond
+        kind: {layer: [bond.used for bond in bonds] for layer, bonds in layers.items()}
+        for kind, layers in spectra.items()
+    }
+    return {
+        "model": subject.folder,
+        "parameters": subject.model.parameter_report(),
+        "layers": _layer_names(subject.model),
+        "counted_on": reading.counted,
+        "expert_load": found.load,
+        "worth": {text: vars(result) for text, result in found.worth.items()},
+        "routes": routes,
+        "bonds": used,
+    }
+
+
+def _sections(subject: Subject, reading: Reading, found: Findings, spectra: Spectra) -> list:
+    model = subject.model
+    config = model.mpoe_config
+    sections = [report.Table((), list(facts(model).items()), kind="text").html()]
+
+    def add(heading: str, note: str, *contents: Any) -> None:
+        sections.append(report.section(heading, *contents, note=note))
+
+    if found.routes:
+        named = getattr(model.config, "mpoe_experts", None) or [""] * config.num_experts
+        names = [f"{k} {expert_name}".strip() for k, expert_name in enumerate(named)]
+        routes = report.routes_html(found.routes, names)
+        add("Which expert took which token", _ROUTES_NOTE, routes)
+    if found.worth:
+        tables = [worth_table(result, text).section() for text, result in found.worth.items()]
+        add("What each expert is worth", _WORTH_NOTE, *tables)
+    if found.load:
+        load = report.load_map(found.load, _layer_names(model))
+        add("Expert load", _LOAD_NOTE.format(counted=reading.counted), load)
+    if spectra:
+        add("What the bonds carry", _BONDS_NOTE, report.spectrum_lines(spectra))
+    weights = summarize(model, NUM_TOKENS, config.top_k)
+    if weights:
+        table = report.Table(HEADER, list(weights.values()), "MPO weights", LEGEND)
+        sections.append(table.section())
+    return sections
+
+
+def _layer_names(model: Any) -> list[str]:
+    return [short_name(layer) for layer, _ in routed_layers(model)]

@@ -341,7 +341,7 @@ def test_upload(folder, monkeypatch, capsys):
     assert "uploaded to https://hub/commit/1" in capsys.readouterr().out
 
 
-def test_what_experts_are_worth(folder, tmp_path, capsys):
+def test_what_experts_are_worth(folder, tmp_path, capsys, monkeypatch):
     compose(folder, f"law.expert med.expert --output_dir seen --background none.txt {SMALL}")
     line = f"inspect {folder}/seen --output_dir {tmp_path}/out --num_items 2"
     assert not run(line)
@@ -353,6 +353,9 @@ def test_what_experts_are_worth(folder, tmp_path, capsys):
     files = [f"{folder}/t0.txt", f"{folder}/t1.txt"]
     absent = f"{line} --overwrite --texts {files[0]} absent.txt"
     refuses(CommandError, "texts: no such file: absent.txt", run, absent)
+    with monkeypatch.context() as patch:
+        patch.setattr("mpoe.cli.models.tokenizer_if_any", lambda _: None)
+        refuses(CommandError, "texts need a tokenizer; .*seen holds none", run, absent)
     assert not run(line, "--overwrite --texts", *files)
     numbers = read_json(tmp_path / "out/inspect.json")
     worth = numbers["worth"]

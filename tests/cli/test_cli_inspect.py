@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe.cli import inspect
 from mpoe.data.stand_in_models import load_stand_in
 from mpoe.inspection import bond_spectra, route_text
 from mpoe.layers.cores import MPOCores
@@ -101,6 +102,20 @@ def test_help_and_refusals(cli, refused, models, tmp_path):
         assert message in refused(f"inspect {flags}")
     assert (tmp_path / "old/report.html").read_text() == "mine"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("most, shares", [(1, [1]), (4, [2, 1, 1]), (8, [3, 3, 2])])
+def test_every_task_gives_as_many_items_or_one_more(most, shares, monkeypatch):
+    asked = []
+
+    def encode(task, split, tokenizer, share, style):
+        asked.append(share)
+        return [task] * share
+
+    monkeypatch.setattr(inspect, "encode_task", encode)
+    subject = inspect.Subject("run", "causal", None, None, False)
+    assert len(inspect._items(subject, "test", most, ["a", "b", "c"])) == most
+    assert asked == shares
 
 
 def test_a_runs_load_is_counted_on_its_own_data(cli, prose, tmp_path):

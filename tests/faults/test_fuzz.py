@@ -106,8 +106,8 @@ ROOM = 6 << 30
 
 
 def try_inputs(kind, count, seed, folder):
-    """Try ``count`` inputs, in a child process. An error of ours, or a kind of which none works or
-    none is refused, fails.
+    """Try ``count`` inputs, in a child process. It fails at the first one that is neither accepted
+    nor refused in our words, and in the end if none of all was accepted, or none refused.
 
     New memory is filled with NaN, so that a result that holds what nobody wrote is seen.
     """

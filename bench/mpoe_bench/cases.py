@@ -1,7 +1,7 @@
 """Named shapes, workloads and token distributions of benchmarks and tests."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import islice, product
 
 import torch
@@ -11,7 +11,7 @@ from mpoe_kernels.mpo.fold import MPOBlocks, fold
 from mpoe_kernels.mpo.shape import MPOShape
 
 
-@lru_cache(maxsize=64)
+@cache
 def workload_shape(name: str, in_features: int, out_features: int) -> MPOShape:
     """``paper_full``, ``paper_B`` (bond B), ``light_P``, or ``separable`` for a weight ``[in,
     out]``.
@@ -20,14 +20,13 @@ def workload_shape(name: str, in_features: int, out_features: int) -> MPOShape:
         ValueError: another name.
     """
     kind, _, size = name.partition("_")
+    number = int(size) if size.isdigit() else None
     if name == "separable":
         return MPOShape.separable(in_features, out_features)
-    if kind == "paper" and (size == "full" or size.isdigit()):
-        return MPOShape.paper(
-            in_features, out_features, max_bond=None if size == "full" else int(size)
-        )
-    if kind == "light" and size.isdigit():
-        return MPOShape.light(in_features, out_features, int(size))
+    if kind == "paper" and (number or size == "full"):
+        return MPOShape.paper(in_features, out_features, max_bond=number)
+    if kind == "light" and number:
+        return MPOShape.light(in_features, out_features, number)
     raise ValueError(
         f"name must be 'separable', 'paper_full', 'paper_BOND' or 'light_P'; got {name!r}"
     )
@@ -92,7 +91,7 @@ def _held_out() -> tuple[Workload, ...]:
 
 
 # The choice by one timing is judged on these, against the best of another timing on a CPU.
-JUDGED_WORKLOADS: tuple[Workload, ...] = _held_out()
+JUDGED_WORKLOADS = _held_out()
 
 
 def random_cores(

@@ -41,11 +41,11 @@ class CaptureError(RuntimeError):
 def gradients_of(leaves: Tensors) -> dict[str, Tensor]:
     """``d<name>`` of every leaf that is trained; zeros where the backward pass never reached it (an
     idle expert)."""
-    trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    return {
-        f"d{n}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        for n, leaf in trained.items()
-    }
+    gradients = {}
+    for name, leaf in leaves.items():
+        if leaf.requires_grad:
+            gradients[f"d{name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return gradients
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Truth:
     @classmethod
     def of(cls, results: Callable[[torch.dtype], Tensors], dtype: torch.dtype) -> "Truth":
         """Of something that gives its results in any dtype; it is asked for float64 last."""
-        same = {name: value.detach().cpu() for name, value in results(dtype).items()}
-        exact = {name: value.detach().cpu() for name, value in results(torch.float64).items()}
+        same = results(dtype)
+        exact = results(torch.float64)
         errors = {name: relative_error(same[name], value) for name, value in exact.items()}
-        return cls(exact, errors, dtype)
+        return cls({name: value.detach().cpu() for name, value in exact.items()}, errors, dtype)
 
     def compare(self, results: Tensors) -> tuple[dict[str, float], list[str]]:
         """Relative L2 error of every result of the right shape; and what is wrong, in words."""

@@ -233,7 +233,7 @@ def peer_layers(names: Iterable[str], experts: int, at: Place) -> Iterator[Layer
     sizes = at.model, 4 * at.model, experts
     for name in names:
         make = partial(PEERS[name], sizes, device=at.device, dtype=at.dtype)
-        yield Layer(name, "peer", lambda plain, make=make: make(plain=plain))
+        yield Layer(name, "peer", make)
 
 
 def original_layer(shape: str, experts: int, at: Place) -> Layer:
@@ -328,44 +328,34 @@ def layers_comparison(
     return Comparison(key, title, context, builds, at.tokens, known | facts, phases)
 
 
-def traced(run: Callable[[], object], folder: Path, name: str) -> None:
-    """Print the kernels of a call by their time, and write its trace, which Chrome and Perfetto
-    open."""
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    with profile() as record:
-        run()
-    print(record.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=48))
-    folder.mkdir(parents=True, exist_ok=True)
-    record.export_chrome_trace(str(folder / f"{name}.json"))
-
-
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Run layers once, forward and backward, for a profiler."
     )
     parser.add_argument(
-        "--trace", type=Path, help="a folder for torch.profiler's traces, of a second call each"
+        "--trace",
+        type=Path,
+        help="a folder for torch.profiler's traces, of a second call each: Chrome opens them",
     )
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     chosen = parser.parse_args(words)
-    device = "cpu"
-    sizes = (64, 32)
-    if torch.cuda.is_available():
-        device = "cuda"
-        sizes = (TOKENS, 768)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = (TOKENS, 768) if device == "cuda" else (64, 32)
     for case in cases(sizes[1:]):
         if case.masked or chosen.only not in case.name:
             continue
         layer = case.layer(device)
         x = torch.randn(sizes, device=device, dtype=torch.bfloat16)
-
-        def step(layer: nn.Module = layer, x: Tensor = x) -> None:
-            layer(x).sum().backward()
-
-        step()
+        layer(x).sum().backward()
         print(case.name, flush=True)
-        if chosen.trace is not None:
-            traced(step, chosen.trace, case.name.replace(" ", "-"))
+        if chosen.trace is None:
+            continue
+        with profile() as record:
+            layer(x).sum().backward()
+        order = f"self_{device}_time_total"
+        print(record.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=48))
+        chosen.trace.mkdir(parents=True, exist_ok=True)
+        record.export_chrome_trace(str(chosen.trace / f"{case.name.replace(' ', '-')}.json"))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 
 from mpoe.config.checks import check_choice
 from mpoe_bench.suites import SCALES, SUITES
-from mpoe_kernels import BackendError, available_backends, backend_reasons
-from mpoe_kernels.backends import AUTO, Request, select
+from mpoe_kernels import backend_reasons
+from mpoe_kernels.backends import AUTO, BACKENDS, Request
 from mpoe_kernels.info import collect, usable_cores
 
 LIBRARIES = ("torch", "triton", "transformers", "numpy")
@@ -24,17 +24,7 @@ EAGER = "eager"
 ALL = "all"
 
 
-def _runs_on(backend: str, device: str) -> bool:
-    """Whether a backend has kernels for a type of device."""
-    try:
-        return bool(select(Request("dispatch", device, torch.float32), backend))
-    except BackendError:
-        return False
-
-
-def backends_to_measure(
-    names: str | None, suite: str = "targets", device: str = "cpu"
-) -> tuple[str, ...]:
+def backends_to_measure(names: str | None, suite: str, device: str) -> tuple[str, ...]:
     """The backends that a run measures.
 
     Args:
@@ -52,7 +42,10 @@ def backends_to_measure(
     Raises:
         ValueError: an unknown backend, or one that cannot run here.
     """
-    here = tuple(name for name in available_backends() if _runs_on(name, device))
+    request = Request("dispatch", device, torch.float32)
+    here = tuple(
+        name for name, backend in BACKENDS.items() if not backend.unsupported_reasons(request)
+    )
     if names is None or names == ALL:
         if here == (EAGER,):
             return here
@@ -71,14 +64,10 @@ def backends_to_measure(
 
 
 def check_options(
-    suite: str,
-    device: str,
-    threads: int | None,
-    scale: str,
-    backend: str | None = None,
-    phases: Sequence[str] = PHASE_NAMES,
+    suite: str, device: str, threads: int | None, scale: str, phases: Sequence[str]
 ) -> int:
-    """Refuse options that cannot be run, before any work; returns the number of threads.
+    """Refuse options that cannot be run, before any work; returns the number of threads. Backends
+    are checked by `backends_to_measure`.
 
     Raises:
         ValueError: names the option, what was expected, and what was given.
@@ -93,15 +82,13 @@ def check_options(
     if device == "cuda" and suite == "planner":
         raise ValueError("suite must not be planner on cuda: its cases are a CPU's; got 'planner'")
     cores = usable_cores()
-    if (
-        threads is None
-    ):  # products of tiny sizes gain nothing from a second thread, and waiting for it costs
+    if threads is None:
+        # Products of tiny sizes gain nothing from a second thread, and waiting for it costs.
         threads = 1 if scale == "tiny" else cores
     if not 1 <= threads <= cores:
         raise ValueError(
             f"threads must be between 1 and {cores}, the processors usable here; got {threads}"
         )
-    backends_to_measure(backend, suite)
     return threads
 
 

@@ -101,7 +101,7 @@ class Run:
         skipped: titles of those that there was no time for, or that came after a broken capture.
 
     Raises:
-        ValueError: see `check_options`.
+        ValueError: see `check_options` and `backends_to_measure`.
     """
 
     suite: str = "quick"
@@ -116,9 +116,7 @@ class Run:
 
     def __post_init__(self) -> None:
         suite = self.suite
-        self.threads = check_options(
-            suite, self.device, self.threads, self.scale, self.backend, self.phases
-        )
+        self.threads = check_options(suite, self.device, self.threads, self.scale, self.phases)
         self.sizes = SCALES[self.scale]
         self.backends = backends_to_measure(self.backend, suite, self.device)
         self.budget = BUDGETS.get(suite, Budget())
@@ -128,11 +126,10 @@ class Run:
             self.budget = TINY
         self.timer = time.perf_counter
         self.deadline = time.monotonic() + 60 * (self.minutes or math.inf)
-        self.sections: list[dict[str, Any]] = []
+        self.sections = []
         self.skipped = []
         self._context = None
-        # The baseline, and one more.
-        self._held: dict[str, Checked] = {}
+        self._held = {}  # `Checked`: the baseline, and one more
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -297,7 +294,7 @@ def in_turn(
     the beginning.
     """
     calls = {}
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+    samples = {name: [] for name in functions}
     first, *others = functions
 
     def sample(name: str) -> float:
@@ -344,7 +341,7 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
         for, or that came after a broken CUDA graph capture, which counts as a failure.
 
     Raises:
-        ValueError: see `check_options`; or nothing is left to measure.
+        ValueError: see `Run`; or nothing is left to measure.
         RuntimeError: pytest itself failed.
         KeyboardInterrupt: as the session was.
     """
@@ -375,7 +372,7 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "suite": suite,
-        "scale": options.get("scale", "real"),
+        "scale": run.scale,
         "backends": list(run.backends),
         "machine": machine,
         "sections": run.sections,

@@ -1,5 +1,6 @@
 """Results as rows of text: the terminal and the report show the same cells."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import NamedTuple
@@ -67,10 +68,10 @@ def _error(row: Facts, phase: str) -> str:
 def timing_table(section: Facts) -> TextTable:
     """A section's contenders: x baseline forward and forward + backward, floor, memory, error."""
     rows = []
-    notes: dict[str, list[str]] = {}
+    notes = defaultdict(list)
     for row in section["rows"]:
         if row.get("reason"):
-            notes.setdefault(row["reason"], []).append(row["name"])
+            notes[row["reason"]].append(row["name"])
         else:
             rows.append(row)
     names = {"forward": "forward", "train": "fwd+bwd", "graph": "graph"}
@@ -149,13 +150,10 @@ def tables_of(sections: Sequence[Facts], targets: Sequence[Facts]) -> Iterator[T
 
 def machine_table(machine: Facts) -> TextTable:
     """The machine that was measured."""
-    facts = {name: fact for name, fact in machine.items() if fact and name != "libraries"}
-    facts |= machine["libraries"]
-    values = []
-    for fact in facts.values():
-        words = fact if isinstance(fact, list) else [fact]
-        values.append(", ".join(map(str, words)))
-    return TextTable("machine", {"": list(facts), "value": values})
+    facts = {**machine, "backends": ", ".join(machine["backends"]), **machine["libraries"]}
+    del facts["libraries"]
+    known = {name: str(fact) for name, fact in facts.items() if fact}
+    return TextTable("machine", {"": list(known), "value": list(known.values())})
 
 
 def text_of(table: TextTable) -> str:

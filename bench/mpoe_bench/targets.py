@@ -204,7 +204,7 @@ def check_targets(sections: Sequence[Facts], device: str = "cpu") -> list[dict[s
 
     A target is reached if the worse of its dtypes reaches it.
     """
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    lines = {}
     for section in sections:
         for backend, dtype, judged in _judged(section, device):
             for what, wanted, measured, reached in judged:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpoe.config import MPOEConfig
 from mpoe.models import convert_to_mpoe
 from mpoe_bench.cases import dtype_name
-from mpoe_bench.contender import Comparison, Contender, Named, Truth, size_facts
+from mpoe_bench.contender import Comparison, Contender, Truth, size_facts
 
 VOCABULARY = 512
 PROMPT_TOKENS = 16
@@ -128,7 +128,7 @@ class ModelCase:
 
     def comparison(self) -> Comparison:
         switch = partial(self.build, fields={"expert_type": "dense"})
-        builds: list[Named] = [
+        builds = [
             (f"dense {self.family}", "limit", partial(self.build, fields=None)),
             (f"{self.family} with dense experts (Switch)", "peer", switch),
         ]

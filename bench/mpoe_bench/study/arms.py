@@ -298,7 +298,7 @@ class ArmsStudy:
 
     def __init__(self, file: Path) -> None:
         self.study = read_study(file)
-        self.starts: Starts = {}
+        self.starts = {}
 
     def waiting(self, records: Records) -> list[str]:
         """Keys of runs that are missing and whose rate is known, in order: of a stage first those

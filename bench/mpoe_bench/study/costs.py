@@ -49,7 +49,7 @@ def measured(
 ) -> dict[str, list[float]]:
     """By model: tokens of a call per second of processor time, the median of interleaved calls, and
     megabytes: weights, Adam's state of those that learn, and the most that a call holds."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds = {name: [] for name in models}
     for _ in range(ROUNDS):
         for name, model in models.items():
             begin = time.process_time()

@@ -1,6 +1,7 @@
 """A study's file: what is trained and compared, written down before the first run."""
 
 import tomllib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -150,11 +151,11 @@ class Study:
 
     def corners(self) -> dict[Corner, list[str]]:
         """The arms of every corner, each once, in order."""
-        corners: dict[Corner, list[str]] = {}
+        corners = defaultdict(list)
         for stage in self.stages:
-            arms = corners.setdefault(stage.corner, [])
+            arms = corners[stage.corner]
             arms += [arm for arm in stage.arms if arm not in arms]
-        return corners
+        return dict(corners)
 
     def compared(self) -> list[tuple[Corner, Comparison]]:
         """Every test of the study: a comparison at a corner."""

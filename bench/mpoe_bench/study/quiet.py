@@ -83,7 +83,7 @@ class QuietStudy:
         base.generation_config.pad_token_id = self.tokenizer.eos_token_id
         self.base = base.eval()
         data = arguments.data_dir
-        self.splits: dict[str, Split] = {}
+        self.splits = {}
         for domain in self.plan.domains:
             texts = [domain_texts(data, domain, split) for split in SPLITS]
             self.splits[domain] = split_of(self.tokenizer, *texts)

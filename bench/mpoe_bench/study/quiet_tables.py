@@ -15,6 +15,8 @@ NAMES = {
     "replay, equal time": "LoRA with replay, equal time",
     "replay, equal tokens": "LoRA with replay, equal tokens",
 }
+# Of a plan's success: limits that a mean must reach; it must be at most the others.
+AT_LEAST = ("own_kept", "same", "four_kept", "ahead", "ten_kept", "twenty_kept")
 Rows = list[list[Any]]
 Line = tuple[str, str, str]  # what must hold, what was measured, whether it does
 
@@ -65,15 +67,14 @@ def share_text(finished: Sequence[Case]) -> str:
     return f"{fmean(shares):.1%}" if shares else ""
 
 
-def line(
-    what: str, values: Sequence[float], limit: float, at_least: bool = False, worst: bool = False
-) -> Line:
-    """That the mean of the values (their largest, for ``worst``) is at most, or at least, a
-    limit."""
+def line(what: str, values: Sequence[float], limits: Mapping[str, float], name: str) -> Line:
+    """That the mean of the values, or their largest, is at most, or at least, the limit of this
+    name."""
     if not values:
         return what, "waits", ""
-    measured = max(values) if worst else fmean(values)
-    holds = measured >= limit if at_least else measured <= limit
+    measured = max(values) if name == "others_worst" else fmean(values)
+    limit = limits[name]
+    holds = measured >= limit if name in AT_LEAST else measured <= limit
     text = f"{measured:.4f} ({min(values):+.4f} to {max(values):+.4f}, {len(values)})"
     return what, text, "yes" if holds else "**no**"
 
@@ -85,7 +86,7 @@ class QuietResults:
         self.plan = plan
         self.records = records
         self.rates = plan.known_rates(records)
-        self.own_gains: dict[tuple[str, int], float] = {}
+        self.own_gains = {}
         self.own_gains = {place: case.gain for place, case in self.cases("neurons").items()}
 
     def case(self, record: Record | None, domains: Sequence[str], seed: int) -> Any:
@@ -161,27 +162,25 @@ class QuietResults:
         of_four = [case.answers for case in four]
         same = [case.same for case in quiet]
         lines = [
-            line("one expert: share of its own gain", shares_of(quiet), limits["own_kept"], True),
-            line("one: other domains over the base", others, limits["others"]),
-            line("one: worst other domain", others, limits["others_worst"], worst=True),
-            line("one: probes over the base", probes, limits["probes"]),
-            line("one: KL on own answers", answers, limits["answers"]),
-            line("one: greedy tokens equal", same, limits["same"], True),
-            line(
-                "four experts: share of their own gains", shares_of(four), limits["four_kept"], True
-            ),
-            line("four: probes over the base", over, limits["four_probes"]),
-            line("four: KL on own answers", of_four, limits["four_answers"]),
+            line("one expert: share of its own gain", shares_of(quiet), limits, "own_kept"),
+            line("one: other domains over the base", others, limits, "others"),
+            line("one: worst other domain", others, limits, "others_worst"),
+            line("one: probes over the base", probes, limits, "probes"),
+            line("one: KL on own answers", answers, limits, "answers"),
+            line("one: greedy tokens equal", same, limits, "same"),
+            line("four experts: share of their own gains", shares_of(four), limits, "four_kept"),
+            line("four: probes over the base", over, limits, "four_probes"),
+            line("four: KL on own answers", of_four, limits, "four_answers"),
         ]
         first = mixtures.get(self.plan.seeds[0])
         if first is not None:
             for name, rival in self.rivals().items():
                 ahead = [first.gain - rival.gain]
-                lines.append(line(f"four: nats ahead of {name}", ahead, limits["ahead"], True))
+                lines.append(line(f"four: nats ahead of {name}", ahead, limits, "ahead"))
         for number, name in zip(TENANTS, ("ten_kept", "twenty_kept"), strict=True):
             shares = list(self.kept_of_tenants(number).values())
             what = f"{number} tenants: share of their own gains"
-            lines.append(line(what, shares, limits[name], True))
+            lines.append(line(what, shares, limits, name))
         return lines
 
     def of_methods(self) -> Rows:

@@ -74,12 +74,10 @@ class ArmsResults:
         known = self.study.arms[arm].known_rate(model)
         if known is not None:
             return known
-        losses = {}
-        for run in self.study.candidates(model, arm):
-            if run.key not in self.records:
-                return None
-            losses[run.rate] = self.records[run.key]["validation"]
-        return min(losses, key=losses.__getitem__)
+        candidates = self.study.candidates(model, arm)
+        if any(run.key not in self.records for run in candidates):
+            return None
+        return min(candidates, key=lambda run: self.records[run.key]["validation"]).rate
 
     def runs_of(self, corner: Corner, arm: str) -> list[Run]:
         """The runs of an arm at a corner, one a seed; empty until its rate is chosen."""
@@ -131,8 +129,8 @@ class ArmsResults:
     def of_corner(self, corner: Corner, arms: Sequence[str]) -> Section:
         """One row for every arm of a corner, also of those that wait."""
         study = self.study
-        header = ["arm", "rate", "seeds", "steps", "FFN weights, x dense"]
-        header += ["with router and biases", "FFN FLOPs, x dense", "test loss"]
+        header = ["arm", "rate", "seeds", "steps", "FFN weights, x dense", "with router and biases"]
+        header += ["FFN FLOPs, x dense", "test loss"]
         header.append(f"gain over {study.arms[study.reference].name}")
         rows = []
         for arm in arms:

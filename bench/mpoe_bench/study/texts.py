@@ -154,8 +154,7 @@ def tenant_texts(tokenizer: Any, package: str) -> Split:
 
 def _headers() -> list[str]:
     """C++ headers of torch."""
-    folder = Path(str(metadata.distribution("torch").locate_file("torch"))) / "include" / "ATen"
-    files = sorted(folder.glob("*.h"))
+    files = sorted(Path(torch.__file__).parent.glob("include/ATen/*.h"))
     texts = (file.read_text(encoding="utf-8") for file in files)
     return [text for text in texts if len(text) > 2_000]
 

@@ -1,9 +1,16 @@
-// Everything is local to a group g of `block` hidden units. Slots are sorted by expert once, for all
-// groups. Per (expert, group), rows are gathered, multiplied with the packed blocks and added to
-// float32 sums, expert by expert. A token's last slot writes its sum to the result. Groups with
-// their own blocks are processed together if few tokens make few sums, `kOwnFloats`: an expert's
-// blocks are read in the order of memory. Groups that share their blocks are always processed
-// together, each group of a token as a row, in tiles of tokens with at most `kTileFloats` sums.
+// Hidden-side experts: parts of the groups for threads, and sums of the blocks' gradients.
+// hidden_body.h computes a part. Everything is local to a group of `block` hidden units.
+//
+//   x, out, dx      [T, groups, b]
+//   slots           by tile of tokens, expert, token; sorted once, for all groups
+//   sums of a tile  [groups together, tokens of the tile, b in panels]  float32
+//   cores           [E or 1, (right, left, right_gate), b, b]           float32, see HiddenPart
+//
+// Per (expert, group), rows are gathered, multiplied with the packed blocks and added to the sums of
+// a tile, expert by expert. A token's last slot writes its sum to the result. Groups with their own
+// blocks are processed together if few tokens make few sums, `kOwnFloats`: an expert's blocks are
+// read in the order of memory. Groups that share their blocks are always processed together, each
+// group of a token as a row, in tiles of tokens with at most `kTileFloats` sums.
 #include <algorithm>
 #include <cstring>
 
@@ -43,13 +50,13 @@ class HiddenParts {
         .scratch_size = scratch_size,
     };
   }
-  // f(part, more) for every part, by all threads; `more`: so many floats of a thread.
+  // Calls f(part, sums) for every part, by all threads; sums: `sum_floats` floats of a thread.
   template <class F>
-  void for_each(int64_t scratch_size, int64_t more, const F& f) const {
+  void for_each(int64_t scratch_size, int64_t sum_floats, const F& f) const {
     parallel_for(count_, 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> scratch(scratch_size), own(more);
+      Buffer<float> scratch(scratch_size), sums(sum_floats);
       for (int64_t p = begin; p < end; ++p)
-        f(part(p, scratch.get(), scratch_size), own.get());
+        f(part(p, scratch.get(), scratch_size), sums.get());
     });
   }
 
@@ -80,7 +87,7 @@ class HiddenBackwardParts {
         out_(out),
         pairs_(in.tokens * in.top_k),
         square_(in.block * in.block),
-        kinds_(in.gated() ? 3 : 2),
+        cores_(in.gated() ? 3 : 2),
         parts_(in, number_of_parts(in)),
         slot_gates_(zeros<float>(out.dgates == nullptr ? 0 : in.groups() * pairs_)) {
     scratch_size_ = run(parts_.part(0, nullptr, 0), nullptr);
@@ -91,7 +98,7 @@ class HiddenBackwardParts {
       run_shared();
     else
       parts_.for_each(
-          scratch_size_, kinds_ * square_, [&](HiddenPart part, float* sums) { run(part, sums); });
+          scratch_size_, cores_ * square_, [&](HiddenPart part, float* sums) { run(part, sums); });
     if (out_.dgates != nullptr)
       add_gates();
   }
@@ -112,45 +119,48 @@ class HiddenBackwardParts {
         gemm_kernels(in_.dtype), in_, parts_.sorted().view(), part, grad_, out_);
   }
 
-  // As many parts at a time as there are threads, each with its own sums. These are added to the
-  // first part's in the order of parts. Only those of experts with slots are written and read.
+  // Every part has sums of all experts' cores. As many parts run at a time as there are threads;
+  // then theirs are added to the first part's in the order of parts. Only those of experts with
+  // slots are written and read.
   void run_shared() {
     const auto add = gemm_kernels(Dtype::kFloat32).add_row;
     const std::vector<int64_t>& used = parts_.sorted().used_experts();
-    const int64_t count = parts_.count(), cores = in_.experts * kinds_ * square_;
+    const int64_t count = parts_.count();
+    const int64_t sums = in_.experts * cores_ * square_;  // floats of a part
     const int64_t together = std::clamp<int64_t>(num_threads(), 1, count);
+    // Whose sums wait to be added at a time; the first part's need not.
     const int64_t others = together == count ? count - 1 : together;
-    // One piece, for huge pages.
-    Buffer<float> memory((1 + others) * cores + together * scratch_size_);
+    // One piece, for huge pages: the first part's sums, those of others, scratch memory.
+    Buffer<float> memory((1 + others) * sums + together * scratch_size_);
     float* const total = memory.get();
-    float* const scratch = total + (1 + others) * cores;
+    float* const scratch = total + (1 + others) * sums;
     for (int64_t first = 0; first < count; first += together) {
       const int64_t last = std::min(count, first + together);
-      const int64_t added = std::max<int64_t>(first, 1);
+      const int64_t first_added = std::max<int64_t>(first, 1);
       const auto sums_of = [&](int64_t p) {
-        return p == 0 ? total : total + (1 + p - added) * cores;
+        return p == 0 ? total : total + (1 + p - first_added) * sums;
       };
       parallel_for_each(last - first, 1, [&](int64_t p) {
         run(parts_.part(first + p, scratch + p * scratch_size_, scratch_size_), sums_of(first + p));
       });
       parallel_for_each(std::ssize(used), 1, [&](int64_t u) {
-        const int64_t place = used[u] * kinds_ * square_;
-        for (int64_t p = added; p < last; ++p)
-          add(sums_of(p) + place, total + place, kinds_ * square_);
+        const int64_t place = used[u] * cores_ * square_;
+        for (int64_t p = first_added; p < last; ++p)
+          add(sums_of(p) + place, total + place, cores_ * square_);
       });
     }
     void* const results[] = {out_.dright, out_.dleft, out_.dright_gate};
-    for (int64_t kind = 0; kind < kinds_; ++kind)
-      if (results[kind] != nullptr)
-        store_cores(total + kind * square_, static_cast<char*>(results[kind]));
+    for (int64_t core = 0; core < cores_; ++core)
+      if (results[core] != nullptr)
+        store_core(total + core * square_, static_cast<char*>(results[core]));
   }
 
-  // One core of every expert.
-  void store_cores(const float* sums, char* result) {
+  // One core of every expert, from its place in `sums` on.
+  void store_core(const float* sums, char* result) {
     const int64_t bytes = square_ * size_of(in_.dtype);
     for (int64_t e = 0; e < in_.experts; ++e)
       if (parts_.sorted().has_slots(e))
-        gemm_kernels(in_.dtype).round_row(sums + e * kinds_ * square_, result + e * bytes, square_);
+        gemm_kernels(in_.dtype).round_row(sums + e * cores_ * square_, result + e * bytes, square_);
       else
         std::memset(result + e * bytes, 0, bytes);
   }
@@ -167,7 +177,8 @@ class HiddenBackwardParts {
   const HiddenExperts& in_;
   const void* const grad_;
   const ExpertsGradients& out_;
-  const int64_t pairs_, square_, kinds_;
+  const int64_t pairs_, square_;
+  const int64_t cores_;  // of an expert
   const HiddenParts parts_;
   Buffer<float> slot_gates_;
   int64_t scratch_size_ = 0;  // of one part

@@ -1,5 +1,22 @@
-// The forward and the backward of hidden-side experts. Part of the bodies of each instruction set;
-// nothing here may use inline functions that other files share.
+// The forward and the backward of hidden-side experts. For each chunk of rows of one expert and group
+// (hidden_rows.h), in the names of the members below, R and L being its right and its left block:
+//
+//              without a gate             gated experts
+//   forward                               value = x R
+//              z = x R + bias             z = x_gate R_gate + bias
+//              h = act(z)                 h = act(z) value
+//              out += gates h L           the same
+//   backward   dh = grad L^T              the same
+//              dz = gates dh act'(z)      dz = gates dh value act'(z)
+//              dvalue = dz                dvalue = gates dh act(z)
+//              dgates = <h, dh>           the same
+//              dleft += (gates h)^T grad  the same
+//              dright += x^T dvalue       and dright_gate += x_gate^T dz
+//              dx += dvalue R^T           and dx_gate += dz R_gate^T
+//              dbias += dz                the same
+//
+// Part of the bodies of each instruction set; nothing here may use inline functions that other files
+// share.
 #pragma once
 
 #include "cpu/experts/hidden_rows.h"
@@ -171,22 +188,22 @@ class HiddenForward : HiddenProducts {
         pack<T>(right_gate_, in_.right_gate, chunk);
     }
     gather(in_.x, chunk, width, rows_);
-    meet(chunk, rows_, in_.right, right_, gated_ ? value_ : z_);
+    multiply_by_blocks(chunk, rows_, in_.right, right_, gated_ ? value_ : z_);
     next.fetch();
     if (gated_) {
       gather(in_.x_gate, chunk, width, rows_);
-      meet(chunk, rows_, in_.right_gate, right_gate_, z_);
+      multiply_by_blocks(chunk, rows_, in_.right_gate, right_gate_, z_);
     }
     add_bias<T>(chunk, z_);
     with_activation(in_.activation,
                     [&](auto kind) { activate_rows<decltype(kind)::value>(chunk.rows); });
     next.fetch();
-    meet(chunk, h_, in_.left, left_, z_);
+    multiply_by_blocks(chunk, h_, in_.left, left_, z_);
     next.fetch();
   }
 
   // tile = rows times the blocks of a chunk: packed, or in place for few rows.
-  void meet(
+  void multiply_by_blocks(
       const Chunk& chunk, const T* rows, const void* blocks, const float* panels, float* tile) {
     if (chunk.all > kFewHiddenRows) {
       multiply(rows, chunk.rows, panels, tile);
@@ -270,7 +287,7 @@ class HiddenBackward : HiddenProducts {
       pack_blocks(chunk);
     recompute(chunk, fetched(tile, chunk));
     next.fetch();
-    multiply(rows_grad_, rows, left_, dh_);
+    multiply(rows_grad_, rows, left_turned_, dh_);
     next.fetch();
     with_activation(in_.activation, [&](auto kind) {
       if (gated_)
@@ -286,13 +303,13 @@ class HiddenBackward : HiddenProducts {
     if (out_.dright != nullptr)
       add_core(chunk, kRight, rows_x_, dvalue_);
     if (out_.dx != nullptr) {
-      multiply(dvalue_, rows, back_, value_);
+      multiply(dvalue_, rows, right_turned_, value_);
       add_rows(tile, chunk, value_, nullptr, dx_, static_cast<T*>(out_.dx));
     }
     if (gated_ && out_.dright_gate != nullptr)
       add_core(chunk, kRightGate, rows_gate_, dz_);
     if (gated_ && out_.dx_gate != nullptr) {
-      multiply(dz_, rows, back_gate_, value_);
+      multiply(dz_, rows, right_gate_turned_, value_);
       add_rows(tile, chunk, value_, nullptr, dx_gate_, static_cast<T*>(out_.dx_gate));
     }
     begun_[chunk.expert] = 1;
@@ -300,14 +317,14 @@ class HiddenBackward : HiddenProducts {
 
   void pack_blocks(const Chunk& chunk) {
     pack<T>(right_, in_.right, chunk);
-    pack_transposed<T>(left_, in_.left, chunk);
+    pack_transposed<T>(left_turned_, in_.left, chunk);
     if (out_.dx != nullptr)
-      pack_transposed<T>(back_, in_.right, chunk);
+      pack_transposed<T>(right_turned_, in_.right, chunk);
     if (!gated_)
       return;
     pack<T>(right_gate_, in_.right_gate, chunk);
     if (out_.dx_gate != nullptr)
-      pack_transposed<T>(back_gate_, in_.right_gate, chunk);
+      pack_transposed<T>(right_gate_turned_, in_.right_gate, chunk);
   }
 
   // The rows of a chunk, their pre-activations and, of gated experts, their values.
@@ -384,11 +401,11 @@ class HiddenBackward : HiddenProducts {
         gemm_.multiply_columns(rows, units, a, d, target, block_, adds);
         continue;
       }
-      gemm_.multiply_columns(rows, units, a, d, odd_, kPanel, false);
+      gemm_.multiply_columns(rows, units, a, d, edge_, kPanel, false);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t j = 0; c + j < block_; ++j) {
           float& sum = target[r * block_ + j];
-          sum = (adds ? sum : 0.0f) + odd_[r * kPanel + j];
+          sum = (adds ? sum : 0.0f) + edge_[r * kPanel + j];
         }
     }
   }
@@ -433,20 +450,21 @@ class HiddenBackward : HiddenProducts {
 
   const void* const grad_;
   const ExpertsGradients& out_;
-  const int64_t panel_ = units_ * wide_;
+  const int64_t panel_ = units_ * wide_;  // of packed panels of a block
   float* const dx_ = scratch_.raw(tile_sums_);
   float* const dx_gate_ = scratch_.raw(gated_ ? tile_sums_ : 0);
   float* const z_ = tiles();      // pre-activations, replaced by their gradients
   float* const value_ = tiles();  // x R of gated experts; later rows of dx
   float* const dh_ = tiles();     // of act(z) (times value), before the gate's factor
+  // Packed panels, turned: of the transpose.
   float* const right_ = scratch_.floats(panel_);
-  float* const left_ = scratch_.floats(panel_);
-  float* const back_ = scratch_.floats(panel_);
+  float* const left_turned_ = scratch_.floats(panel_);
+  float* const right_turned_ = scratch_.floats(panel_);
   float* const right_gate_ = scratch_.floats(panel_);
-  float* const back_gate_ = scratch_.floats(panel_);
-  float* const panels_a_ = tiles();
+  float* const right_gate_turned_ = scratch_.floats(panel_);
+  float* const panels_a_ = tiles();  // see add_core
   float* const panels_d_ = tiles();
-  float* const odd_ = scratch_.floats(kMaxRows * kPanel);
+  float* const edge_ = scratch_.floats(kMaxRows * kPanel);  // columns past the last whole panel
   T* const rows_x_ = operands<T>();
   T* const rows_gate_ = operands<T>();
   T* const rows_grad_ = operands<T>();

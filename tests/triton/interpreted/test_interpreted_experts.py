@@ -15,21 +15,85 @@ from mpoe_kernels.routing.triton import SortedSlots
 from mpoe_kernels.testing.launches import recorded
 from mpoe_kernels.triton import start
 from mpoe_kernels.triton.start import Tile
+from tests.assertions import poisoned_memory
 from tests.cases import either, pairwise
 from tests.expert_problems import HiddenProblem, NeuronProblem
-from tests.expert_scenarios import CASES, ExpertScenarios
+from tests.expert_scenarios import CASES
 
 TABLES = {HiddenProblem: "HIDDEN_TILES", NeuronProblem: "NEURON_TILES"}
-KERNELS = dict.fromkeys(TABLES, experts)
 HALVES = (torch.bfloat16, torch.float16)
 SIZES = (2, 4)  # bytes of a number, by which tiles are chosen
 of_each_kind = pytest.mark.parametrize("kind", TABLES, ids=lambda kind: kind.__name__)
 
 
-class TestScenarios(ExpertScenarios):
-    backend, kernels = "triton", KERNELS
-    dtypes = (torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in HALVES))
-    slow_cases = ("many experts", "top-4", "wide blocks", "parts of a tile", "one neuron")
+in_every_dtype = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in HALVES)],
+    ids=str,
+)
+SLOW_CASES = ("many experts", "top-4", "wide blocks", "parts of a tile", "one neuron")
+
+
+def every_case():
+    """Of both kinds."""
+    cases = []
+    for kind, named in CASES.items():
+        for name, case in named.items():
+            marks = [pytest.mark.slow] * (name in SLOW_CASES)
+            cases.append(pytest.param(kind, case, id=f"{kind.__name__}-{name}", marks=marks))
+    return pytest.mark.parametrize("kind, case", cases)
+
+
+@every_case()
+@in_every_dtype
+def test_values_and_gradients(kind, case, dtype):
+    kind(**case, dtype=dtype).check("triton")
+
+
+@pytest.mark.slow
+@every_case()
+@in_every_dtype
+def test_every_form(kind, case, dtype):
+    """Gated and not, the groups' blocks shared and not, all with biases."""
+    for gated in (False, True):
+        for more in ({"per_group": False}, {"per_group": True}) if kind is HiddenProblem else ({},):
+            form = {**case, **more, "gated": gated, "with_bias": True}
+            kind(**form, dtype=dtype, seed=1).check("triton")
+
+
+@of_each_kind
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "none", "silu"])
+def test_every_activation(kind, activation):
+    sizes = {"tokens": 9, "experts": 1, **({"groups": 1} if kind is HiddenProblem else {})}
+    for gated in (False, True):
+        problem = kind(**sizes, gated=gated, activation=activation, dtype=torch.float32)
+        (problem.on_quarters() if activation == "relu" else problem).check("triton")
+
+
+@of_each_kind
+def test_an_expert_chosen_twice_and_rows_of_nan_without_one(kind):
+    problem = kind(tokens=17, experts=2, dtype=torch.float32, none_share=0.0, with_bias=True)
+    problem.index[:, 1] = problem.index[:, 0]
+    problem.index[3:6] = -1
+    problem.check("triton")
+    clean = problem.computed("triton")
+    for name in (problem.ROWS, "gates"):
+        problem.inputs[name][3:6] = torch.nan
+    for name, value in problem.computed("triton").items():
+        assert torch.equal(value, clean[name]), name
+
+
+@of_each_kind
+def test_each_gradient_alone(kind):
+    problem = kind(tokens=5, experts=2, gated=True, with_bias=True, dtype=torch.float32)
+    with poisoned_memory():
+        everything = experts.backward(problem.backward_call())
+    for needed in problem.NAMES:
+        call = problem.backward_call([name == needed for name in problem.NAMES])
+        with poisoned_memory():
+            alone = experts.backward(call)
+        for name, value, whole in zip(problem.NAMES, alone, everything, strict=True):
+            assert torch.equal(value, whole) if name == needed else value.numel() == 0
 
 
 def use_tile(monkeypatch, kind, tile):
@@ -83,32 +147,39 @@ def test_half_precision(kind, own, dtype):
 
 
 @pytest.mark.parametrize(
-    "of, dtype",
+    "of, dtype, value",
     pairwise(
         [(HiddenProblem, kernel) for kernel in HIDDEN_TILES]
         + [(NeuronProblem, kernel) for kernel in NEURON_TILES],
         [torch.float32, torch.bfloat16],
+        [torch.nan, torch.inf],
     ),
 )
-def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(of, dtype, monkeypatch):
+def test_a_spoiled_token_spoils_no_other_on_any_tile(of, dtype, value, monkeypatch):
+    """Nor the gradients of the expert that it did not choose. It is the first one, which a load
+    beyond the last row of a tile could fall back to."""
     kind, kernel = of
-    own = {"groups": 2, "block": 8} if kind is HiddenProblem else {}
+    sizes = {"groups": 2, "block": 8} if kind is HiddenProblem else {}
     table = getattr(experts, TABLES[kind])
-    problem = kind(tokens=20, experts=2, dtype=dtype, gated=True, none_share=0.0, **own)
-    others = torch.arange(20) != 7
+    form = {"gated": True, "with_bias": True, "none_share": 0.0}
+    problem = kind(tokens=20, experts=3, dtype=dtype, **form, **sizes)
+    problem.index[:, 1] = (problem.index[:, 0] + 1) % 3
+    left_out = 3 - int(problem.index[0].sum())
+    others = torch.arange(20) != 0
     monkeypatch.setattr(
         experts, "ON_CHIP", dict.fromkeys(SIZES, 1000 * (kernel == "fused"))
     )  # else it is not launched
     for tile in tiles_of(table[kernel][dtype.itemsize]):
         monkeypatch.setitem(table[kernel], dtype.itemsize, TileChoice((tile,)))
         clean, rows = problem.computed("triton"), problem.inputs[problem.ROWS]
-        kept = rows[7].clone()
-        rows[7] = torch.nan
-        dirty = problem.computed("triton")
-        rows[7] = kept
-        for name in dirty.keys() & {"o", "du", "dx", "dgates", "du_gate"}:
-            assert torch.equal(dirty[name][others], clean[name][others]), (tile, name)
-        assert dirty["o"][7].isnan().all()
+        kept = rows[0].clone()
+        rows[0] = value
+        spoiled = problem.computed("triton")
+        rows[0] = kept
+        for name, result in spoiled.items():
+            clean_part = left_out if len(result) == 3 else others
+            assert torch.equal(result[clean_part], clean[name][clean_part]), (tile, name)
+        assert not spoiled["o"][0].isfinite().any()
 
 
 def tokens_of(call, tokens):
@@ -150,17 +221,17 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch(name, dtype, monkeypat
     kept on chip; alone: not sorted, narrow tiles."""
     monkeypatch.setattr(np, "matmul", product_in_order)
     kind, sizes = ALONE[name]
-    call, kernels = kind(tokens=300, experts=8, top_k=2, dtype=dtype, **sizes).call(), KERNELS[kind]
-    whole = kernels.forward(call)
+    call = kind(tokens=300, experts=8, top_k=2, dtype=dtype, **sizes).call()
+    whole = experts.forward(call)
     for tokens in (slice(7, 8), slice(290, 300), slice(250, 290)):
-        assert torch.equal(kernels.forward(tokens_of(call, tokens)), whole[tokens])
+        assert torch.equal(experts.forward(tokens_of(call, tokens)), whole[tokens])
     monkeypatch.setattr(routing, "MOST_AT_ONCE", 0)
     for tile in range(3):
         monkeypatch.setattr(start, "_first", lambda ways, tile=tile: ways[min(tile, len(ways) - 1)])
         monkeypatch.setattr(
             TileChoice, "of", lambda choice, _: tiles_of(choice._replace(alone=None))
         )
-        assert torch.equal(kernels.forward(call), whole), tile
+        assert torch.equal(experts.forward(call), whole), tile
 
 
 @of_each_kind
@@ -212,12 +283,12 @@ def test_opcheck(complete):
 
 def started(problem, *need):
     """What a call launches on a GPU: the forward, or the needed gradients."""
-    kernels = KERNELS[type(problem)]
-    with recorded("sm_90") as found:
-        kernels.backward(problem.backward_call(list(need))) if need else kernels.forward(
-            problem.call()
-        )
-    return found
+    with recorded("sm_90") as launches:
+        if need:
+            experts.backward(problem.backward_call(list(need)))
+        else:
+            experts.forward(problem.call())
+    return launches
 
 
 def names(problem, *need):

@@ -221,7 +221,7 @@ def block_gradients(
     for slots in parts_of(call, size):
         busy = slots.busy[:, None, None, None]
         left = torch.where(busy, call.left[slots.experts], 0)
-        left = left.view(-1, d.a)
+        left = left.reshape(-1, d.a)
         if need_left or need_central:
             half = times(call, dz, call.right[slots.experts], False, slots)
             half = half.view(len(left), -1)

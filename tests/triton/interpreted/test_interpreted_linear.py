@@ -7,18 +7,17 @@ import torch
 from mpoe_bench.cases import random_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels import BackendError, MPOBlocks, MPOShape, grouped_mpo_linear
+from mpoe_kernels import BackendError, MPOShape, grouped_mpo_linear
 from mpoe_kernels.linear.grouped import ON_CHIP
 from mpoe_kernels.linear.triton import BY_PRODUCTS, fused_launch, fused_tiles, grouped
 from mpoe_kernels.linear.triton.fused_tiles import FusedTile
 from mpoe_kernels.linear.triton.grouped import Tile, tiles_of
-from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.launches import recorded
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import NO_LIMIT, Target
-from tests.assertions import assert_calibrated, refuses
+from tests.assertions import refuses
 from tests.cases import SMALL_SHAPES
-from tests.linear_problem import KernelProblem, check_ffn, planned_strategies
+from tests.linear_problem import KernelProblem, Product, check_ffn, planned_strategies
 from tests.linear_scenarios import LinearScenarios
 
 
@@ -120,23 +119,11 @@ def test_one_reading_of_rows_gives_both_gradients(activation, dtype):
     ]
 
 
-def test_strided_input_and_blocks():
-    shape = SMALL_SHAPES["padded"]
-    x = torch.randn(shape.in_features, 5).T
-    blocks = random_blocks(shape, 2, torch.float32)
-    left = blocks.left.transpose(1, 2).contiguous().transpose(1, 2)
-    strided = MPOBlocks(left, blocks.central, blocks.right, shape.in_features, shape.out_features)
-    offsets = torch.tensor([0, 2, 5])
-    sizes = (shape.in_features, shape.out_features)
-    doubles = MPOBlocks(left.double(), blocks.central.double(), blocks.right.double(), *sizes)
-    truth = grouped_mpo_linear_reference(x.double(), doubles, offsets)
-    same = grouped_mpo_linear_reference(x, blocks, offsets)
-    for strategy in planned_strategies(shape):
-        assert_calibrated(
-            grouped_mpo_linear(x, strided, offsets, strategy=strategy, backend="triton"),
-            truth,
-            same,
-        )
+@pytest.mark.parametrize("layout", ["strided", "transposed"])
+def test_layouts_of_memory(layout):
+    product = Product(SMALL_SHAPES["padded"], tokens=5, experts=2, backend="triton", layout=layout)
+    for strategy in planned_strategies(product.shape):
+        product.check(strategy)
 
 
 def test_a_gated_network_with_its_gradients():

@@ -4,6 +4,7 @@ import torch
 
 from mpoe_kernels import combine, dispatch, route
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
+from mpoe_kernels.routing.op import CombineBackwardCall
 from tests.assertions import assert_calibrated, poisoned_memory
 
 
@@ -80,3 +81,19 @@ def check_rows(routing, features, dtype, backend, gate_dtype=torch.float32, plac
     assert torch.equal(actual[0], same[0])
     for name, a, t, s in zip(("rows", "y", "dx", "dy", "dgates"), actual, truth, same, strict=True):
         assert_calibrated(a, t, s, f"{name} {dtype}")
+
+
+def check_gradients_alone(combine_backward, backend):
+    """Rows and gates have the same gradients if only one of them is needed; the other is empty."""
+    routing = check_route(torch.randint(0, 4, (9, 2)), 4, backend=backend)
+    inputs = torch.randn(9, 7), torch.randn(18, 7), *parts_of(routing)[1:], torch.rand(9, 2)
+
+    def gradients(*need):
+        return combine_backward(CombineBackwardCall(*inputs, *need, backend))
+
+    drows, dgates = gradients(True, True)
+    rows_alone, no_gates = gradients(True, False)
+    no_rows, gates_alone = gradients(False, True)
+    assert torch.equal(rows_alone, drows)
+    assert torch.equal(gates_alone, dgates)
+    assert no_gates.numel() == no_rows.numel() == 0

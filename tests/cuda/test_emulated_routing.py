@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from mpoe_bench.cases import expert_choice
 
 from mpoe_kernels import Routing
-from mpoe_kernels.routing.op import CombineBackwardCall
 from tests.assertions import refuses
 from tests.linear_problem import LAYOUTS
-from tests.routing_problem import check_route, check_rows, parts_of
+from tests.routing_problem import check_gradients_alone, check_route, check_rows, parts_of
 
 from .emulation import DTYPES, OPS, REFUSED, ROUTING, SCHEDULES, schedule, stats
 
@@ -106,14 +105,4 @@ def test_rows_and_gradients(dtype, columns, capacity):
 
 
 def test_each_gradient_alone():
-    routing = check(expert_choice("zipf", 9, 4, 2), 4)
-    grad, rows, gates = torch.randn(9, 7), torch.randn(18, 7), torch.rand(9, 2)
-
-    def backward(*need):
-        return ROUTING.combine_backward(
-            CombineBackwardCall(grad, rows, *parts_of(routing)[1:], gates, *need, "emulated")
-        )
-
-    drows, dgates = backward(True, True)
-    assert torch.equal(backward(True, False)[0], drows)
-    assert torch.equal(backward(False, True)[1], dgates)
+    check_gradients_alone(ROUTING.combine_backward, "emulated")

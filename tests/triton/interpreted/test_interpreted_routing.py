@@ -1,8 +1,6 @@
 """Routing kernels against loops (integers: equal), dispatch and combine against the float64
 reference."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,10 +9,9 @@ from mpoe_kernels import route
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.routing import triton_gates
 from mpoe_kernels.routing.gating import MOST_GATED, gates_of, gating_on_gpu
-from mpoe_kernels.routing.op import CombineBackwardCall
 from tests.assertions import poisoned_memory
 from tests.cases import pairwise
-from tests.routing_problem import check_route, check_rows
+from tests.routing_problem import check_gradients_alone, check_route, check_rows
 
 CASES = [
     # tokens, experts, top_k, capacity, masked
@@ -28,17 +25,20 @@ CASES = [
 ]
 
 
+def sort_in_parts(monkeypatch, most, most_parts, counted):
+    """Of up to ``most`` pairs in one launch; of more in parts, which are small."""
+    sizes = {"MOST_AT_ONCE": most, "MOST_PARTS": most_parts, "COUNTED": counted}
+    for name, value in {**sizes, "SORT_BLOCK": 32, "BLOCK": 32}.items():
+        monkeypatch.setattr(routing, name, value)
+
+
 @pytest.mark.parametrize("most, most_parts", [(1000, 512), (0, 512), (0, 2)])
 @pytest.mark.parametrize("tokens, experts, top_k, capacity, masked", CASES)
 def test_route_equals_loops(
     tokens, experts, top_k, capacity, masked, most, most_parts, monkeypatch
 ):
     """In one launch, or several for any number of pairs; with a capacity always in several."""
-    monkeypatch.setattr(routing, "MOST_AT_ONCE", most)
-    monkeypatch.setattr(routing, "SORT_BLOCK", 32)
-    monkeypatch.setattr(routing, "BLOCK", 32)
-    monkeypatch.setattr(routing, "COUNTED", 64)
-    monkeypatch.setattr(routing, "MOST_PARTS", most_parts)
+    sort_in_parts(monkeypatch, most, most_parts, counted=64)
     index = torch.randint(0, experts, (tokens, top_k))
     mask = torch.rand(tokens) > 0.3 if masked else None
     check_route(index, experts, capacity, mask, backend="triton")
@@ -144,11 +144,7 @@ def test_what_is_not_gated_in_two_launches():
 @pytest.mark.parametrize("tokens, experts, top_k", [(1, 1, 1), (40, 5, 3), (100, 70, 2)])
 def test_slots_sorted_by_expert(tokens, experts, top_k, most, parts, monkeypatch):
     """In one launch or two; -1 and numbers past the last expert are none, which come last."""
-    monkeypatch.setattr(routing, "MOST_AT_ONCE", most)
-    monkeypatch.setattr(routing, "MOST_PARTS", parts)
-    monkeypatch.setattr(routing, "SORT_BLOCK", 32)
-    monkeypatch.setattr(routing, "BLOCK", 32)
-    monkeypatch.setattr(routing, "COUNTED", 256)
+    sort_in_parts(monkeypatch, most, parts, counted=256)
     index = torch.randint(-1, experts + 2, (tokens, top_k))
     index[0, 0] = experts - 1
     keys = index.masked_fill((index < 0) | (index >= experts), experts).flatten()
@@ -171,13 +167,5 @@ def test_dispatch_and_combine_with_gradients(dtype, top_k):
     check_rows(route(torch.randint(0, 4, (21, top_k)), 4, 12, mask), 131, dtype, "triton")
 
 
-def test_only_needed_gradients():
-    found = route(torch.randint(0, 3, (6, 1)), 3)
-    grad, y, weights = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 1)
-    call = CombineBackwardCall(
-        grad, y, found.token_of_slot, found.slot_of_token, weights, True, False, "triton"
-    )
-    dy, dweights = routing.combine_backward(call)
-    assert (dy.shape, dweights.numel()) == ((6, 4), 0)
-    dy, dweights = routing.combine_backward(replace(call, need_y=False, need_weights=True))
-    assert (dy.numel(), dweights.shape) == (0, (6, 1))
+def test_each_gradient_alone():
+    check_gradients_alone(routing.combine_backward, "triton")

@@ -1,4 +1,14 @@
-// Copies that pack operands into panels, and transpositions.
+// Copies that pack operands into panels, and transpositions. A panel (gemm.h) holds 32 columns of B
+// unit by unit, a unit in one word of 32 bits: one float, or two bfloat16 of the same column, of
+// which the first is in the low half. Words of a panel, in memory order:
+//
+//   bfloat16   unit 0   B(0,0) B(1,0)   B(0,1) B(1,1)   ..   B(0,31) B(1,31)
+//              unit 1   B(2,0) B(3,0)   B(2,1) B(3,1)   ..
+//   float      unit 0   B(0,0)          B(0,1)          ..   B(0,31)
+//              unit 1   B(1,0)          B(1,1)          ..
+//
+// B is read as it is in memory (`pack`), with its granules elsewhere (`pack_granules`), or from its
+// transpose (`pack_transposed`).
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -7,12 +17,16 @@
 namespace mpoe {
 namespace {
 
+// Columns that are packed together from B's transpose, in blocks of as many units.
+constexpr int64_t kHalfPanel = kPanel / 2;
+
 // 32 units of one panel row from one row (float) or two rows (bfloat16; `next` null: zeros) of B.
 inline void interleave(const float* row, const float*, float* units) {
   std::memcpy(units, row, kPanel * 4);
 }
 inline void interleave(const BFloat16* row, const BFloat16* next, float* units) {
 #if defined(__AVX512BW__)
+  // Half 2c of the result is row[c], half 2c + 1 is next[c], which counts from 32 on.
   alignas(64) static constexpr uint16_t kOrder[64] = {
       0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
       11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
@@ -42,6 +56,7 @@ inline void interleave_part(const T* row, const T* next, int64_t columns, float*
   interleave(padded[0], padded[1], units);
 }
 
+// Panels of B, see gemm.h. Reads B row by row, kGroup panels at a time.
 template <class T>
 void pack(
     void* panels, int64_t panel_units, const void* b, int64_t stride, int64_t k, int64_t columns) {
@@ -58,9 +73,9 @@ void pack(
       const T* row = source + u * unit * stride;
       const T* next = unit == 2 && u * unit + 1 < k ? row + stride : nullptr;
       // Rows are in different pages, and the hardware does not prefetch across pages: fetch what
-      // comes kAhead units later, in this group or the next.
-      const int64_t wrapped = u + kAhead < units ? 0 : kGroup * kPanel - units * unit * stride;
-      const int64_t ahead = kAhead * unit * stride + wrapped;
+      // comes kAhead units later, in this group, or from B's first row on in the next one.
+      const int64_t next_group = kGroup * kPanel - units * unit * stride;
+      const int64_t ahead = kAhead * unit * stride + (u + kAhead < units ? 0 : next_group);
       for (int64_t c = first; c < last; c += kPanel) {
         float* target = static_cast<float*>(panels) + c * panel_units + u * kPanel;
         __builtin_prefetch(row + ahead + c);
@@ -74,6 +89,7 @@ void pack(
   }
 }
 
+// One panel whose granules are where `columns` says.
 template <class T>
 void pack_granules(
     void* panel, const void* b, int64_t stride, int64_t k, const ColumnMap& columns) {
@@ -150,26 +166,28 @@ inline bool transpose_units(const char* from, int64_t from_bytes, char* to, int6
 #endif
 }
 
+// Panels of B from its transpose [columns, k], half a panel at a time.
 template <class T>
 void pack_transposed(
     void* panels, int64_t panel_units, const void* b, int64_t stride, int64_t k, int64_t columns) {
   constexpr int64_t unit = 4 / sizeof(T);
   const int64_t units = ceil_divide(k, unit), whole = k / unit;
   const T* source = static_cast<const T*>(b);
-  for (int64_t first = 0; first < columns; first += 16) {
+  for (int64_t first = 0; first < columns; first += kHalfPanel) {
     float* panel =
         static_cast<float*>(panels) + first / kPanel * kPanel * panel_units + first % kPanel;
     const T* rows = source + first * stride;
     int64_t u = 0;
-    if (first + 16 <= columns)
-      for (; u + 16 <= whole; u += 16)
+    if (first + kHalfPanel <= columns)
+      for (; u + kHalfPanel <= whole; u += kHalfPanel)
         if (!transpose_units(reinterpret_cast<const char*>(rows + u * unit),
                              stride * sizeof(T),
                              reinterpret_cast<char*>(panel + u * kPanel),
                              kPanel * 4))
           break;
+    // What is left: a few units, or columns.
     for (; u < units; ++u)
-      for (int64_t c = 0; c < 16; ++c) {
+      for (int64_t c = 0; c < kHalfPanel; ++c) {
         T pair[unit] = {};
         if (first + c < columns)
           for (int64_t i = 0; i < unit && u * unit + i < k; ++i)
@@ -177,12 +195,13 @@ void pack_transposed(
         std::memcpy(panel + u * kPanel + c, pair, 4);
       }
   }
-  const int64_t half = round_up(columns, 16);
-  if (half % kPanel == 0)
+  // The other half of the last panel has no columns.
+  const int64_t end = round_up(columns, kHalfPanel);
+  if (end % kPanel == 0)
     return;
-  float* panel = static_cast<float*>(panels) + half / kPanel * kPanel * panel_units + 16;
+  float* panel = static_cast<float*>(panels) + end / kPanel * kPanel * panel_units + kHalfPanel;
   for (int64_t u = 0; u < units; ++u)
-    std::memset(panel + u * kPanel, 0, 64);
+    std::memset(panel + u * kPanel, 0, kHalfPanel * 4);
 }
 
 // Side of the blocks that are transposed in registers; 0: there are none.
@@ -242,6 +261,7 @@ inline void transpose_block(const BFloat16* in,
 #endif
 }
 
+// Whole blocks in registers, then the rest element by element.
 template <class T>
 void transpose(const void* in,
                int64_t in_stride,

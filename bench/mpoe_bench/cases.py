@@ -131,19 +131,19 @@ def expert_choice(kind: str, num_tokens: int, num_experts: int, top_k: int = 1) 
     if kind == "all_to_one":
         first = torch.full((num_tokens,), num_experts - 1)
         return torch.stack([(first + k) % num_experts for k in range(top_k)], 1)
-    if kind == "zipf":
-        weights = 1.0 / torch.arange(1, num_experts + 1)
-    elif kind == "some_idle":
-        weights = (torch.arange(num_experts) % 2 == 0).double() + 1e-12
-    elif kind == "uniform":
-        weights = torch.ones(num_experts)
-    else:
+    experts = torch.arange(num_experts)
+    weights = {
+        "uniform": torch.ones(num_experts),
+        "zipf": 1.0 / (experts + 1),
+        "some_idle": (experts % 2 == 0).double() + 1e-12,
+    }
+    if kind not in weights:
         raise ValueError(
             f"kind must be 'uniform', 'zipf', 'all_to_one' or 'some_idle'; got {kind!r}"
         )
     if num_tokens == 0:
         return torch.zeros(0, top_k, dtype=torch.int64)
-    return torch.multinomial(weights.expand(num_tokens, -1), top_k)
+    return torch.multinomial(weights[kind].expand(num_tokens, -1), top_k)
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

@@ -7,8 +7,9 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ ERROR_UNITS = 16.0
 # float32 by more.
 GRADIENT_ERROR = 4e-3
 Tensors = Mapping[str, Tensor]
-Result = TypeVar("Result")
 
 
 class CaptureError(RuntimeError):
@@ -143,8 +143,7 @@ class Comparison:
         contenders: (name, kind, builder), the first of which is the baseline by whose time the
             others' are divided. Kinds are ``limit``, ``mpoe`` and ``peer``; a builder gets the
             context and raises `BackendError` with its reason.
-        tokens: per call, for tokens per second.
-        facts: JSON-able description of the case.
+        facts: JSON-able description of the case; ``tokens``: of a call, for tokens per second.
         phases: which of ``forward`` and ``train`` (forward + backward) to time.
     """
 
@@ -152,9 +151,8 @@ class Comparison:
     title: str
     context: Callable[[], Any]
     contenders: Sequence[Named]
-    tokens: int
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    phases: Sequence[str] = ("forward", "train")
+    facts: Mapping[str, Any]
+    phases: Sequence[str]
 
 
 def size_facts(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, int]:
@@ -168,7 +166,7 @@ def failure_text(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {FOLDERS.sub('', ' '.join(str(error).split()))[:200]}"
 
 
-Checked = tuple[Contender | None, dict[str, Any]]
+Checked = tuple[Contender | None, dict]
 
 
 def checked(name: str, kind: str, build: Build, context: Any, device: str = "cpu") -> Checked:
@@ -218,8 +216,8 @@ def resident_peak(function: Callable[[], object]) -> int | None:
     """
 
     def kibibytes(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(field)))
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s+(\d+)", status)[1])
 
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -234,8 +232,8 @@ def resident_peak(function: Callable[[], object]) -> int | None:
 
 
 def peak_memory(
-    function: Callable[[], Result], device: torch.device | str = "cpu", resident: bool = False
-) -> tuple[dict[str, int], Result]:
+    function: Callable[[], Any], device: torch.device | str = "cpu", resident: bool = False
+) -> tuple[dict[str, int], Any]:
     """Run ``function``; returns bytes on top of what was allocated before, and its result.
 
     ``peak``: the most that was held at any time: temporaries, saved activations, results,
@@ -262,14 +260,12 @@ def peak_memory(
         with torch.profiler.profile(activities=activities, profile_memory=True) as record:
             result = function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    current = 0
-    peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
+    events.sort(key=lambda e: e.start_ns())
+    held = [0, *accumulate(event.nbytes() for event in events)]
+    peak = max(held)
     if resident:
         peak = max(peak, resident_peak(function) or 0)
-    return {"peak": peak, "kept": current}, result
+    return {"peak": peak, "kept": held[-1]}, result
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], None]:

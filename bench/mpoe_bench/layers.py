@@ -66,7 +66,7 @@ class Case:
     experts: int
     top_k: int
     limits: tuple[float | None, float | None] = (None, None)
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
     masked: bool = False
     tokens: int = TOKENS
 
@@ -133,8 +133,8 @@ def cases(models: tuple[int, ...] = (768, 4096), few: bool = False) -> Iterator[
             yield Case("hidden", model, experts, 2, (1.5, 1.7))
         yield Case("separable", model, 8, 1, (1.5, 1.7))
         for masked in (False, True):
-            yield Case("paper", model, 8, 1, (None, None), bond, masked)
-        yield Case("light", model, 8, 1, (None, None), bond)
+            yield Case("paper", model, 8, 1, options=bond, masked=masked)
+        yield Case("light", model, 8, 1, options=bond)
 
 
 def mixtures(model: int) -> dict[str, Case]:
@@ -198,7 +198,7 @@ class Layer(NamedTuple):
 def case_layer(label: str, shape: str, case: Case, backend: str, at: Place) -> Layer:
     """Experts of ours on a backend; ``shape`` is that of its row."""
 
-    def facts(layer: Any) -> dict[str, Any]:
+    def facts(layer: Any) -> dict:
         """The floor: fewest FLOPs of any strategy, router in, relative to the dense network's, by
         phase."""
         router = case.experts / (8 * case.model)
@@ -325,7 +325,7 @@ def layers_comparison(
     if count > 1:
         title += f", {count} of them"
     phases = ("forward", "train") if train else ("forward",)
-    return Comparison(key, title, context, builds, at.tokens, known | facts, phases)
+    return Comparison(key, title, context, builds, known | facts, phases)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Any
 
 import torch
 
@@ -105,7 +104,7 @@ def revision() -> str | None:
     return described.strip()
 
 
-def describe(device: str, threads: int) -> dict[str, Any]:
+def describe(device: str, threads: int) -> dict:
     """What readers must know to compare results; it names nobody's machine or folders."""
     known = collect(LIBRARIES)
     return {

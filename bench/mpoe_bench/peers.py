@@ -18,17 +18,14 @@ LOOP = "dense experts, loop"
 GROUPED = "dense experts, grouped_mm"
 ORIGINAL = "original: rebuild all"
 GRANITE = "transformers GraniteMoeShared 64, 8"
-Sizes = tuple[int, int, int]  # model I, hidden F, experts E
-# x [T, I], experts int64 [T], gates [T, 1], up [E, F, I] and down [E, I, F] (as in nn.Linear) ->
-# [T, I]
-Compute = Callable[[Tensor, Tensor, Tensor, Any, Any], Tensor]
 
 
 class DenseExpertsLayer(nn.Module):
     """A router with one expert per token, and dense experts.
 
     Args:
-        compute: what computes the experts.
+        compute: what computes the experts: x ``[T, I]``, experts int64 ``[T]``, gates ``[T, 1]``,
+            up ``[E, F, I]`` and down ``[E, I, F]``, as in nn.Linear -> ``[T, I]``.
         sizes: model size I, hidden size F, experts E.
         apart: every expert's weights are separate tensors, as in a module list: a backward pass
             touches only those.
@@ -36,7 +33,12 @@ class DenseExpertsLayer(nn.Module):
     """
 
     def __init__(
-        self, compute: Compute, apart: bool, sizes: Sizes, plain: bool, **placed: Any
+        self,
+        compute: Callable[..., Tensor],
+        apart: bool,
+        sizes: tuple[int, int, int],
+        plain: bool,
+        **placed: Any,
     ) -> None:
         super().__init__()
         model, hidden, experts = sizes
@@ -76,13 +78,12 @@ def loop(
 def grouped_mm(x: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Sort by expert, `torch.nn.functional.grouped_mm` twice, un-sort."""
     order = torch.argsort(index, stable=True)
-    slots = torch.arange(len(order), device=order.device)
-    inverse = torch.empty_like(order).scatter_(0, order, slots)
     counts = torch.bincount(index, minlength=len(up))
     ends = counts.cumsum(0).to(torch.int32)
     hidden = F.relu(F.grouped_mm(x[order], up.mT, offs=ends))
     y = F.grouped_mm(hidden, down.mT, offs=ends)
-    return (y[inverse] * gates).to(x.dtype)
+    y = torch.empty_like(y).index_copy(0, order, y)
+    return (y * gates).to(x.dtype)
 
 
 def rebuilt(cores: Sequence[Tensor], shape: MPOShape) -> Tensor:

@@ -112,7 +112,7 @@ class Run:
     minutes: float | None = None
     only: str = ""
     phases: Sequence[str] = PHASE_NAMES
-    on_section: Callable[[dict[str, Any]], None] = lambda _: None
+    on_section: Callable[[dict], None] = lambda _: None
 
     def __post_init__(self) -> None:
         suite = self.suite
@@ -178,7 +178,7 @@ class Run:
     def pytest_sessionfinish(self) -> None:
         self.finish()
 
-    def section(self, title: str, **facts: Any) -> dict[str, Any]:
+    def section(self, title: str, **facts: Any) -> dict:
         """The section of this title, begun if there is none; skips the test if nothing new may
         begin."""
         last = self.sections[-1] if self.sections else {}
@@ -222,8 +222,8 @@ class Run:
         """Check a contender and time one phase; skips one that is not here, fails if a result of
         ours is wrong."""
         first = comparison.contenders[0]
-        facts = dict(comparison.facts)
-        section = self.section(comparison.title, key=comparison.key, baseline=first[0], case=facts)
+        case = dict(comparison.facts)
+        section = self.section(comparison.title, key=comparison.key, baseline=first[0], case=case)
         contender, row = self._checked(comparison, named)
         if row not in section["rows"]:
             section["rows"].append(row)
@@ -258,7 +258,7 @@ class Run:
             benchmark.extra_info[key] = row.get(key)
         if benchmark.stats is not None:  # None with --benchmark-disable
             ours = samples["contender"]
-            row[phase] = facts_of(ours, samples.get("base", ours), comparison.tokens)
+            row[phase] = facts_of(ours, samples.get("base", ours), case["tokens"])
             for key in ("x", "tokens_per_second"):
                 benchmark.extra_info[key] = row[phase][key]
 
@@ -279,7 +279,7 @@ class Run:
         return reasons
 
     @property
-    def targets(self) -> list[dict[str, Any]]:
+    def targets(self) -> list[dict]:
         """The targets that were measured; they speak of real sizes."""
         return check_targets(self.sections, self.device) if self.sizes.judged else []
 
@@ -318,18 +318,24 @@ def in_turn(
     return samples
 
 
-def facts_of(ours: list[float], theirs: list[float], tokens: int) -> dict[str, Any]:
+def facts_of(ours: list[float], theirs: list[float], tokens: int) -> dict:
     """``x``: median over rounds of the ratio to the baseline's time in the same round; low and
     high: percentiles."""
     pairs = zip(ours, theirs, strict=True)
     ratios = [one / max(other, 1e-12) for one, other in pairs]
     low, x, high = np.quantile(ratios, (0.1, 0.5, 0.9)).tolist()
     seconds = median(ours)
-    facts = {"seconds": seconds, "x": x, "low": low, "high": high, "rounds": len(ours)}
-    return facts | {"tokens_per_second": tokens / max(seconds, 1e-12)}
+    return {
+        "seconds": seconds,
+        "x": x,
+        "low": low,
+        "high": high,
+        "rounds": len(ours),
+        "tokens_per_second": tokens / max(seconds, 1e-12),
+    }
 
 
-def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
+def run_suite(suite: str = "quick", **options: Any) -> dict:
     """Measure a suite, in a session of pytest inside this process.
 
     Args:

@@ -198,7 +198,7 @@ def _judged(section: Facts, device: str) -> Iterator[tuple[str, str | None, Judg
             yield row["backend"], dtype, _against_others(section, row, device)
 
 
-def check_targets(sections: Sequence[Facts], device: str = "cpu") -> list[dict[str, Any]]:
+def check_targets(sections: Sequence[Facts], device: str = "cpu") -> list[dict]:
     """One line per target that the sections measured: what, backend, wanted, found by dtype,
     reached.
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from mpoe_bench.cases import Workload, expert_choice, random_blocks
 from mpoe_bench.contender import Comparison, Named
 from mpoe_bench.run import Run, in_turn
-from mpoe_kernels import BackendError, available_backends, grouped_mpo_linear, route
+from mpoe_kernels import grouped_mpo_linear, route
 from mpoe_kernels.backends import AUTO, Candidate
 from mpoe_kernels.contract import autotune
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.contract.ranking import Problem
+from mpoe_kernels.contract.ranking import Problem, rank
 
 MOST_FLOPS = 5.0  # strategies of more than this many times the fewest FLOPs are not timed
 
@@ -56,7 +56,7 @@ def first_use(problem: Problem) -> tuple[Candidate, float]:
         return candidate, seconds
 
 
-def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
+def calls_of(case: Workload) -> Callable[[str, str, str], Callable]:
     """``(phase, backend, strategy)`` -> what a call runs."""
     torch.manual_seed(8)
     blocks = random_blocks(case.shape, case.num_experts, case.dtype, requires_grad=case.training)
@@ -70,12 +70,12 @@ def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
     inputs = (x, blocks.left, blocks.central, blocks.right)
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
 
-    def call(phase: str, backend: str, strategy: str) -> Callable[[], object]:
+    def call(phase: str, backend: str, strategy: str) -> Callable:
         @torch.set_grad_enabled(case.training)
         def forward() -> Tensor:
             return grouped_mpo_linear(x, blocks, **slots, backend=backend, strategy=strategy)
 
-        y = forward()  # refuses what has no kernel
+        y = forward()
         if phase == "forward":
             return forward
         return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
@@ -83,11 +83,12 @@ def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
     return call
 
 
-def strategies_of(problem: Problem) -> list[str]:
-    """Those of at most `MOST_FLOPS` times the fewest FLOPs."""
-    plans = problem._replace(keeps=False).plans()
-    most = MOST_FLOPS * plans[0].flops
-    return [plan.strategy for plan in plans if plan.flops <= most]
+def candidates_of(problem: Problem, chosen: Candidate) -> list[Candidate]:
+    """The chosen one, and all of at most `MOST_FLOPS` times the fewest FLOPs."""
+    problem = problem._replace(keeps=False)
+    flops = {plan.strategy: plan.flops for plan in problem.plans()}
+    most = MOST_FLOPS * min(flops.values())
+    return [chosen, *(other for other in rank(problem) if flops[other.strategy] <= most)]
 
 
 def seconds_of(samples: Mapping[str, Sequence[float]], chosen: str) -> dict[str, float]:
@@ -100,7 +101,7 @@ def seconds_of(samples: Mapping[str, Sequence[float]], chosen: str) -> dict[str,
     return seconds
 
 
-def add_to_row(section: dict[str, Any], name: str, phase: str, **facts: Any) -> None:
+def add_to_row(section: dict, name: str, phase: str, **facts: Any) -> None:
     """Put a phase's facts into the case's row, which is made if there is none."""
     rows = {row["name"]: row for row in section["rows"]}
     row = rows.get(name, {"name": name})
@@ -118,16 +119,12 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
     section = bench_run.section(title, key="planner", backend=backend)
     problem = problem_of(case, backend, phase)
     candidate, first = first_use(problem)
-    chosen = f"{candidate.name} [{candidate.backend}]"
     call = calls_of(case)
-    functions = {chosen: call(phase, candidate.backend, candidate.strategy)}
-    strategies = dict.fromkeys([*strategies_of(problem), candidate.strategy])
-    for kernels in available_backends() if backend == AUTO else (backend,):
-        for strategy in strategies:
-            try:
-                functions.setdefault(f"{strategy} [{kernels}]", call(phase, kernels, strategy))
-            except BackendError:
-                continue  # no kernel for this strategy: no candidate
+    functions = {}
+    for other in candidates_of(problem, candidate):
+        name = f"{other.name} [{other.backend}]"
+        functions[name] = call(phase, other.backend, other.strategy)
+    chosen, *_ = functions
     whole = bench_run.budget
     budget = replace(whole, seconds=whole.seconds / 3, most=min(9, whole.most))
     samples = in_turn(benchmark, functions, budget, bench_run.timer)

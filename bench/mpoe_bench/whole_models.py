@@ -101,7 +101,7 @@ class ModelCase:
 
         return Shared(dense, ids, Truth.of(results, self.dtype))
 
-    def build(self, shared: Shared, fields: dict[str, Any] | None) -> tuple[Contender, Truth]:
+    def build(self, shared: Shared, fields: dict | None) -> tuple[Contender, Truth]:
         """The dense model, or its mixture with these fields of an `MPOEConfig`."""
         model = copy.deepcopy(shared.dense)
         if fields is not None:
@@ -151,7 +151,7 @@ class ModelCase:
             phases = ["forward"]
         sizes = f"{self.layers} layers {self.size}x{hidden} E={self.experts} {facts['dtype']}"
         title = f"{what}, {self.family} {sizes}"
-        return Comparison(self.key, title, self.context, builds, count, facts, phases)
+        return Comparison(self.key, title, self.context, builds, facts, phases)
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:

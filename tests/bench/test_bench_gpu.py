@@ -239,7 +239,12 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch):
 
     def comparison(title):
         return Comparison(
-            "", title, dict, [("one", "limit", build), ("two", "mpoe", build)], 2, {}, ("graph",)
+            "",
+            title,
+            dict,
+            [("one", "limit", build), ("two", "mpoe", build)],
+            {"tokens": 2},
+            ("graph",),
         )
 
     monkeypatch.setattr(run, "graphed", graphed)
@@ -264,7 +269,8 @@ def test_on_a_gpu_the_targets_are_measured():
         names = [
             [name for name, *_ in comparison.contenders]
             for comparison in compared
-            if (comparison.facts["experts"], comparison.tokens) == (target.experts, target.tokens)
+            if (comparison.facts["experts"], comparison.facts["tokens"])
+            == (target.experts, target.tokens)
         ]
         assert len(names) == 1, target
         assert {f"mpoe {target.shape} [triton]", target.peer or LIMIT} <= set(names[0]), target

@@ -22,9 +22,10 @@ from mpoe.config import MPOEConfig
 from mpoe.layers import DenseExperts
 from mpoe.models import convert_to_mpoe
 from mpoe.training import MPOETrainingArguments, build_param_groups
+from mpoe_bench.study.experts import mean_loss
 from mpoe_bench.study.plan import LAYERS, Arm, Corner, Record, Records, Run, Study, read_study
 from mpoe_bench.study.tables import ArmsResults
-from mpoe_bench.study.texts import BATCH, BLOCK, Blocks, batches, read_blocks
+from mpoe_bench.study.texts import BLOCK, Blocks, batches, read_blocks
 
 VOCABULARY = 256
 # GPT-2's .02 is for models ten times as wide; here, models would learn so slowly that width would
@@ -64,7 +65,7 @@ def convert(dense: GPT2LMHeadModel, arm: Arm, model: int, seed: int) -> nn.Modul
         for module in mixture.modules():
             if isinstance(module, DenseExperts):
                 for projection in module.projections().values():
-                    torch.nn.init.normal_(projection.weight, std=INIT_STD)
+                    nn.init.normal_(projection.weight, std=INIT_STD)
     return mixture
 
 
@@ -212,7 +213,7 @@ class Trained(NamedTuple):
     seconds: float
 
 
-Starts = dict[tuple[Any, ...], Trained]  # dense models that mixtures start from
+Starts = dict[tuple, Trained]  # dense models that mixtures start from
 
 
 def train(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Trained:
@@ -248,17 +249,9 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Tr
     return Trained(mixture, start.seconds + end.seconds)
 
 
-@torch.no_grad()
 def evaluate(model: Any, blocks: Blocks) -> dict[str, float]:
     """Loss per byte of every domain."""
-    losses = {}
-    for domain, ids in blocks.items():
-        total = 0.0
-        for part in ids.split(BATCH):
-            output = model(input_ids=part, labels=part)
-            total += float(output.get("task_loss", output.loss)) * len(part)
-        losses[domain] = total / len(ids)
-    return losses
+    return {domain: mean_loss(model, ids) for domain, ids in blocks.items()}
 
 
 def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: Starts) -> Record:

@@ -17,7 +17,7 @@ ROUNDS = 7  # of calls whose time is taken
 Models = Mapping[str, Any]
 
 
-def costs(learning: Models, serving: Models, ids: Tensor) -> dict[str, dict[str, list[float]]]:
+def costs(learning: Models, serving: Models, ids: Tensor) -> dict:
     """Of training steps, of reading and of answering, by model; see `measured`.
 
     Args:
@@ -44,9 +44,7 @@ def costs(learning: Models, serving: Models, ids: Tensor) -> dict[str, dict[str,
     }
 
 
-def measured(
-    models: Mapping[str, Any], call: Callable[[Any], None], tokens: int
-) -> dict[str, list[float]]:
+def measured(models: Models, call: Callable[[Any], None], tokens: int) -> dict[str, list[float]]:
     """By model: tokens of a call per second of processor time, the median of interleaved calls, and
     megabytes: weights, Adam's state of those that learn, and the most that a call holds."""
     seconds = {name: [] for name in models}

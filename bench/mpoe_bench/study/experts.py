@@ -60,9 +60,8 @@ def mean_loss(model: Any, ids: Tensor) -> float:
 
 def adapters(base: Any, places: Mapping[str, Path]) -> Any:
     """One model with several adapters, by name."""
-    first = next(iter(places))
-    model = PeftModel.from_pretrained(copy.deepcopy(base), str(places[first]), adapter_name=first)
-    for name, place in places.items():
-        if name != first:
-            model.load_adapter(str(place), adapter_name=name)
+    (first, folder), *others = places.items()
+    model = PeftModel.from_pretrained(copy.deepcopy(base), str(folder), adapter_name=first)
+    for name, place in others:
+        model.load_adapter(str(place), adapter_name=name)
     return model.eval()

@@ -54,7 +54,7 @@ class Arm:
     """
 
     name: str
-    experts: dict[str, Any] | None = None
+    experts: dict | None = None
     hidden: str = "1"
     flops_of: str | None = None
     size_of: str | None = None
@@ -67,7 +67,7 @@ class Arm:
         """The rate that no run of this study has to choose."""
         return (self.known_rates or {}).get(str(model))
 
-    def fields(self, model: int) -> dict[str, Any]:
+    def fields(self, model: int) -> dict:
         """Fields of the `MPOEConfig` for a model's size."""
         fields = dict(self.experts or {})
         for name in SIZES:
@@ -177,7 +177,7 @@ class Study:
         ]
 
 
-def made(kind: type, where: str, values: dict[str, Any]) -> Any:
+def made(kind: type, where: str, values: dict) -> Any:
     """A dataclass from a file's values.
 
     Raises:
@@ -254,7 +254,7 @@ class QuietPlan:
         return {**self.rates, "replay": min(losses, key=losses.__getitem__)}
 
 
-def values_of(path: Path) -> dict[str, Any]:
+def values_of(path: Path) -> dict:
     """What a study's TOML file says."""
     return tomllib.loads(path.read_text(encoding="utf-8"))
 

@@ -87,9 +87,10 @@ class QuietStudy:
         for domain in self.plan.domains:
             texts = [domain_texts(data, domain, split) for split in SPLITS]
             self.splits[domain] = split_of(self.tokenizer, *texts)
-        self.probes = {}
-        for probe in self.plan.probes:
-            self.probes[probe] = pieces_of(self.tokenizer, probe_texts(data, probe), SHOWN)
+        self.probes = {
+            probe: pieces_of(self.tokenizer, probe_texts(data, probe), SHOWN)
+            for probe in self.plan.probes
+        }
 
     def waiting(self, records: Records) -> list[str]:
         return [key for key, _ in self.runs(records) if key not in records]
@@ -356,10 +357,7 @@ class QuietStudy:
             return create_arrow_model(copy.deepcopy(self.base), paths, config).eval()
 
         def validation(model: Any) -> float:
-            total = 0.0
-            for _, ids, _ in self.splits.values():
-                total += mean_loss(model, ids[:SHOWN])
-            return total
+            return sum(mean_loss(model, ids[:SHOWN]) for _, ids, _ in self.splits.values())
 
         def best(models: Iterable[Any]) -> dict[str, float]:
             return self.tests(min(models, key=validation), self.plan.domains)

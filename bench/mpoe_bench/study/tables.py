@@ -4,14 +4,14 @@ success hold so far."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scipy.stats import ttest_1samp
 
 from mpoe_bench.study.plan import LAYERS, Comparison, Corner, Record, Records, Run, Study
 
 # Title, words, and a table's header and rows.
-Section = tuple[str, str, Sequence[Any], Iterable[Sequence[Any]]]
+Section = tuple[str, str, Sequence, Iterable]
 
 
 class Spread(NamedTuple):
@@ -37,7 +37,7 @@ class Spread(NamedTuple):
         return number if len(self.values) == 1 else f"{number} ± {stdev(self.values):.4f}"
 
 
-def markdown(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:
+def markdown(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
     """A table's lines; what a row lacks at its end is empty."""
     lines = [f"| {' | '.join(map(str, header))} |", f"|{'---|' * len(header)}"]
     for row in rows:

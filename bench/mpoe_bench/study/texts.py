@@ -19,7 +19,7 @@ BLOCK = 128  # bytes
 BATCH = 16  # blocks per step
 HELD_OUT = 64  # blocks of every domain to validate on, and to test on
 # Domain -> folder of its texts, and the columns that hold them. Documentation comes with Python.
-DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
+DOMAINS = {
     "novels": ("austen", (TEXT_COLUMN,)),
     "documentation": ("", ()),
     "messages": ("sms_spam", ("sentence",)),
@@ -88,9 +88,8 @@ def read_blocks(folder: Path) -> dict[str, Blocks]:
     blocks = {}
     for split in SPLITS:
         most = None if split == "train" else HELD_OUT
-        blocks[split] = {}
-        for domain in DOMAINS:
-            blocks[split][domain] = byte_blocks(domain_texts(folder, domain, split))[:most]
+        texts = {domain: domain_texts(folder, domain, split) for domain in DOMAINS}
+        blocks[split] = {domain: byte_blocks(lines)[:most] for domain, lines in texts.items()}
     return blocks
 
 
@@ -147,9 +146,7 @@ def tenant_texts(tokenizer: Any, package: str) -> Split:
         if sum(map(len, texts)) > 1_500_000:
             break
     part = len(texts) // 8
-    validation = texts[:part]
-    test = texts[part : 2 * part]
-    return split_of(tokenizer, texts[2 * part :], validation, test)
+    return split_of(tokenizer, texts[2 * part :], texts[:part], texts[part : 2 * part])
 
 
 def _headers() -> list[str]:

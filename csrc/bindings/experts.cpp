@@ -90,8 +90,8 @@ void backward(std::string_view dtype,
 
 // `forward` after a router has chosen the experts: it reads router_x [tokens, features] and weight
 // [experts, features], and writes logits, gates and index, or memory of its own where they are not
-// given. scale: of the gates, whose kind `raw` tells as in checked_gating. mask: bool [tokens] or
-// none: the tokens that have experts.
+// given. scale: of the gates, whose kind `raw` tells as in bound_gating (router.cpp). mask: bool
+// [tokens] or none: the tokens that have experts.
 template <class Form>
 void routed(std::string_view dtype,
             std::string_view activation,
@@ -109,6 +109,7 @@ void routed(std::string_view dtype,
   const auto [router_x, weight, mask, given_logits] = router_inputs;
   const Router router =
       checked_router(x_dtype, weight_dtype, {in.tokens, features, in.experts}, router_x, weight);
+  require_top_k(in.top_k, in.experts);
   const int64_t pairs = in.tokens * in.top_k;
   Buffer<float> own_logits, own_gates;
   Buffer<int64_t> own_index;
@@ -123,7 +124,7 @@ void routed(std::string_view dtype,
     gates = own_gates.get();
     index = own_index.get();
   }
-  gating(checked_gating(router, in.top_k, raw, logits, index, gates));
+  gating({router, in.top_k, raw, logits, index, gates});
   const bool* const has_experts = mask;
   for (int64_t s = 0; s < pairs; ++s) {
     gates[s] *= scale;

@@ -3,16 +3,12 @@
 
 namespace mpoe {
 
-LinearInputs LinearSizes::inputs(Address x,
+LinearInputs LinearSizes::inputs(const void* x,
                                  int64_t tokens,
                                  const Addresses<3>& blocks,
                                  const std::vector<int64_t>& offsets,
-                                 Address rows,
+                                 const int64_t* row_index,
                                  int64_t slots) const {
-  if (rows.is_given())
-    require_range(rows, slots, 0, tokens - 1, "row_index");
-  else
-    require(slots == tokens, "without row_index there must be as many slots as rows of x");
   const auto [left, central, right] = blocks;
   return {dtype,
           dims,
@@ -24,7 +20,7 @@ LinearInputs LinearSizes::inputs(Address x,
           right,
           experts,
           offsets.data(),
-          rows,
+          row_index,
           slots,
           activation};
 }
@@ -95,6 +91,13 @@ LinearSizes checked_sizes(std::string_view dtype,
   return found;
 }
 
+void require_rows(Address rows, int64_t slots, int64_t tokens) {
+  if (rows.is_given())
+    require_range(rows, slots, 0, tokens - 1, "row_index");
+  else
+    require(slots == tokens, "without row_index there must be as many slots as rows of x");
+}
+
 // x: [tokens, in_features]; blocks: left [experts, iL, jL, a], central [a, iC, jC, b], right
 // [experts, b, iR, jR]; offsets: [experts + 1]; rows: int64 [slots], none: slot s reads row s;
 // bias: [out_features] or none. Results: y [slots, out_features]; h [slots * jC, b], only by
@@ -112,6 +115,7 @@ void bound_linear(const LinearSizes& sizes,
                   Address h,
                   Address z) {
   const auto checked = checked_offsets(offsets, offset_bytes, sizes.experts, slots);
+  require_rows(rows, slots, tokens);
   require(!h.is_given() || sizes.is_separable(), "only strategy separable saves its central step");
   const LinearInputs inputs = sizes.inputs(x, tokens, blocks, checked, rows, slots);
   sizes.strategy->forward({inputs, bias, y, h, z});
@@ -133,6 +137,7 @@ void bound_linear_backward(const LinearSizes& sizes,
                            Address saved,
                            const Addresses<5>& results) {
   const auto checked = checked_offsets(offsets, offset_bytes, sizes.experts, slots);
+  require_rows(rows, slots, tokens);
   const LinearInputs inputs = sizes.inputs(x, tokens, blocks, checked, rows, slots);
   const auto [dx, dleft, dcentral, dright, dbias] = results;
   sizes.strategy->backward({inputs, grad, h, saved, dx, dleft, dcentral, dright, dbias});

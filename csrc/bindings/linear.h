@@ -22,12 +22,13 @@ struct LinearSizes {
   ProductOrder order;
 
   bool is_separable() const { return strategy->name == "separable"; }
-  // blocks: left, central, right. `offsets` must outlive the result.
-  LinearInputs inputs(Address x,
+  // blocks: left, central, right. The caller has checked `row_index`; `offsets` must outlive the
+  // result.
+  LinearInputs inputs(const void* x,
                       int64_t tokens,
                       const Addresses<3>& blocks,
                       const std::vector<int64_t>& offsets,
-                      Address rows,
+                      const int64_t* row_index,
                       int64_t slots) const;
 };
 

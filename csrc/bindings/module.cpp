@@ -90,7 +90,7 @@ std::vector<int64_t> checked_offsets(Address offsets,
   require(offset_bytes == 4 || offset_bytes == 8, "expert_offsets must be int32 or int64");
   const int32_t* narrow = offsets;
   const int64_t* wide = offsets;
-  std::vector<int64_t> values(static_cast<std::size_t>(experts + 1));
+  std::vector<int64_t> values(experts + 1);
   int64_t before = 0;
   for (int64_t e = 0; e <= experts; ++e) {
     const int64_t value = offset_bytes == 4 ? narrow[e] : wide[e];
@@ -99,7 +99,8 @@ std::vector<int64_t> checked_offsets(Address offsets,
             slots,
             " at most; got ",
             value);
-    values[static_cast<std::size_t>(e)] = before = value;
+    values[e] = value;
+    before = value;
   }
   return values;
 }

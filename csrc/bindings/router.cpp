@@ -14,18 +14,14 @@ Router checked_router(std::string_view x_dtype,
   return {x_type, weight_type, sizes[0], sizes[1], sizes[2], x, weight};
 }
 
-Gating checked_gating(
-    const Router& router, int64_t top_k, bool raw, float* logits, int64_t* index, float* gates) {
-  require(top_k >= 1 && top_k <= router.experts,
-          "top_k must lie in 1..",
-          router.experts,
-          "; got ",
-          top_k);
-  return {router, top_k, raw, logits, index, gates};
+void require_top_k(int64_t top_k, int64_t experts) {
+  require(top_k >= 1 && top_k <= experts, "top_k must lie in 1..", experts, "; got ", top_k);
 }
 
 namespace {
 
+// raw: gates are probabilities, otherwise they sum to 1. Results: logits float32 [tokens, experts],
+// index int64 [tokens, top_k], gates float32 [tokens, top_k].
 void bound_gating(std::string_view x_dtype,
                   std::string_view weight_dtype,
                   const Sizes<3>& sizes,
@@ -36,8 +32,9 @@ void bound_gating(std::string_view x_dtype,
                   Address logits,
                   Address index,
                   Address gates) {
-  gating(checked_gating(
-      checked_router(x_dtype, weight_dtype, sizes, x, weight), top_k, raw, logits, index, gates));
+  const Router router = checked_router(x_dtype, weight_dtype, sizes, x, weight);
+  require_top_k(top_k, router.experts);
+  gating({router, top_k, raw, logits, index, gates});
 }
 
 void bound_logits(std::string_view x_dtype,
@@ -52,7 +49,7 @@ void bound_logits(std::string_view x_dtype,
 // sizes: tokens, experts, top_k; scores: float32 [tokens, experts]; index: int64 [tokens, top_k].
 void bound_best(const Sizes<3>& sizes, Address scores, Address index) {
   const auto [tokens, experts, top_k] = sizes;
-  require(top_k >= 1 && top_k <= experts, "top_k must lie in 1..", experts, "; got ", top_k);
+  require_top_k(top_k, experts);
   best_experts(scores, tokens, experts, top_k, index);
 }
 

@@ -13,9 +13,7 @@ Router checked_router(std::string_view x_dtype,
                       const Sizes<3>& sizes,
                       Address x,
                       Address weight);
-// raw: gates are probabilities, otherwise they sum to 1. Results: logits float32 [tokens, experts],
-// index int64 [tokens, top_k], gates float32 [tokens, top_k].
-Gating checked_gating(
-    const Router& router, int64_t top_k, bool raw, float* logits, int64_t* index, float* gates);
+// What sizes arrays by top_k asks this first.
+void require_top_k(int64_t top_k, int64_t experts);
 
 }  // namespace mpoe

@@ -9,7 +9,7 @@ from mpoe_bench.cases import random_blocks
 from mpoe_kernels import MPOShape
 from mpoe_kernels.experts import native as experts
 from mpoe_kernels.experts.op import HiddenCall, NeuronCall
-from mpoe_kernels.linear.native import linear_backward, linear_forward, linear_sizes
+from mpoe_kernels.linear.native import linear_backward, linear_forward
 from mpoe_kernels.linear.op import BackwardCall, LinearCall
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.routing import native as routing
@@ -195,14 +195,24 @@ def raw_linear_forward(*, slots=1, offset_bytes=4):
     forward(*sizes, x, blocks, offsets.data_ptr(), rows, bias, y, h, z)
 
 
-def raw_routed_ffn(*, projections):
-    """So many projections of x, and one down that does not fit them."""
-    projection = linear_sizes(forward_call()), [None] * 4
-    sizes, raw = (1, 1, -1), False
+def raw_routed_ffn(*, projections=1, experts_of_down=1, top_k=1):
+    """Of one feature, one expert, and tokens enough that an array of -1 of each has no memory."""
+    make = NATIVE_LIBRARY.functions.LinearSizes
+    ones, order = (1,) * 10, ((0, 1, 2), False, False)
+    up = make("float32", "none", "rebuild", 1, ones, *order), [None] * 4
+    down = make("float32", "none", "rebuild", experts_of_down, ones, *order), [None] * 4
+    sizes, raw = (100, top_k, -1), False
     x = weight = mask = y = None
-    of_rows = [projection] * projections
     ffn = NATIVE_LIBRARY.functions.routed_ffn
-    ffn("float32", sizes, raw, x, weight, mask, of_rows, projection, y)
+    ffn("float32", sizes, raw, x, weight, mask, [up] * projections, down, y)
+
+
+def raw_routed_neurons(*, top_k):
+    """The same for experts of their own neurons."""
+    counts, sizes, features, raw, scale = (100, 1, top_k), (1, 1, 1), 1, False, 1.0
+    router = "float32", "float32", features, raw, scale, [None] * 4
+    routed = NATIVE_LIBRARY.functions.routed_neuron_experts
+    routed("float32", "relu", counts, sizes, [None] * 8, *router, None)
 
 
 def raw_gating(*, dtype="float32", top_k=1):
@@ -226,7 +236,9 @@ def raw_best_experts(*, top_k):
         (raw_linear_forward, "offset_bytes", 2, "must be int32 or int64"),
         (raw_linear_forward, "slots", 2, "as many slots as rows of x"),
         (raw_routed_ffn, "projections", 0, "one projection of x, or two"),
-        (raw_routed_ffn, "projections", 1, "the projections of a network must fit each other"),
+        (raw_routed_ffn, "experts_of_down", 2, "the projections of a network must fit each other"),
+        (raw_routed_ffn, "top_k", -1, r"top_k must lie in 1\.\.1; got -1"),
+        (raw_routed_neurons, "top_k", -1, r"top_k must lie in 1\.\.1; got -1"),
         (raw_gating, "dtype", "float64", "x and weight must not be float64"),
         (raw_gating, "top_k", 2, r"top_k must lie in 1\.\.1; got 2"),
         (raw_best_experts, "top_k", 2, r"top_k must lie in 1\.\.1; got 2"),

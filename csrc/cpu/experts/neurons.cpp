@@ -282,15 +282,15 @@ class Neurons {
                             kPanel);
       else
         for_each_tile(rows, kStripRows, [&](int64_t first, int64_t count) {
-          multiply_rows(gemm_,
-                        count,
-                        k / gemm_.unit,
-                        a.rows.get() + first * stride,
-                        stride,
-                        panels.get() + c * k,
-                        tile + first * kPanel,
-                        false,
-                        part.count - c);
+          multiply_rows_any_length(gemm_,
+                                   count,
+                                   k / gemm_.unit,
+                                   a.rows.get() + first * stride,
+                                   stride,
+                                   panels.get() + c * k,
+                                   tile + first * kPanel,
+                                   false,
+                                   part.count - c);
         });
     }
   }
@@ -479,14 +479,14 @@ class Neurons {
     gemm_.pack(panels, k / gemm_.unit, weights, width, in_.neurons, columns);
     for_each_tile(count, kStripRows, [&](int64_t first, int64_t some) {
       for (int64_t c = 0; c < columns; c += kPanel) {
-        multiply_rows(gemm_,
-                      some,
-                      k / gemm_.unit,
-                      rows + first * stride_,
-                      stride_,
-                      panels + c * k,
-                      tile,
-                      false);
+        multiply_rows_any_length(gemm_,
+                                 some,
+                                 k / gemm_.unit,
+                                 rows + first * stride_,
+                                 stride_,
+                                 panels + c * k,
+                                 tile,
+                                 false);
         kernels_.add_rows(tile, some, owners + first, sums + c, step);
       }
     });

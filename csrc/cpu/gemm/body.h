@@ -12,7 +12,6 @@
 namespace mpoe {
 namespace {
 
-constexpr int64_t kUnitBytes = 4;
 constexpr int64_t kPanelBytes = kPanel * kUnitBytes;  // of one unit
 
 // Row offsets in a tile, in few registers: r = odd << shift, and x86 addresses scale by 1, 2, 4 and

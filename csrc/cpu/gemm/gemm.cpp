@@ -1,5 +1,7 @@
 #include "cpu/gemm/gemm.h"
 
+#include <cassert>
+
 #include "common/cpu_features.h"
 
 namespace mpoe {
@@ -22,6 +24,7 @@ GemmKernels amx_kernels() {
 #endif
 
 const GemmKernels& gemm_kernels(Dtype dtype) {
+  assert(dtype == Dtype::kFloat32 || dtype == Dtype::kBFloat16);
   const int index = dtype == Dtype::kBFloat16 ? 1 : 0;
 #if defined(__x86_64__)
   static const GemmKernels amx = amx_kernels();

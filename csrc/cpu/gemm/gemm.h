@@ -18,6 +18,7 @@
 
 namespace mpoe {
 
+constexpr int64_t kUnitBytes = 4;
 constexpr int64_t kPanel = 32;   // columns of a packed panel
 constexpr int64_t kGranule = 8;  // columns that stay together when columns are permuted
 constexpr int64_t kGranules = kPanel / kGranule;  // of a panel
@@ -148,6 +149,15 @@ MultiplyColumns amx_multiply_columns;
 
 // The kernels of the instruction set in use; kFloat32 or kBFloat16.
 const GemmKernels& gemm_kernels(Dtype dtype);
+
+// Calls f(kernels, element) with those of `dtype` and a value of its element type.
+template <class F>
+void with_element_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kBFloat16)
+    f(gemm_kernels(dtype), BFloat16{});
+  else
+    f(gemm_kernels(dtype), float{});
+}
 
 inline int64_t ceil_divide(int64_t a, int64_t b) {
   return (a + b - 1) / b;

@@ -1,6 +1,7 @@
 // Products of any number of rows, units and columns, by the kernels of gemm.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/gemm/gemm.h"
@@ -12,25 +13,17 @@ inline int64_t padded_k(const GemmKernels& gemm, int64_t k) {
   return round_up(k, gemm.unit);
 }
 
-// Calls f(kernels, element) with the GEMM kernels of `dtype` and a value of its element type.
-template <class F>
-void with_element_type(Dtype dtype, const F& f) {
-  if (dtype == Dtype::kBFloat16)
-    f(gemm_kernels(dtype), BFloat16{});
-  else
-    f(gemm_kernels(dtype), float{});
-}
-
 // Sums are nested three deep, which rounds less than one long sum: its error grows with the square
 // root of its length, theirs with that of the three lengths added up. The innermost have
 // gemm.longest_sum units of k, the next this many of those.
 constexpr int64_t kSumsOfSums = 8;
 
-// tile (accumulate: +)= the sum of pieces of `units`, each computed by piece(first, count, tile,
-// stride, accumulate).
+// tile [rows, columns] (accumulate: +)= the sum of pieces of `units`, at least 1, each computed by
+// piece(first, count, tile, stride, accumulate).
 template <int64_t most_rows = kMaxRows, class F>
 inline void sum_of_sums(const GemmKernels& gemm,
                         int64_t rows,
+                        int64_t columns,
                         int64_t units,
                         float* tile,
                         int64_t tile_stride,
@@ -50,30 +43,35 @@ inline void sum_of_sums(const GemmKernels& gemm,
       piece(first + start, length, part, kPanel, start > 0);
     });
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < kPanel; ++c)
+      for (int64_t c = 0; c < columns; ++c)
         tile[r * tile_stride + c] += part[r * kPanel + c];
   });
 }
 
-// Rows whose sums stay in the L1 cache together with a piece of a panel.
+// Rows that a piece of a panel is multiplied with before the next piece is: their sums stay in
+// cache.
 constexpr int64_t kStripRows = 112;
 
-// multiply_rows and multiply_columns of gemm.h for any number of units; at most kStripRows rows. If
-// half a panel holds `columns`, the rest of the tile is unspecified.
+// gemm.multiply_rows for any positive number of units and at most kStripRows rows of A, which are
+// `stride` elements apart, a multiple of gemm.unit. The tile's rows are kPanel apart; if half a
+// panel holds `columns`, the other half of the tile is unspecified.
 template <class T>
-inline void multiply_rows(const GemmKernels& gemm,
-                          int64_t rows,
-                          int64_t units,
-                          const T* a,
-                          int64_t stride,
-                          const T* panel,
-                          float* tile,
-                          bool accumulate,
-                          int64_t columns = kPanel) {
-  const auto multiply = columns <= kPanel / 2 ? gemm.multiply_half_panel : gemm.multiply_rows;
+inline void multiply_rows_any_length(const GemmKernels& gemm,
+                                     int64_t rows,
+                                     int64_t units,
+                                     const T* a,
+                                     int64_t stride,
+                                     const T* panel,
+                                     float* tile,
+                                     bool accumulate,
+                                     int64_t columns = kPanel) {
+  constexpr int64_t kHalf = kPanel / 2;
+  const bool half = columns <= kHalf;
+  const auto multiply = half ? gemm.multiply_half_panel : gemm.multiply_rows;
   sum_of_sums<kStripRows>(
       gemm,
       rows,
+      half ? kHalf : kPanel,
       units,
       tile,
       kPanel,
@@ -89,36 +87,36 @@ inline void multiply_rows(const GemmKernels& gemm,
                  adds);
       });
 }
-inline void multiply_columns(const GemmKernels& gemm,
-                             int64_t rows,
-                             int64_t units,
-                             const void* a,
-                             const void* panel,
-                             float* tile,
-                             int64_t tile_stride,
-                             bool accumulate) {
+
+// gemm.multiply_columns for any positive number of units.
+template <class T>
+inline void multiply_columns_any_length(const GemmKernels& gemm,
+                                        int64_t rows,
+                                        int64_t units,
+                                        const T* a,
+                                        const T* panel,
+                                        float* tile,
+                                        int64_t tile_stride,
+                                        bool accumulate) {
   sum_of_sums(gemm,
               rows,
+              kPanel,
               units,
               tile,
               tile_stride,
               accumulate,
               [&](int64_t first, int64_t count, float* sum, int64_t sum_stride, bool adds) {
-                const int64_t offset = first * kPanel * 4;
-                gemm.multiply_columns(rows,
-                                      count,
-                                      static_cast<const char*>(a) + offset,
-                                      static_cast<const char*>(panel) + offset,
-                                      sum,
-                                      sum_stride,
-                                      adds);
+                const int64_t offset = first * kPanel * gemm.unit;
+                gemm.multiply_columns(
+                    rows, count, a + offset, panel + offset, sum, sum_stride, adds);
               });
 }
 
-// Calls f(first_row, rows, first_column, tile) for every tile of `count` rows of `a` times every
-// panel. A piece of a panel, as long as an innermost sum, is multiplied with a strip of rows before
-// the next piece is: then it comes from the L1 cache, and only the rows come from the L2 cache.
-// Summed as in multiply_rows. Columns of the last tile past `columns` are unspecified.
+// Calls f(first_row, rows, first_column, tile) for every tile of A's `count` rows times the panels
+// that hold `columns`. k is in whole units, and so is `stride`, the elements from one row of A to
+// the next. A piece of a panel, as long as an innermost sum, is multiplied with a strip of rows
+// before the next piece is: it is read anew from cache for each of their tiles, and the rows are
+// read once. Columns of the last tile past `columns` are unspecified.
 template <class T, class F>
 void multiply_all(const GemmKernels& gemm,
                   int64_t count,
@@ -132,15 +130,15 @@ void multiply_all(const GemmKernels& gemm,
   const int64_t units = k / gemm.unit;
   for (int64_t c = 0; c < columns; c += kPanel)
     for_each_tile(count, kStripRows, [&](int64_t strip, int64_t strip_rows) {
-      multiply_rows(gemm,
-                    strip_rows,
-                    units,
-                    a + strip * stride,
-                    stride,
-                    panels + c * k,
-                    sums,
-                    false,
-                    columns - c);
+      multiply_rows_any_length(gemm,
+                               strip_rows,
+                               units,
+                               a + strip * stride,
+                               stride,
+                               panels + c * k,
+                               sums,
+                               false,
+                               columns - c);
       for_each_tile(strip_rows, gemm.best_rows, [&](int64_t row, int64_t rows) {
         f(strip + row, rows, c, sums + row * kPanel);
       });
@@ -176,14 +174,14 @@ void add_column_products(const GemmKernels& gemm,
                          bool accumulate) {
   for_column_tiles(
       gemm, rows, units, a, panels, [&](const T* columns, int64_t first, int64_t count, int64_t p) {
-        multiply_columns(gemm,
-                         count,
-                         units,
-                         columns,
-                         b + p * units * kPanel * gemm.unit,
-                         sums + p * panel_step + first * stride,
-                         stride,
-                         accumulate);
+        multiply_columns_any_length(gemm,
+                                    count,
+                                    units,
+                                    columns,
+                                    b + p * units * kPanel * gemm.unit,
+                                    sums + p * panel_step + first * stride,
+                                    stride,
+                                    accumulate);
       });
 }
 

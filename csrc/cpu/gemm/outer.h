@@ -86,7 +86,7 @@ void outer_of_few(const GemmKernels& gemm,
         a_panels.get() + begin * panel,
         panels,
         [&](const T* columns, int64_t first, int64_t count, int64_t p) {
-          multiply_columns(
+          multiply_columns_any_length(
               gemm, count, units, columns, b_panels.get() + p * panel, tile, kPanel, false);
           gemm.store(tile,
                      count,

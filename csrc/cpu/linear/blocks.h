@@ -62,14 +62,14 @@ void rows_times_panels(const GemmKernels& gemm,
                        bool accumulate) {
   for_each_tile(rows, kStripRows, [&](int64_t first, int64_t strip_rows) {
     for (int64_t p = 0; p < count; ++p)
-      multiply_rows(gemm,
-                    strip_rows,
-                    units,
-                    a + first * stride,
-                    stride,
-                    panels + p * panel_units * kPanel * gemm.unit,
-                    sums + (p * sum_rows + first) * kPanel,
-                    accumulate);
+      multiply_rows_any_length(gemm,
+                               strip_rows,
+                               units,
+                               a + first * stride,
+                               stride,
+                               panels + p * panel_units * kPanel * gemm.unit,
+                               sums + (p * sum_rows + first) * kPanel,
+                               accumulate);
   });
 }
 

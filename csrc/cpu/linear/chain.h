@@ -179,7 +179,8 @@ class Chain {
            c += kPanel, panels += kPanel * units * gemm_.unit)
         for_each_tile(slots.size() * step.m, gemm_.best_rows, [&](int64_t first, int64_t rows) {
           const int64_t row = start + first;
-          multiply_rows(gemm_, rows, units, a + row * stride, stride, panels, tile, false);
+          multiply_rows_any_length(
+              gemm_, rows, units, a + row * stride, stride, panels, tile, false);
           store(tile, rows, std::min(kPanel, columns - c), out + row * columns + c, columns);
         });
     };

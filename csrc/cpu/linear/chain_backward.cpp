@@ -15,7 +15,6 @@
 //   parts_[p]         expert and first slot of a part, by group, then expert
 //   group_parts_[g]   the first part of a group
 //   expert_parts_[e]  the parts of an expert, consecutive as its slots are; empty without slots
-//
 #include "cpu/gemm/outer.h"
 #include "cpu/linear/chain.h"
 #include "cpu/linear/gradient.h"
@@ -31,6 +30,7 @@ class ChainBackward {
         in_(in),
         d_(in.dims),
         x_gradients_(in),
+        dz_(gemm, in),
         chain_(gemm, in, Direction::kBackward, kFewGradientRows) {
     plan_groups();
     plan_sums();
@@ -38,13 +38,13 @@ class ChainBackward {
   }
 
   void run() {
-    const PreActivationGradient<T> dz(gemm_, in_);
-    bias_gradient(gemm_, in_, dz.get());
-    dz_ = dz.get();
+    bias_gradient(gemm_, in_, dz_.get());
+    if (in_.dx == nullptr && last_wanted_ < 0)
+      return;
     const int64_t groups = std::ssize(groups_);
     if (groups == 1)
       run_group(0);  // all threads take part in its products with C, if C is packed by piece
-    if (groups > 1)
+    else
       parallel_for_each(groups, 1, [&](int64_t g) { run_group(g); });
     for (int s = 0; s < kChainSteps; ++s) {
       if (block_gradients_[s] == nullptr || is_written_in_place(s))
@@ -125,7 +125,7 @@ class ChainBackward {
     const Span slots = groups_[group];
     const int64_t count = slots.size();
     const int64_t most = chain_.packs_by_piece() ? count : std::min(chain_.block_slots(), count);
-    Memory memory{.chain = chain_.memory(most), .product_gradients = {}, .rows = {}, .outer = {}};
+    Memory memory{chain_.memory(most), {}, {}, {}};
     for (int s = 0; s < kChainSteps; ++s) {
       const ChainStep& step = chain_.step(s);
       memory.product_gradients[s] = zeros<T>(
@@ -146,7 +146,7 @@ class ChainBackward {
         count,
         width,
         d_.padded_out(),
-        [&](int64_t k) { return dz_ + (block.first + k) * width; },
+        [&](int64_t k) { return dz_.get() + (block.first + k) * width; },
         rows);
     constexpr int kLast = kChainSteps - 1;
     dz_to_last_.run(gemm_,
@@ -165,10 +165,14 @@ class ChainBackward {
       T* product = memory.chain.product.get();
       const T* gradient = memory.product_gradients[s].get();
       chain_.multiply(s, Direction::kBackward, block, gradient, memory.chain, product);
-      const int64_t step = chain_.step(s).m * chain_.step(s).k;
+      const int64_t state_elements = chain_.step(s).m * chain_.step(s).k;
       T* preceding = s > 0 ? memory.product_gradients[s - 1].get() : rows;
-      to_preceding_[s].run(
-          gemm_, count, product, step, preceding, s > 0 ? gradient_elements(s - 1) : step);
+      to_preceding_[s].run(gemm_,
+                           count,
+                           product,
+                           state_elements,
+                           preceding,
+                           s > 0 ? gradient_elements(s - 1) : state_elements);
     }
     for (int64_t k = 0; k < count; ++k)
       std::memcpy(
@@ -209,7 +213,8 @@ class ChainBackward {
                    block_gradients_[s] + q * chain_.segment_step());
   }
 
-  // Of some slots of a block. Not `accumulate`: they are the first that this sum gets.
+  // Adds the share of some slots of a block to the sum number `sum`, or starts it with them unless
+  // `accumulate`.
   void add_to_sum(int s, Span block, Span slots, int64_t sum, bool accumulate, Memory& memory) {
     const int64_t m = chain_.step(s).m, row = (slots.first - block.first) * m;
     const int64_t state_stride = chain_.state(s).row_stride, stride = chain_.gradient(s).row_stride;
@@ -246,6 +251,7 @@ class ChainBackward {
   const LinearBackward& in_;
   const BlockDims& d_;
   RowGradients<T> x_gradients_;
+  const PreActivationGradient<T> dz_;
   const Chain<T> chain_;
   Permutation dz_to_last_;  // rows of dz to the gradient of the last product
   // Of a step: the gradient of its state to that of the preceding product, or to rows of dx; its
@@ -259,7 +265,6 @@ class ChainBackward {
   std::vector<Span> expert_parts_;
   std::array<Buffer<float>, kChainSteps> sums_;  // of every part; for central, of every group
   std::array<int64_t, kChainSteps> sum_size_;
-  const T* dz_ = nullptr;
 };
 
 }  // namespace

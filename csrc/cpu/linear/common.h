@@ -76,9 +76,7 @@ inline void load_bias(const LinearForward& in, int64_t first, int64_t count, flo
 // Zeros the rows [first, last) of a result.
 inline void zero_rows(void* out, int64_t first, int64_t last, int64_t row_bytes) {
   if (out != nullptr && last > first)
-    std::memset(static_cast<char*>(out) + first * row_bytes,
-                0,
-                static_cast<std::size_t>((last - first) * row_bytes));
+    std::memset(static_cast<char*>(out) + first * row_bytes, 0, (last - first) * row_bytes);
 }
 
 // Zeros the rows of the results that no expert owns; whether there are others.

@@ -86,9 +86,10 @@ int64_t most_groups(const BlockDims& d, int64_t floats) {
   return std::clamp<int64_t>(2 * weight_bytes / (floats * 4), 1, kMostGroups);
 }
 
-// Where a kernel writes the gradients of the slots' rows of x: straight to dx if every row has at
-// most one slot. Otherwise `finish` sums them (slot by slot in float32, rounded once). It also
-// zeroes the rows that no slot reads.
+// Where a kernel writes the gradients of the slots' rows of x. They go straight to dx unless a row
+// has several slots, or an index places the rows of slots that must be together; then they go to
+// memory of their own, and `finish` sums them into dx (slot by slot in float32, rounded once). It
+// also zeroes the rows that no slot reads.
 template <class T>
 class RowGradients {
  public:
@@ -150,7 +151,7 @@ class RowGradients {
   T* const dx_;
   std::vector<int64_t> readers_;  // [T + 1]: offsets of a row's slots in `by_row_`
   std::vector<int64_t> by_row_;   // filled slots, sorted by row, then slot
-  Buffer<T> slots_;               // [filled, I] if a row has several readers
+  Buffer<T> slots_;               // [filled, I] unless they go straight to dx
 };
 
 }  // namespace mpoe

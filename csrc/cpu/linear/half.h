@@ -159,14 +159,14 @@ class HalfFirst {
           const int64_t most = gemm_.best_rows / gemm_.unit;
           for_each_tile(left_rows_ / gemm_.unit, most, [&](int64_t first, int64_t units) {
             const int64_t row = first * gemm_.unit, rows = units * gemm_.unit;
-            multiply_rows(gemm_,
-                          rows,
-                          plan_.a / gemm_.unit,
-                          left_.get() + ((jL + l) * left_rows_ + row) * left_stride_,
-                          left_stride_,
-                          columns,
-                          tile,
-                          false);
+            multiply_rows_any_length(gemm_,
+                                     rows,
+                                     plan_.a / gemm_.unit,
+                                     left_.get() + ((jL + l) * left_rows_ + row) * left_stride_,
+                                     left_stride_,
+                                     columns,
+                                     tile,
+                                     false);
             gemm_.store(tile, rows, kPanel, rounded, kPanel);
             gemm_.pack(out + row * kPanel, units, rounded, kPanel, rows, kPanel);
           });
@@ -240,14 +240,14 @@ class HalfFirst {
       if (in_.bias != nullptr)
         for (int64_t r = 0; r < rows; ++r)
           load_bias<T>(in_, (begin + row + r) * d_.jR + c, kPanel, tile + r * kPanel);
-      multiply_rows(gemm_,
-                    rows,
-                    right_units_,
-                    u + row * u_stride_,
-                    u_stride_,
-                    right_.get() + c * right_units_ * gemm_.unit,
-                    tile,
-                    in_.bias != nullptr);
+      multiply_rows_any_length(gemm_,
+                               rows,
+                               right_units_,
+                               u + row * u_stride_,
+                               u_stride_,
+                               right_.get() + c * right_units_ * gemm_.unit,
+                               tile,
+                               in_.bias != nullptr);
       gemm_.finish(tile,
                    rows,
                    static_cast<T*>(in_.y) + place + row * d_.jR,

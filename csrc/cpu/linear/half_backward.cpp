@@ -11,16 +11,16 @@
 // right first, from the last to the first.
 //
 //   result                 problem    blocks              plan, panels of central  its x and dz
-//   dx, LC first           exchanged  exchanged copies    exchanged_               dz, none
-//   dx, right first        exchanged  exchanged copies    exchanged_               dz, none
+//   dx                     exchanged  exchanged copies    exchanged_               dz, none
 //   blocks, LC first       plain      the caller's        plain_                   x, dz
 //   blocks, right first    exchanged  those of dx         exchanged_               dz, x (gathered)
 //
-// Which of the first two it is tells the exchanged plan, which of the last two the plain one.
+// `exchanged_plan_.half_first` picks HalfFirst or RightFirst for dx, and `plain_plan_.half_first`
+// one of the last two rows.
 //
-// Experts are split into groups, whose number does not depend on the number of threads; dcentral is
-// summed within a group in the order of experts, then over groups.
-#include <memory>
+// Experts are split into groups. dcentral is summed within a group in the order of experts, then
+// over groups, whose number does not depend on the number of threads if dcentral is wanted.
+#include <optional>
 
 #include "cpu/linear/half_gradient.h"
 
@@ -39,12 +39,12 @@ class OneExpert {
  public:
   LinearForward in{};
 
-  OneExpert(const LinearBackward& full, bool exchange) : full_(full) {
+  OneExpert(const LinearBackward& full, bool exchanges) : full_(full), exchanges_(exchanges) {
     static_cast<LinearInputs&>(in) = full;
     in.activation = Activation::kNone;
     in.experts = 1;
     in.offsets = offsets_;
-    if (!exchange)
+    if (!exchanges_)
       return;
     in.dims = exchanged(full.dims);
     in.row_index = nullptr;
@@ -54,14 +54,13 @@ class OneExpert {
     in.right = right_.get();
   }
   OneExpert(const OneExpert&) = delete;
-  OneExpert& operator=(const OneExpert&) = delete;
 
   // Takes an expert's blocks: points to them, or copies them with i and j exchanged.
   void set_blocks(const GemmKernels& gemm, int64_t expert) {
     const BlockDims& d = full_.dims;
     const T* left = left_of<T>(full_, expert);
     const T* right = right_of<T>(full_, expert);
-    if (!left_) {
+    if (!exchanges_) {
       in.left = left;
       in.right = right;
       return;
@@ -84,6 +83,7 @@ class OneExpert {
 
  private:
   const LinearBackward& full_;
+  const bool exchanges_;  // i and j
   int64_t offsets_[2] = {0, 0};
   Buffer<T> left_, right_;  // exchanged copies
 };
@@ -103,8 +103,9 @@ class HalfBackward {
         weights_exchanged_(!plain_plan_.half_first),
         weight_dims_(weights_exchanged_ ? exchanged_dims_ : d_),
         weight_plan_(weights_exchanged_ ? exchanged_plan_ : plain_plan_),
-        most_(in.most_slots()),
-        x_gradients_(in, true) {
+        most_slots_(in.most_slots()),
+        x_gradients_(in, /*together=*/true),
+        dz_(gemm, in) {
     if (wanted_.x || (wanted_.weight() && weights_exchanged_))
       exchanged_panels_ = pack_central<T>(gemm, exchanged_dims_, in.central, exchanged_plan_, true);
     if (wanted_.weight() && !weights_exchanged_)
@@ -115,9 +116,7 @@ class HalfBackward {
   }
 
   void run() {
-    const PreActivationGradient<T> dz(gemm_, in_);
-    bias_gradient(gemm_, in_, dz.get());
-    dz_ = dz.get();
+    bias_gradient(gemm_, in_, dz_.get());
     parallel_for_each(std::ssize(groups_), 1, [&](int64_t g) { run_group(g); });
     if (wanted_.central)
       store_central();
@@ -128,12 +127,33 @@ class HalfBackward {
   // What computes the gradients of a group, one expert at a time.
   struct Workers {
     OneExpert<T> plain, exchanged;
-    std::unique_ptr<HalfFirst<T>> dx_half_first;    // one of
-    std::unique_ptr<RightFirst<T>> dx_right_first;  // both, if dx is wanted
-    std::unique_ptr<HalfGradient<T>> weights;
-    Buffer<T> gathered;  // rows of x
+    // dx: exactly one of these, by exchanged_plan_.half_first; none if dx is not wanted
+    std::optional<HalfFirst<T>> dx_half_first;
+    std::optional<RightFirst<T>> dx_right_first;
+    std::optional<HalfGradient<T>> weights;  // if a gradient of blocks is wanted
+    Buffer<T> gathered;                      // rows of x
 
-    explicit Workers(const LinearBackward& in) : plain(in, false), exchanged(in, true) {}
+    Workers(HalfBackward& all, int64_t group) : plain(all.in_, false), exchanged(all.in_, true) {
+      const T* exchanged_panels = all.exchanged_panels_.get();
+      if (all.wanted_.x && all.exchanged_plan_.half_first)
+        dx_half_first.emplace(all.gemm_, exchanged.in, all.exchanged_plan_, exchanged_panels);
+      else if (all.wanted_.x)
+        dx_right_first.emplace(
+            all.gemm_, exchanged.in, all.exchanged_plan_, exchanged_panels, all.most_slots_);
+      if (!all.wanted_.weight())
+        return;
+      // With LC first whatever `weight_plan_` says of the forward: see the head.
+      weights.emplace(
+          all.gemm_,
+          all.weights_exchanged_ ? exchanged.in : plain.in,
+          all.weight_plan_,
+          all.weights_exchanged_ ? exchanged_panels : all.plain_panels_.get(),
+          all.central_transposed_panels_.get(),
+          all.wanted_,
+          all.wanted_.central ? all.central_sums_.get() + group * all.central_size_ : nullptr);
+      if (all.weights_exchanged_ && all.in_.row_index != nullptr)
+        gathered = Buffer<T>(all.most_slots_ * all.d_.in_features);
+    }
   };
 
   // Position of pair (iC, jC) of the problem of the weights in central, which is not exchanged.
@@ -160,7 +180,8 @@ class HalfBackward {
 
   void plan_groups() {
     central_size_ = ceil_divide(d_.iC * d_.jC * plain_plan_.b, kPanel) * d_.a * kPanel;
-    const int64_t count = std::min(most_groups<T>(d_, central_size_), in_.experts);
+    const int64_t most = wanted_.central ? most_groups<T>(d_, central_size_) : 4 * num_threads();
+    const int64_t count = std::min(most, in_.experts);
     for (int64_t g = 0; g < count; ++g)
       groups_.push_back({in_.experts * g / count, in_.experts * (g + 1) / count});
     if (wanted_.central)
@@ -168,16 +189,18 @@ class HalfBackward {
   }
 
   void run_group(int64_t group) {
-    Workers workers(in_);
-    make_workers(group, workers);
+    Workers workers(*this, group);
     for (int64_t e = groups_[group].first; e < groups_[group].last; ++e) {
       if (in_.count(e) == 0) {
         zero_blocks<T>(in_, e);
         continue;
       }
-      const T* dz = dz_ + in_.offsets[e] * d_.out_features;
-      if (exchanged_panels_)
-        exchange_expert(e, dz, workers);
+      const T* dz = dz_.get() + in_.offsets[e] * d_.out_features;
+      if (exchanged_panels_) {
+        T* dx = wanted_.x ? x_gradients_.row(in_.offsets[e]) : nullptr;
+        workers.exchanged.set_blocks(gemm_, e);
+        workers.exchanged.set_rows(dz, dx, in_.count(e));
+      }
       if (workers.dx_half_first)
         workers.dx_half_first->run(0);
       if (workers.dx_right_first)
@@ -185,35 +208,6 @@ class HalfBackward {
       if (workers.weights)
         weights_of_expert(e, dz, workers);
     }
-  }
-
-  void make_workers(int64_t group, Workers& workers) {
-    if (wanted_.x && exchanged_plan_.half_first)
-      workers.dx_half_first = std::make_unique<HalfFirst<T>>(
-          gemm_, workers.exchanged.in, exchanged_plan_, exchanged_panels_.get());
-    else if (wanted_.x)
-      workers.dx_right_first = std::make_unique<RightFirst<T>>(
-          gemm_, workers.exchanged.in, exchanged_plan_, exchanged_panels_.get(), most_);
-    if (!wanted_.weight())
-      return;
-    // With LC first whatever `weight_plan_` says of the forward: see the head.
-    workers.weights = std::make_unique<HalfGradient<T>>(
-        gemm_,
-        weights_exchanged_ ? workers.exchanged.in : workers.plain.in,
-        weight_plan_,
-        weights_exchanged_ ? exchanged_panels_.get() : plain_panels_.get(),
-        central_transposed_panels_.get(),
-        wanted_,
-        wanted_.central ? central_sums_.get() + group * central_size_ : nullptr);
-    if (weights_exchanged_ && in_.row_index != nullptr)
-      workers.gathered = Buffer<T>(most_ * d_.in_features);
-  }
-
-  // The exchanged problem of an expert, for dx and for the gradients of blocks.
-  void exchange_expert(int64_t expert, const T* dz, Workers& workers) {
-    T* dx = wanted_.x ? x_gradients_.row(in_.offsets[expert]) : nullptr;
-    workers.exchanged.set_blocks(gemm_, expert);
-    workers.exchanged.set_rows(dz, dx, in_.count(expert));
   }
 
   void weights_of_expert(int64_t expert, const T* dz, Workers& workers) const {
@@ -259,13 +253,15 @@ class HalfBackward {
       for (int64_t g = 1; g < std::ssize(groups_); ++g)
         floats.add_row(total + g * central_size_, total, panel_size);
       const int64_t last = std::min((panel + 1) * kPanel, columns);
-      for (int64_t column = panel * kPanel, run = 0; column < last; column += run) {
+      int64_t column = panel * kPanel;
+      while (column < last) {
         const int64_t pair = column / weight_plan_.b, b = column % weight_plan_.b;
-        run = std::min(weight_plan_.b - b, last - column);
+        const int64_t run = std::min(weight_plan_.b - b, last - column);
         const int64_t valid = std::min(d_.b - b, run);  // the rest is padding
         T* out = static_cast<T*>(in_.dcentral) + pair_in_central(pair) * d_.b + b;
         for (int64_t a = 0; valid > 0 && a < d_.a; ++a)
           gemm_.round_row(total + a * kPanel + column % kPanel, out + a * pairs * d_.b, valid);
+        column += run;
       }
     });
   }
@@ -279,14 +275,14 @@ class HalfBackward {
   const bool weights_exchanged_;  // gradients of blocks are those of the exchanged problem
   const BlockDims& weight_dims_;  // of that problem
   const HalfPlan& weight_plan_;
-  const int64_t most_;  // slots of an expert
+  const int64_t most_slots_;  // of an expert
   RowGradients<T> x_gradients_;
+  const PreActivationGradient<T> dz_;
   Buffer<T> plain_panels_, exchanged_panels_;  // of central, if a result needs them
   Buffer<T> central_transposed_panels_;
   std::vector<Span> groups_;  // of experts
   int64_t central_size_ = 0;  // elements of a group's sums
   Buffer<float> central_sums_;
-  const T* dz_ = nullptr;
 };
 
 }  // namespace

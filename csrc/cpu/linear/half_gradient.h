@@ -186,14 +186,14 @@ class HalfGradient : public HalfFirst<T> {
       T* out = du_.get() + t * r_units_ * kPanel * gemm_.unit;
       for_each_tile(pairs, gemm_.best_rows, [&](int64_t first, int64_t count) {
         for (int64_t p = 0; p < columns_.panels; ++p) {
-          multiply_rows(gemm_,
-                        count,
-                        units,
-                        z_.get() + (t * pairs + first) * z_stride_,
-                        z_stride_,
-                        right_panels_.get() + p * z_stride_ * kPanel,
-                        tile,
-                        false);
+          multiply_rows_any_length(gemm_,
+                                   count,
+                                   units,
+                                   z_.get() + (t * pairs + first) * z_stride_,
+                                   z_stride_,
+                                   right_panels_.get() + p * z_stride_ * kPanel,
+                                   tile,
+                                   false);
           columns_.store(
               gemm_, tile, count, p * kPanel, out, du_place_.data() + first * granules, granules);
         }
@@ -222,14 +222,14 @@ class HalfGradient : public HalfFirst<T> {
           for (int64_t r = 0; r < count; ++r)
             place[r] = (first + r) * places.left_i + (j + c) * places.left_j;
           for (int64_t a = 0; a < d_.a; a += kPanel) {
-            multiply_rows(gemm_,
-                          count,
-                          units,
-                          dhalf_.get() + (c * left_rows_ + first) * dhalf_stride_,
-                          dhalf_stride_,
-                          central_transposed_ + a * units * gemm_.unit,
-                          tile,
-                          false);
+            multiply_rows_any_length(gemm_,
+                                     count,
+                                     units,
+                                     dhalf_.get() + (c * left_rows_ + first) * dhalf_stride_,
+                                     dhalf_stride_,
+                                     central_transposed_ + a * units * gemm_.unit,
+                                     tile,
+                                     false);
             gemm_.finish(tile, count, places.left, place, 0, consecutive(a, d_.a), Finish{});
           }
         });

@@ -19,7 +19,7 @@ void store_sum(const GemmKernels& gemm,
                int64_t rows,
                int64_t width,
                T* out) {
-  parallel_for(rows, ceil_divide(16 * 1024, width * blocks), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, ceil_divide(kTaskElements, width * blocks), [&](int64_t begin, int64_t end) {
     std::vector<float> row(round_up(width, kPanel));
     for (int64_t r = begin; r < end; ++r) {
       std::fill(row.begin(), row.end(), 0.0f);

@@ -164,7 +164,7 @@ class GradientWorker {
                      rows_.x_panels.get() + i * sizes_.x_panels * panel,
                      sizes_.dz_panels,
                      [&](const T* columns, int64_t first, int64_t count, int64_t p) {
-                       multiply_columns(
+                       multiply_columns_any_length(
                            gemm_, count, units, columns, dz + p * panel, tile, kPanel, false);
                        gemm_.finish(tile,
                                     count,

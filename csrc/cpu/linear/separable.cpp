@@ -11,12 +11,12 @@ void pack_central(const GemmKernels& gemm,
                   const SeparableSizes& sizes,
                   const T* central,
                   T* out) {
-  const bool together = sizes.b == d.b;  // then columns of several jC are contiguous
+  const bool together = sizes.padded_b == d.b;  // then columns of several jC are contiguous
   const int64_t group = together ? ceil_divide(4 * kPanel, d.b) : 1;
   parallel_for_each(ceil_divide(d.jC, group), 1, [&](int64_t g) {
     const int64_t j = g * group;
     for (int64_t i = 0; i < d.iC; ++i)
-      gemm.pack(out + j * sizes.b * sizes.t_k + i * sizes.a * kPanel,
+      gemm.pack(out + j * sizes.padded_b * sizes.t_k + i * sizes.a_k * kPanel,
                 sizes.t_k / gemm.unit,
                 central + (i * d.jC + j) * d.b,
                 d.iC * d.jC * d.b,
@@ -36,8 +36,8 @@ struct BiasRows {
     if (in.bias == nullptr)
       return;
     values = zeros<float>(d.jC * row);
-    for (int64_t f = 0; f < d.out_features; ++f)
-      values.get()[f / d.jR * row + f % d.jR] = load(static_cast<const T*>(in.bias)[f]);
+    for (int64_t j = 0; j < d.jC; ++j)
+      load_bias<T>(in, j * d.jR, d.jR, values.get() + j * row);
   }
 };
 
@@ -53,13 +53,13 @@ struct OutputStep {
   void run(Span block, Span columns, const T* t) const {
     const int64_t count = block.size();
     // As many jC at a time as keep the central step's result in cache for the right step.
-    const int64_t row_bytes = count * sizes.b * int64_t{sizeof(T)};
+    const int64_t row_bytes = count * sizes.padded_b * int64_t{sizeof(T)};
     const int64_t group = std::clamp<int64_t>(256 * 1024 / row_bytes, 1, columns.size());
-    Buffer<T> h(count * group * sizes.b);
+    Buffer<T> h(count * group * sizes.padded_b);
     for (int64_t j = columns.first; j < columns.last; j += group) {
       const Span part{j, std::min(j + group, columns.last)};
       central_step(block, part, t, h.get());
-      right_step(block, part, h.get(), sizes.b);
+      right_step(block, part, h.get(), sizes.padded_b);
     }
   }
 
@@ -79,19 +79,19 @@ struct OutputStep {
   // h [block, part, b]
   void central_step(Span block, Span part, const T* t, T* h) const {
     const BlockDims& d = in.dims;
-    const int64_t width = part.size() * sizes.b;
+    const int64_t width = part.size() * sizes.padded_b;
     multiply_all(gemm,
                  block.size(),
                  sizes.t_k,
                  t,
                  sizes.t_row,
-                 central_panels + part.first * sizes.b * sizes.t_k,
+                 central_panels + part.first * sizes.padded_b * sizes.t_k,
                  width,
                  [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
                    gemm.store(tile, rows, kPanel, h + first * width + c, width);
                    if (in.h == nullptr)
                      return;
-                   const int64_t j = part.first + c / sizes.b, column = c % sizes.b;
+                   const int64_t j = part.first + c / sizes.padded_b, column = c % sizes.padded_b;
                    T* kept =
                        static_cast<T*>(in.h) + ((block.first + first) * d.jC + j) * d.b + column;
                    gemm.store(tile, rows, std::min(kPanel, d.b - column), kept, d.jC * d.b);
@@ -150,12 +150,8 @@ struct OutputStep {
   }
 };
 
-// Central is packed piece by piece, and every piece is multiplied immediately.
-// Units of k whose pieces are summed separately from those before.
-constexpr int64_t kFewSums = 512;
-
 // h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a,
-// iC).
+// iC). Central is packed piece by piece, and every piece is multiplied immediately.
 template <class T>
 void central_of_few(
     const GemmKernels& gemm, const LinearForward& in, const T* t, int64_t row, T* h) {
@@ -165,6 +161,7 @@ void central_of_few(
   // wider the strip and the fewer rows of central at a time, so that these are read nearly in
   // memory order.
   constexpr int64_t kGroup = 4 * kPanel;  // columns packed at a time
+  constexpr int64_t kLongestSum = 512;    // units of k; sums of later ones are added
   const int64_t most_units = std::clamp<int64_t>(round_up(filled, 8), 32, kFewSlots);
   const int64_t most_columns = kFewSlots * kFewSlots * 2 / most_units / kGroup * kGroup;
   parallel_for(ceil_divide(n, kPanel), 1, [&](int64_t begin, int64_t end) {
@@ -174,9 +171,9 @@ void central_of_few(
     Buffer<float> sums(filled * stride), part(filled * stride);
     for (int64_t strip = begin * kPanel; strip < last; strip += most_columns) {
       const int64_t columns = std::min(most_columns, last - strip);
-      for (int64_t first_k = 0; first_k < k; first_k += kFewSums * unit) {
+      for (int64_t first_k = 0; first_k < k; first_k += kLongestSum * unit) {
         float* sum = first_k == 0 ? sums.get() : part.get();
-        const int64_t last_k = std::min(k, first_k + kFewSums * unit);
+        const int64_t last_k = std::min(k, first_k + kLongestSum * unit);
         for (int64_t i = first_k; i < last_k; i += most_units * unit) {
           const int64_t count = std::min(most_units * unit, last_k - i),
                         units = ceil_divide(count, unit);

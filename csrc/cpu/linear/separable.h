@@ -1,8 +1,12 @@
-// Steps that the forward and the backward of separable shapes share. A slot's row of x is [iL, iC];
-// transposed, [iC, iL], it is iC rows that left maps to [iC, a]: one row t of the central product,
-// whose result [jC, b] is jC rows that right maps to [jC, jR]. So left and right are products with
-// (number of slots) x iC or jC short rows, and central is one product over all slots, whatever
-// their experts.
+// Separable shapes, jL = iR = 1 (linear.h): steps that their forward and backward share. A slot's
+// row of x is [iL, iC]; transposed, [iC, iL], it is iC rows that left maps to [iC, a]: one row t of
+// the central product, whose result [jC, b] is jC rows that right maps to [jC, jR]. So left and
+// right are products with (number of slots) x iC or jC short rows, and central is one product over
+// all slots, whatever their experts.
+//
+// Few slots are computed otherwise (are_few): central is read in memory order, and panels of it are
+// never written to memory. With one slot, that traffic would take all the time. Rows t of the
+// slots, and their gradients, are then in the order of central's rows, (a, iC).
 #pragma once
 
 #include "cpu/linear/common.h"
@@ -11,44 +15,48 @@ namespace mpoe {
 
 // Sizes and strides, in elements, of the intermediate results per slot.
 struct SeparableSizes {
-  int64_t left_k;  // iL in whole units
-  int64_t x_row;   // [iC, left_k]: a row of x, transposed
-  int64_t a;       // a in whole units
-  int64_t t_k;     // [iC, a]: after left
-  int64_t t_row;   // the same with the gap that row_stride adds
-  int64_t b;       // b in whole panels
-  int64_t h_k;     // [jC, b]: after central
+  int64_t left_k;    // iL in whole units
+  int64_t x_row;     // [iC, left_k]: a row of x, transposed
+  int64_t a_k;       // a in whole units
+  int64_t t_k;       // [iC, a_k]: after left
+  int64_t t_row;     // the same with the gap that row_stride adds
+  int64_t padded_b;  // b in whole panels
+  int64_t h_k;       // [jC, padded_b]: after central
   SeparableSizes(const GemmKernels& gemm, const BlockDims& d)
       : left_k(padded_k(gemm, d.iL)),
         x_row(d.iC * left_k),
-        a(padded_k(gemm, d.a)),
-        t_k(d.iC * a),
+        a_k(padded_k(gemm, d.a)),
+        t_k(d.iC * a_k),
         t_row(row_stride(gemm, t_k)),
-        b(round_up(d.b, kPanel)),
-        h_k(d.jC * b) {}
+        padded_b(round_up(d.b, kPanel)),
+        h_k(d.jC * padded_b) {}
 };
 
-// Stores a tile of rows of which every slot has `per_slot`, each `width` wide and adjacent, from
-// row `first` and column `c` on.
+// Rows of which every slot has `per_slot`, adjacent and each `width` elements wide; those of the
+// next slot begin `slot_step` elements later.
+struct ShortRows {
+  int64_t per_slot, slot_step, width;
+};
+
+// Stores a tile of at most kMaxRows such rows, from row `first` and column `c` on.
 template <class T>
 void store_short_rows(const GemmKernels& gemm,
                       const float* tile,
                       int64_t first,
                       int64_t rows,
                       int64_t c,
-                      int64_t per_slot,
-                      int64_t slot_step,
-                      int64_t width,
+                      const ShortRows& of,
                       T* out) {
   int64_t row_offset[kMaxRows];
   for (int64_t r = 0; r < rows; ++r)
-    row_offset[r] = (first + r) / per_slot * slot_step + (first + r) % per_slot * width;
-  gemm.finish(tile, rows, out, row_offset, 0, consecutive(c, width), Finish{});
+    row_offset[r] = (first + r) / of.per_slot * of.slot_step + (first + r) % of.per_slot * of.width;
+  gemm.finish(tile, rows, out, row_offset, 0, consecutive(c, of.width), Finish{});
 }
 
-// Runs of slots whose rows of `row_bytes` fill about half of the L2 cache, regardless of experts.
+// Runs of slots, regardless of experts, whose rows of `row_bytes` stay in the L2 cache; at least
+// half a strip, however long the rows are.
 inline std::vector<Span> slot_blocks(int64_t slots, int64_t row_bytes) {
-  const int64_t most = std::max<int64_t>(56, 512 * 1024 / std::max<int64_t>(row_bytes, 1));
+  const int64_t most = std::max(kStripRows / 2, 512 * 1024 / std::max<int64_t>(row_bytes, 1));
   std::vector<Span> blocks;
   for_each_tile(
       slots, most, [&](int64_t first, int64_t count) { blocks.push_back({first, first + count}); });
@@ -103,27 +111,25 @@ void left_step(const GemmKernels& gemm,
                  rows,
                  sizes.left_k,
                  panels.get(),
-                 sizes.a,
+                 sizes.a_k,
                  [&](int64_t first, int64_t tile_rows, int64_t c, const float* tile) {
                    // A padding column of zeros is written too.
                    store_short_rows(
-                       gemm, tile, first, tile_rows, c, d.iC, sizes.t_row, sizes.a, out);
+                       gemm, tile, first, tile_rows, c, {d.iC, sizes.t_row, sizes.a_k}, out);
                  });
   });
 }
 
-// Few slots: central is read in memory order, and panels of it are never written to memory. With
-// one slot, that traffic would take all the time. Rows t of the slots, and their gradients, are
-// then in the order of central's rows, (a, iC).
-constexpr int64_t kFewSlots = 128;     // of the forward
-constexpr int64_t kFewGradients = 64;  // of the backward
+constexpr int64_t kFewSlots = 128;
+constexpr int64_t kFewSlotsBackward = 64;
 
-// Contiguous rows of h [jC, b] must be whole units.
+// Whether the filled slots are at most `most`, and b is whole units, as contiguous rows of h must
+// be.
 inline bool are_few(const GemmKernels& gemm, const LinearInputs& in, int64_t most) {
   return in.filled() <= most && in.dims.b % gemm.unit == 0;
 }
 
-// left_step for few slots: t [block, t_row], with rows (a, iC) in whole units.
+// left_step for few slots: t [block, stride], with rows (a, iC) in whole units.
 template <class T>
 void left_step_of_few(const GemmKernels& gemm,
                       const LinearInputs& in,
@@ -131,14 +137,14 @@ void left_step_of_few(const GemmKernels& gemm,
                       Span block,
                       T* xs,
                       T* t,
-                      int64_t t_row) {
+                      int64_t stride) {
   const BlockDims& d = in.dims;
+  const int64_t size = d.a * d.iC;
   Buffer<T> rows(block.size() * sizes.t_row);
   left_step<T>(gemm, in, sizes, block, xs, rows.get());
-  for (int64_t s = 0; s < block.size(); ++s, t += t_row) {
-    gemm.transpose(rows.get() + s * sizes.t_row, sizes.a, d.iC, d.a, t, d.iC);
-    if (d.a * d.iC % gemm.unit != 0)
-      t[d.a * d.iC] = T{};
+  for (int64_t s = 0; s < block.size(); ++s, t += stride) {
+    gemm.transpose(rows.get() + s * sizes.t_row, sizes.a_k, d.iC, d.a, t, d.iC);
+    std::fill(t + size, t + padded_k(gemm, size), T{});
   }
 }
 

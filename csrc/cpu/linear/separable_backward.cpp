@@ -16,35 +16,36 @@ class Backward {
         d_(in.dims),
         sizes_(gemm, d_),
         filled_(in.filled()),
-        are_few_(are_few(gemm, in, kFewGradients)),
+        are_few_(are_few(gemm, in, kFewSlotsBackward)),
         right_k_(padded_k(gemm, d_.jR)),
-        b_(padded_k(gemm, d_.b)),
-        dh_k_(d_.jC * b_),
+        b_k_(padded_k(gemm, d_.b)),
+        dh_k_(d_.jC * b_k_),
         dh_row_(row_stride(gemm, dh_k_)),
-        x_gradients_(in) {}
+        wanted_(in),
+        x_gradients_(in),
+        activation_gradient_(gemm, in),
+        dz_(activation_gradient_.get()) {}
 
   void run() {
     zero_gradients();
     if (filled_ > 0) {
-      const PreActivationGradient<T> dz(gemm_, in_);
-      bias_gradient(gemm_, in_, dz.get());
-      dz_ = dz.get();
+      bias_gradient(gemm_, in_, dz_);
       pad_dz();
       slot_step();
-      if (in_.dright != nullptr) {
+      if (wanted_.right) {
         const T* h = static_cast<const T*>(in_.h);
         block_gradient(d_.b, d_.jR, d_.jC, h, d_.b, dz_, right_k_, static_cast<T*>(in_.dright));
       }
-      if (in_.dleft != nullptr)
+      if (wanted_.left)
         block_gradient(d_.iL,
                        d_.a,
                        d_.iC,
                        xs_.get(),
                        sizes_.left_k,
                        dt_.get(),
-                       sizes_.a,
+                       sizes_.a_k,
                        static_cast<T*>(in_.dleft));
-      if (in_.dcentral != nullptr && !are_few_)
+      if (wanted_.central && !are_few_)
         central_gradient();
     }
     x_gradients_.finish(gemm_);
@@ -82,63 +83,65 @@ class Backward {
   // Everything with one row per slot: t and the transposed x again, dh, dt, dx. Keeps what later
   // sums need.
   void slot_step() {
-    const bool need_central = in_.dcentral != nullptr, need_left = in_.dleft != nullptr,
-               need_x = in_.dx != nullptr;
-    if (!need_central && !need_left && !need_x)
+    if (!wanted_.half() && !wanted_.x)
       return;
     if (are_few_)
-      return few_slots_step(need_central, need_left, need_x);
-    if (need_central)
-      dh_ = Buffer<T>(filled_ * dh_row_), t_ = Buffer<T>(filled_ * sizes_.t_row);
-    if (need_left)
-      xs_ = Buffer<T>(filled_ * sizes_.x_row), dt_ = Buffer<T>(filled_ * sizes_.t_k);
-    if (need_left || need_x) {
+      return few_slots_step();
+    if (wanted_.central) {
+      dh_ = Buffer<T>(filled_ * dh_row_);
+      t_ = Buffer<T>(filled_ * sizes_.t_row);
+    }
+    if (wanted_.left) {
+      xs_ = Buffer<T>(filled_ * sizes_.x_row);
+      dt_ = Buffer<T>(filled_ * sizes_.t_k);
+    }
+    if (wanted_.left || wanted_.x) {
       central_panels_ = Buffer<T>(d_.iC * round_up(d_.a, kPanel) * dh_k_);
       pack_central();
     }
     const std::vector<Span> blocks = slot_blocks(filled_, dh_row_ * sizeof(T));
     parallel_for(std::ssize(blocks), 1, [&](int64_t begin, int64_t end) {
       const int64_t most = blocks[0].size() + 1;
-      Buffer<T> dh(need_central ? 0 : most * dh_row_), dt(need_left ? 0 : most * sizes_.t_k);
+      Buffer<T> dh(most * dh_row_), dt(most * sizes_.t_k);  // where nothing later needs them
       for (int64_t k = begin; k < end; ++k) {
         const Span block = blocks[k];
-        if (need_central)
+        if (wanted_.central)
           left_step<T>(gemm_,
                        in_,
                        sizes_,
                        block,
-                       need_left ? xs_.get() + block.first * sizes_.x_row : nullptr,
+                       wanted_.left ? xs_.get() + block.first * sizes_.x_row : nullptr,
                        t_.get() + block.first * sizes_.t_row);
-        else if (need_left)
+        else if (wanted_.left)
           transpose_rows<T>(gemm_, in_, sizes_, block, xs_.get() + block.first * sizes_.x_row);
-        T* dh_rows = need_central ? dh_.get() + block.first * dh_row_ : dh.get();
+        T* dh_rows = wanted_.central ? dh_.get() + block.first * dh_row_ : dh.get();
         right_step(block, dh_rows);
-        if (!need_left && !need_x)
+        if (!wanted_.left && !wanted_.x)
           continue;
-        T* dt_rows = need_left ? dt_.get() + block.first * sizes_.t_k : dt.get();
+        T* dt_rows = wanted_.left ? dt_.get() + block.first * sizes_.t_k : dt.get();
         central_step(block, dh_rows, dt_rows);
-        if (need_x)
+        if (wanted_.x)
           left_gradient_step(block, dt_rows);
       }
     });
   }
 
   // The same for few slots, with the gradient of central.
-  void few_slots_step(bool need_central, bool need_left, bool need_x) {
+  void few_slots_step() {
     const int64_t m = d_.a * d_.iC, t_row = padded_k(gemm_, m);
     dh_ = Buffer<T>(filled_ * dh_row_);
-    if (need_left)
+    if (wanted_.left)
       xs_ = Buffer<T>(filled_ * sizes_.x_row);
-    Buffer<T> t(need_central ? filled_ * t_row : 0), turned(need_left || need_x ? filled_ * m : 0);
+    Buffer<T> t(filled_ * t_row), turned(filled_ * m);
     parallel_for(filled_, 1, [&](int64_t begin, int64_t end) {
-      T* xs = need_left ? xs_.get() + begin * sizes_.x_row : nullptr;
-      if (need_central)
+      T* xs = wanted_.left ? xs_.get() + begin * sizes_.x_row : nullptr;
+      if (wanted_.central)
         left_step_of_few<T>(gemm_, in_, sizes_, {begin, end}, xs, t.get() + begin * t_row, t_row);
-      else if (need_left)
+      else if (wanted_.left)
         transpose_rows<T>(gemm_, in_, sizes_, {begin, end}, xs);
       right_step({begin, end}, dh_.get() + begin * dh_row_);
     });
-    if (need_central)
+    if (wanted_.central)
       outer_of_few(gemm_,
                    filled_,
                    t.get(),
@@ -148,15 +151,15 @@ class Backward {
                    dh_row_,
                    dh_k_,
                    static_cast<T*>(in_.dcentral));
-    if (!need_left && !need_x)
+    if (!wanted_.left && !wanted_.x)
       return;
     central_step_of_few(turned.get());
-    dt_ = sizes_.a == d_.a ? Buffer<T>(filled_ * sizes_.t_k) : zeros<T>(filled_ * sizes_.t_k);
+    dt_ = sizes_.a_k == d_.a ? Buffer<T>(filled_ * sizes_.t_k) : zeros<T>(filled_ * sizes_.t_k);
     parallel_for(filled_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s)
         gemm_.transpose(
-            turned.get() + s * m, d_.iC, d_.a, d_.iC, dt_.get() + s * sizes_.t_k, sizes_.a);
-      if (need_x)
+            turned.get() + s * m, d_.iC, d_.a, d_.iC, dt_.get() + s * sizes_.t_k, sizes_.a_k);
+      if (wanted_.x)
         left_gradient_step({begin, end}, dt_.get() + begin * sizes_.t_k);
     });
   }
@@ -182,10 +185,10 @@ class Backward {
     const T* central = static_cast<const T*>(in_.central);
     const int64_t row = d_.jC * d_.b, a = round_up(d_.a, kPanel);
     // Of the rows of B: one per jC if they are padded
-    const int64_t parts = b_ == d_.b ? 1 : d_.jC;
+    const int64_t parts = b_k_ == d_.b ? 1 : d_.jC;
     parallel_for_each(d_.iC, 1, [&](int64_t i) {
       for (int64_t p = 0; p < parts; ++p)
-        gemm_.pack_transposed(central_panels_.get() + i * a * dh_k_ + p * b_ * kPanel,
+        gemm_.pack_transposed(central_panels_.get() + i * a * dh_k_ + p * b_k_ * kPanel,
                               dh_k_ / gemm_.unit,
                               central + i * row + p * d_.b,
                               d_.iC * row,
@@ -207,9 +210,9 @@ class Backward {
                    dz_ + slots.first * d_.jC * right_k_,
                    right_k_,
                    panels.get(),
-                   b_,
+                   b_k_,
                    [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
-                     store_short_rows(gemm_, tile, first, rows, c, d_.jC, dh_row_, b_, out);
+                     store_short_rows(gemm_, tile, first, rows, c, {d_.jC, dh_row_, b_k_}, out);
                    });
     });
   }
@@ -226,31 +229,31 @@ class Backward {
                  d_.iC * a,
                  [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
                    const int64_t i = c / a, column = c % a;
-                   if (column >= sizes_.a)
+                   if (column >= sizes_.a_k)
                      return;
                    gemm_.store(tile,
                                rows,
-                               std::min(kPanel, sizes_.a - column),
-                               dt + first * sizes_.t_k + i * sizes_.a + column,
+                               std::min(kPanel, sizes_.a_k - column),
+                               dt + first * sizes_.t_k + i * sizes_.a_k + column,
                                sizes_.t_k);
                  });
   }
 
   // dx of the block's slots
   void left_gradient_step(Span block, const T* dt) {
-    Buffer<T> panels(round_up(d_.iL, kPanel) * sizes_.a), turned(block.size() * d_.iC * d_.iL);
+    Buffer<T> panels(round_up(d_.iL, kPanel) * sizes_.a_k), turned(block.size() * d_.iC * d_.iL);
     const bool whole = d_.padded_in() == d_.in_features;
     std::vector<T> padded(whole ? 0 : d_.padded_in());
     for_each_expert(in_, block, [&](int64_t expert, Span slots) {
       gemm_.pack_transposed(
-          panels.get(), sizes_.a / gemm_.unit, left_of<T>(in_, expert), d_.a, d_.a, d_.iL);
+          panels.get(), sizes_.a_k / gemm_.unit, left_of<T>(in_, expert), d_.a, d_.a, d_.iL);
       const int64_t count = slots.size();
       multiply_all(
           gemm_,
           count * d_.iC,
-          sizes_.a,
+          sizes_.a_k,
           dt + (slots.first - block.first) * sizes_.t_k,
-          sizes_.a,
+          sizes_.a_k,
           panels.get(),
           d_.iL,
           [&](int64_t first, int64_t rows, int64_t c, const float* tile) {
@@ -342,14 +345,14 @@ class Backward {
     T* out = static_cast<T*>(in_.dcentral);
     parallel_for_each(d_.a, 1, [&](int64_t r) {
       for (int64_t i = 0; i < d_.iC; ++i) {
-        const float* from = sum.get() + (i * sizes_.a + r) * stride;
+        const float* from = sum.get() + (i * sizes_.a_k + r) * stride;
         T* to = out + (r * d_.iC + i) * d_.jC * d_.b;
-        if (b_ == d_.b) {
+        if (b_k_ == d_.b) {
           gemm_.round_row(from, to, d_.jC * d_.b);
           continue;
         }
         for (int64_t j = 0; j < d_.jC; ++j)
-          gemm_.round_row(from + j * b_, to + j * d_.b, d_.b);
+          gemm_.round_row(from + j * b_k_, to + j * d_.b, d_.b);
       }
     });
   }
@@ -361,10 +364,12 @@ class Backward {
   const int64_t filled_;
   const bool are_few_;
   const int64_t right_k_;        // jR in whole units
-  const int64_t b_;              // b in whole units
+  const int64_t b_k_;            // b in whole units
   const int64_t dh_k_, dh_row_;  // [jC, b], and its row stride
+  const Wanted wanted_;
   RowGradients<T> x_gradients_;
-  const T* dz_ = nullptr;
+  const PreActivationGradient<T> activation_gradient_;
+  const T* dz_;  // that, or padded_dz_
   Buffer<T> padded_dz_;
   Buffer<T> dh_;              // [filled, dh_row]
   Buffer<T> t_;               // [filled, t_row]

@@ -45,12 +45,13 @@ void store_short_rows(const GemmKernels& gemm,
                       int64_t first,
                       int64_t rows,
                       int64_t c,
-                      const ShortRows& of,
+                      const ShortRows& layout,
                       T* out) {
   int64_t row_offset[kMaxRows];
   for (int64_t r = 0; r < rows; ++r)
-    row_offset[r] = (first + r) / of.per_slot * of.slot_step + (first + r) % of.per_slot * of.width;
-  gemm.finish(tile, rows, out, row_offset, 0, consecutive(c, of.width), Finish{});
+    row_offset[r] = (first + r) / layout.per_slot * layout.slot_step +
+                    (first + r) % layout.per_slot * layout.width;
+  gemm.finish(tile, rows, out, row_offset, 0, consecutive(c, layout.width), Finish{});
 }
 
 // Runs of slots, regardless of experts, whose rows of `row_bytes` stay in the L2 cache; at least

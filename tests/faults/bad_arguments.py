@@ -292,7 +292,7 @@ def of_raw_ops():
 # ------------------------------------------------------------------ arguments that do not
 
 
-def odd_tensors(draw, like):
+def misfit_tensors(draw, like):
     size = list(like.shape)
     axis = draw.randrange(len(size)) if size else 0
     yield "on meta", like.to("meta")
@@ -351,7 +351,7 @@ def resized(like, size):
     return copy
 
 
-def odd_paths(folder):
+def unusual_paths(folder):
     """Paths that are not what they seem."""
     names = "absent file loop dangling fifo fifo_model lying cut deep".split()
     return [(name, folder / name) for name in names] + [
@@ -362,7 +362,7 @@ def odd_paths(folder):
 
 
 def make_paths(folder):
-    """The folder that calls read: a saved model, and what `odd_paths` names."""
+    """The folder that calls read: a saved model, and what `unusual_paths` names."""
     mpoe_model("gpt2").save_pretrained(folder / "model")
     (folder / "file").write_text("x")
     (folder / "loop").symlink_to(folder / "loop")
@@ -379,8 +379,8 @@ def make_paths(folder):
     (folder / "deep/config.json").write_text("[" * 100_000)
 
 
-ODD = (
-    *fuzz.ODD,
+UNUSUAL = (
+    *fuzz.UNUSUAL,
     7,
     "12",
     "relu",
@@ -399,11 +399,11 @@ ODD = (
 def exchange(value, draw, folder):
     """Something else in the place of ``value``, in words and as it is."""
     if isinstance(value, torch.Tensor) and draw.random() < 0.8:
-        return draw.choice(list(odd_tensors(draw, value)))
+        return draw.choice(list(misfit_tensors(draw, value)))
     if isinstance(value, (mpoe_kernels.MPOBlocks, mpoe_kernels.Routing)) and draw.random() < 0.8:
         own = parts(value)
         name = draw.choice([name for name, part in own.items() if isinstance(part, torch.Tensor)])
-        what, own[name] = draw.choice(list(odd_tensors(draw, own[name])))
+        what, own[name] = draw.choice(list(misfit_tensors(draw, own[name])))
         return f"{name} {what}", type(value)(**own)
     if (
         isinstance(value, list)
@@ -412,13 +412,13 @@ def exchange(value, draw, folder):
         and draw.random() < 0.8
     ):
         place = draw.randrange(len(value))
-        what, tensor = draw.choice(list(odd_tensors(draw, value[place])))
+        what, tensor = draw.choice(list(misfit_tensors(draw, value[place])))
         return f"[{place}] {what}", [*value[:place], tensor, *value[place + 1 :]]
     if isinstance(value, torch.nn.Module) and draw.random() < 0.4:
         return "on meta", value.to("meta")
     if isinstance(value, Path) and draw.random() < 0.8:
-        return draw.choice(odd_paths(folder))
-    other = draw.choice(ODD)
+        return draw.choice(unusual_paths(folder))
+    other = draw.choice(UNUSUAL)
     return repr(other)[:40], other
 
 

@@ -19,7 +19,7 @@ from mpoe.data.tasks import load_task_from_folder
 SECONDS = 20.0  # of processor time that one input may take
 
 # Of every type that JSON, YAML or Python may bring, at the edges of what is sensible.
-ODD = (
+UNUSUAL = (
     *(None, True, False, -1, 0, 1, 2, 3, 5, 8, 24, 48, 64, 2**31, 2**63, 10**30),
     *(-0.5, 0.0, 0.25, 1.0, 1.5, 1e300, float("nan"), float("inf"), float("-inf")),
     *("", " ", "a" * 2000, "\x00"),
@@ -59,11 +59,11 @@ class OutOfTime(BaseException):
     """A case that took far too long."""
 
 
-def odd(draw):
-    return draw.choice(ODD)
+def unusual(draw):
+    return draw.choice(UNUSUAL)
 
 
-def some(draw, items, most):
+def sample_of(draw, items, most):
     """Up to ``most`` different ones, at least one."""
     pool = list(items)
     return draw.sample(pool, min(len(pool), draw.randint(1, most)))
@@ -72,18 +72,18 @@ def some(draw, items, most):
 def spoil_values(values, draw):
     """A mapping with one to three entries replaced, dropped or misnamed, perhaps deep inside."""
     spoilt = dict(values)
-    for key in some(draw, spoilt, 3):
+    for key in sample_of(draw, spoilt, 3):
         inner = spoilt[key]
         if isinstance(inner, dict) and inner and draw.random() < 0.7:
             spoilt[key] = spoil_values(inner, draw)
         elif isinstance(inner, list) and inner and draw.random() < 0.5:
-            spoilt[key] = [odd(draw) if draw.random() < 0.5 else each for each in inner]
+            spoilt[key] = [unusual(draw) if draw.random() < 0.5 else each for each in inner]
         elif draw.random() < 0.15:
             del spoilt[key]
         elif draw.random() < 0.15:
             spoilt[key[:-1] + "x"] = spoilt.pop(key)
         else:
-            spoilt[key] = odd(draw)
+            spoilt[key] = unusual(draw)
     return spoilt
 
 

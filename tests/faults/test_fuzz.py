@@ -25,7 +25,7 @@ from mpoe import MPOEConfig, RouterConfig
 from mpoe_kernels import MPOShape
 
 from .bad_arguments import bad_calls
-from .fuzz import Case, data_files, odd, some, spoil_values, what_became_of
+from .fuzz import Case, data_files, sample_of, spoil_values, unusual, what_became_of
 from .processes import SEED, fork
 
 SHAPE = {"in_factors": [2, 3, 4], "out_factors": [4, 3, 4], "max_bond": 5}
@@ -66,9 +66,9 @@ def configurations(draw):
         names = [field.name for field in dataclasses.fields(kind)]
         if draw.random() < 0.5:
             values = {}
-            for name in some(draw, names, 4):
+            for name in sample_of(draw, names, 4):
                 good = name in GOOD[kind] and draw.random() < 0.6
-                values[name] = GOOD[kind][name] if good else odd(draw)
+                values[name] = GOOD[kind][name] if good else unusual(draw)
             if kind is MPOShape:
                 make = partial(kind.from_dict, {**SHAPE, **values})
             else:

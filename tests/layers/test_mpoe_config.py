@@ -90,15 +90,16 @@ def test_refusals_name_the_field(kind, error, values, words):
 
 
 @pytest.mark.parametrize(
-    "kind, odd, known", [(MPOEConfig, "num_expert", "num_experts"), (RouterConfig, "topk", "top_k")]
+    "kind, misspelt, known",
+    [(MPOEConfig, "num_expert", "num_experts"), (RouterConfig, "topk", "top_k")],
 )
-def test_unknown_fields_offer_close_matches(kind, odd, known):
-    refuses(ValueError, f"did you mean '{known}'", kind.from_dict, {odd: 4})
+def test_unknown_fields_offer_close_matches(kind, misspelt, known):
+    refuses(ValueError, f"did you mean '{known}'", kind.from_dict, {misspelt: 4})
     refuses(
         TypeError,
-        rf"{kind.__name__} has no field '{odd}' \(did you mean '{known}'",
+        rf"{kind.__name__} has no field '{misspelt}' \(did you mean '{known}'",
         kind,
-        **{odd: 4},
+        **{misspelt: 4},
     )
 
 

@@ -127,9 +127,9 @@ def test_losses_by_hand(valid, padding):
 
 
 def test_bad_shapes():
-    for odd in (torch.randn(3), [1.0]):
+    for logits in (torch.randn(3), [1.0]):
         refuses(
-            ValueError, r"logits must be \[\.\.\., T, E\]; got (\[3\]|list)", router_z_loss, odd
+            ValueError, r"logits must be \[\.\.\., T, E\]; got (\[3\]|list)", router_z_loss, logits
         )
     wrong = r"top_k_index .* leading axes \[4\]; got \[5, 1\]"
     refuses(ValueError, wrong, load_balancing_loss, torch.randn(4, 3), torch.zeros(5, 1).long())
@@ -238,7 +238,7 @@ def test_routers_that_take_pytorch_ops():
         assert jittery.eval().can_gate_natively(x)
         others = (TopKRouter(6, 4, backend="eager"), TopKRouter(6, 4, RouterConfig.gshard()))
         assert not any(other.can_gate_natively(x) for other in others)
-        assert not any(router.can_gate_natively(odd) for odd in (x.double(), x.to("meta")))
+        assert not any(router.can_gate_natively(tokens) for tokens in (x.double(), x.to("meta")))
         with use_backend("eager"):
             assert not router.can_gate_natively(x)
         with torch.profiler.profile():

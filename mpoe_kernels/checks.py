@@ -15,6 +15,7 @@ INTEGERS = (int, torch.SymInt)
 # Dtypes that autocast casts, and devices on which the ops follow it.
 LOWERED = {torch.float32, torch.bfloat16, torch.float16}
 AUTOCAST_DEVICES = ("cpu", "cuda")
+PLAIN = (Tensor, torch.nn.Parameter)  # without a subclass of its own
 
 
 def describe(value: object) -> str:
@@ -77,6 +78,14 @@ def check_memory(name: str, value: Tensor) -> None:
             f"{_extent(value) + value.storage_offset() * value.itemsize} bytes; got "
             f"{describe(value)} with a storage of {held} bytes"
         )
+
+
+def check_plain_memory(name: str, value: Tensor) -> None:
+    """`check_memory` of a tensor that is no wrapper of a compiler's or a transform's."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if type(value) in PLAIN:
+        check_memory(name, value)
 
 
 def check_floating(name: str, value: Tensor) -> None:

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mpoe_kernels.backends import AUTO, BACKENDS, BackendError, check_backend, kernel_for
-from mpoe_kernels.checks import AUTOCAST_DEVICES, holds_values
+from mpoe_kernels.checks import AUTOCAST_DEVICES, PLAIN, holds_values
 from mpoe_kernels.op_rules import (
     NAMESPACE,
-    PLAIN,
     autocast_kernel,
     lowered,
     negative_kernel,

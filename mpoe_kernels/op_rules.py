@@ -10,18 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mpoe_kernels.checks import LOWERED, check_memory, describe, refuse_jit_trace
+from mpoe_kernels.checks import LOWERED, PLAIN, check_memory, describe, refuse_jit_trace
 
 NAMESPACE = "mpoe"
-PLAIN = (Tensor, torch.nn.Parameter)  # without a subclass of its own
-
-
-def check_plain_memory(name: str, value: Tensor) -> None:
-    """`check_memory` of a tensor that is no wrapper of a compiler's or a transform's."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    if type(value) in PLAIN:
-        check_memory(name, value)
 
 
 def on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -20,16 +20,17 @@ from mpoe_kernels.checks import (
     AUTOCAST_DEVICES,
     FLOATING,
     LOWERED,
+    PLAIN,
     check_choice,
     check_dense,
     check_device,
     check_integer,
     check_memory,
+    check_plain_memory,
     describe,
 )
 from mpoe_kernels.contract import STRATEGIES
 from mpoe_kernels.contract.orders import X_AXES, Y_AXES
-from mpoe_kernels.op_rules import PLAIN, check_plain_memory
 
 # Offsets are int32; the bound on experts keeps the table of counts from filling the memory.
 MOST_PAIRS = 2**31 - 1

@@ -64,3 +64,10 @@ SMALL_SHAPES = {
     "centre_last": MPOShape((3, 2, 2), (2, 1, 4), central=2),
     "seven_cores": MPOShape((2, 1, 2, 3, 1, 2, 1), (1, 2, 2, 1, 3, 1, 2)),
 }
+
+
+def resized(tensor, size):
+    """A copy whose storage has ``size`` bytes, as FSDP leaves parameters between their uses."""
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(size)
+    return copy

@@ -34,7 +34,7 @@ from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.sharding import save_sharded, shard_model
 from mpoe_kernels import MPOShape, fold
 from tests.assertions import refuses
-from tests.cases import every_refusal
+from tests.cases import every_refusal, resized
 from tests.models.tiny_models import tiny_model
 
 SHAPE, SMALL = MPOShape((2, 3), (3, 2)), MPOShape((2, 4), (3, 4))
@@ -118,6 +118,9 @@ CASES = {
         ),
     },
     ValueError: {
+        "x must hold its values, in 64 bytes; got": lambda: TopKRouter(8, 4)(
+            resized(torch.ones(2, 8), 32)
+        ),
         r"shape_pattern must hold regular .*'\('": lambda: MPOEConfig(shape_pattern={"(": 2}),
         "named checkpoint-<step>; got 'checkpoint-x'": lambda: step_of("checkpoint-x"),
         "num_experts must be at least 1; got 0": [

@@ -13,7 +13,7 @@ from mpoe.config import RouterConfig
 from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.cores import Device, DType, FromInitialValues, check_placement
 from mpoe_kernels import Routing, route
-from mpoe_kernels.checks import no_autocast
+from mpoe_kernels.checks import check_plain_memory, no_autocast
 from mpoe_kernels.routing.gating import (
     best_experts,
     can_route_natively,
@@ -221,6 +221,7 @@ class TopKRouter(FromInitialValues):
         check_type("x", x, Tensor, "a tensor [T, I]")
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x must be [T, I] with I = {self.in_features}; got {list(x.shape)}")
+        check_plain_memory("x", x)
         with no_autocast(x.device):
             if self.training and self.config.jitter:
                 x = x.float()

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mpoe_kernels.checks import check_device
+from mpoe_kernels.checks import check_device, check_plain_memory
 from mpoe_kernels.mpo.fold import MPOBlocks, check_blocks, fold
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.op_rules import check_plain_memory
 
 
 def expert_weights(blocks: MPOBlocks) -> Tensor:

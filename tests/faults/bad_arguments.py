@@ -21,6 +21,7 @@ import mpoe_kernels
 from mpoe_kernels import MPOShape, fold, route
 from mpoe_kernels.checks import check_memory
 from mpoe_kernels.signatures import ARGUMENTS
+from tests.cases import resized
 from tests.kernels.problems import calls, run
 from tests.training.tiny import dense_model, mpoe_model
 
@@ -342,13 +343,6 @@ def misfit_tensors(draw, like):
             "needs a gradient",
             like.clone().requires_grad_() if like.is_floating_point() else like,
         )
-
-
-def resized(like, size):
-    """A copy whose storage has ``size`` bytes, as FSDP leaves parameters between their uses."""
-    copy = like.clone()
-    copy.untyped_storage().resize_(size)
-    return copy
 
 
 def unusual_paths(folder):

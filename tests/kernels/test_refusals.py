@@ -33,7 +33,7 @@ from mpoe_kernels.contract import BlockDims, Contraction
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.linear.reference import activation_reference
 from tests.assertions import refuses
-from tests.cases import SMALL_SHAPES, either, every_refusal
+from tests.cases import SMALL_SHAPES, either, every_refusal, resized
 from tests.expert_problems import HiddenProblem, NeuronProblem
 
 ONES = torch.ones
@@ -58,10 +58,7 @@ PLACED = ONES(3, 12), UP, route(PAIRS, 2).expert_offsets, None, route(PAIRS, 2)
 
 
 def lost(tensor):
-    """Half of its memory is gone."""
-    copy = tensor.clone()
-    copy.untyped_storage().resize_(copy.nbytes // 2)
-    return copy
+    return resized(tensor, tensor.nbytes // 2)
 
 
 def named(blocks, **changes):

@@ -28,7 +28,7 @@ FAMILIES = ["llama", "gpt2", "t5", "bert"]
 def tuned(base, seed, only="ffn"):
     """A copy with changed feed-forward networks (or with everything changed)."""
     torch.manual_seed(seed)
-    model = copy.deepcopy(base).eval()
+    model = copy.deepcopy(base)
     for name, p in model.named_parameters():
         inside = any(
             part in name for part in ("mlp", "DenseReluDense", "intermediate", "output.dense")
@@ -36,6 +36,12 @@ def tuned(base, seed, only="ffn"):
         if only == "all" or (inside and "attention" not in name):
             p.data += 0.1 * torch.randn_like(p)
     return model
+
+
+def tuned_pair(family):
+    """A base and two fine-tunes of it."""
+    base = dense(family)
+    return base, [tuned(base, seed) for seed in (1, 2)]
 
 
 def batches(domain, count=2):
@@ -53,8 +59,7 @@ def outputs(model, inputs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_experts_are_the_fine_tunes(family):
-    base = dense(family).eval()
-    fine_tunes = [tuned(base, seed) for seed in (1, 2)]
+    base, fine_tunes = tuned_pair(family)
     mixture = compose(base, fine_tunes)
     assert not mixture.training
     for number, fine_tune in enumerate(fine_tunes):
@@ -78,7 +83,7 @@ def test_what_lies_outside_the_experts_is_the_mean():
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_ridge_router_sends_domains_to_their_experts(top_k):
-    base = dense("llama").eval()
+    base = dense("llama")
     fine_tunes = [tuned(base, seed) for seed in (1, 2, 3)]
     mixture = compose(base, fine_tunes, [batches(d) for d in range(3)], RouterConfig(top_k=top_k))
     for domain in range(3):
@@ -89,8 +94,7 @@ def test_a_ridge_router_sends_domains_to_their_experts(top_k):
 
 def test_a_ridge_router_gives_probabilities():
     """Tokens are normally distributed around their domain's mean, and the domains overlap."""
-    base = dense("llama").eval()
-    mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
+    mixture = compose(*tuned_pair("llama"))
     generator = torch.Generator().manual_seed(0)
     means = 3 + 0.1 * torch.randn(2, 24, generator=generator, dtype=torch.float64)
     x = means[:, None] + torch.randn(2, 5000, 24, generator=generator, dtype=torch.float64)
@@ -162,19 +166,17 @@ def test_pooled_statistics_weigh_texts_alike():
 
 def test_a_mask_of_other_tokens_hides_none():
     """A decoder with more tokens than its encoder: the mask is the encoder's."""
-    base = dense("t5").eval()
     ids = [
         {"input_ids": torch.full((2, 3), d + 2), "labels": torch.full((2, 5), d + 2)}
         for d in range(2)
     ]
     examples = [[{**each, "attention_mask": torch.ones(2, 3)}] for each in ids]
-    mixture = compose(base, [tuned(base, 1), tuned(base, 2)], examples, router="train", steps=2)
+    mixture = compose(*tuned_pair("t5"), examples, router="train", steps=2)
     assert all(parameter.isfinite().all() for parameter in mixture.parameters())
 
 
 def test_a_decoder_as_long_as_its_encoder_keeps_its_own_tokens():
-    base = dense("t5").eval()
-    mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
+    mixture = compose(*tuned_pair("t5"))
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
     batch = {
         "input_ids": torch.arange(2, 10).view(2, 4),
@@ -191,8 +193,7 @@ def test_a_decoder_as_long_as_its_encoder_keeps_its_own_tokens():
 
 
 def test_training_of_routers_leaves_no_gradients_and_no_frozen_model():
-    base = dense("llama").eval()
-    mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
+    mixture = compose(*tuned_pair("llama"))
     train_routers(mixture, [batches(0), batches(1)], 1)
     assert all(parameter.grad is None for parameter in mixture.parameters())
     with pytest.raises(StopIteration):
@@ -201,8 +202,7 @@ def test_training_of_routers_leaves_no_gradients_and_no_frozen_model():
 
 
 def test_examples_may_be_read_once_and_training_needs_them():
-    base = dense("llama").eval()
-    fine_tunes = [tuned(base, 1), tuned(base, 2)]
+    base, fine_tunes = tuned_pair("llama")
     options = {"router": "train", "steps": 1}
     wanted = compose(base, fine_tunes, [batches(0), batches(1)], **options)
     once = compose(base, fine_tunes, [iter(batches(0)), iter(batches(1))], **options)
@@ -214,8 +214,7 @@ def test_examples_may_be_read_once_and_training_needs_them():
 
 def test_a_capacity_keeps_no_token_from_the_regression():
     """All tokens of a domain go to one expert, whose capacity would admit only a few."""
-    base = dense("llama").eval()
-    fine_tunes = [tuned(base, seed) for seed in (1, 2)]
+    base, fine_tunes = tuned_pair("llama")
     routers = [RouterConfig(), RouterConfig(eval_capacity_factor=0.5)]
     free, bound = (
         compose(base, fine_tunes, [batches(d) for d in range(2)], router) for router in routers
@@ -225,8 +224,7 @@ def test_a_capacity_keeps_no_token_from_the_regression():
 
 
 def test_training_changes_the_routers_alone_and_lowers_the_loss():
-    base = dense("llama").eval()
-    fine_tunes = [tuned(base, seed) for seed in (1, 2)]
+    base, fine_tunes = tuned_pair("llama")
     examples = [[{**b, "labels": b["input_ids"]} for b in batches(d)] for d in range(2)]
     ridge = compose(base, fine_tunes, examples)
     trained = compose(base, fine_tunes, examples, router="train", steps=5)

@@ -2,7 +2,6 @@
 refusals."""
 
 import copy
-import json
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from mpoe.models.composition import train_routers
 from mpoe.models.expert_files import made_expert
 from mpoe.models.lora_fit import check_adapter, fit_adapter, is_adapter
 from mpoe.models.walk import neuron_modules
-from tests.assertions import differing, refuses
+from tests.assertions import differing, read_json, refuses, write_json
 
 from .tiny_models import (
     M,
@@ -337,8 +336,8 @@ def test_adapters_that_are_refused(adapter, tmp_path):
         trained,
     )
     other = saved(adapter.base, tmp_path / "other", target_modules=NETWORK)
-    facts = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**facts, "peft_type": "IA3"}))
+    facts = other / "adapter_config.json"
+    write_json(facts, {**read_json(facts), "peft_type": "IA3"})
     refuses(ValueError, r"must be a plain LoRA; .* is IA3", check_adapter, adapter.base, other)
     file = other / "adapter_model.safetensors"
     save_file(load_file(file), file)

@@ -1,7 +1,6 @@
 """Round trips of saved models; checkpoints that earlier versions and the original implementation
 saved."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from mpoe.models import load_layers, mpo_modules
 from mpoe.models.checkpoint import read_mpoe_config
 from mpoe.models.weight_files import check_shapes
 from mpoe_kernels import MPOShape, decompose, reconstruct
-from tests.assertions import differing, refuses, run_python
+from tests.assertions import differing, read_json, refuses, run_python, write_json
 from tests.cases import in_half_precision, pairwise
 
 from .tiny_models import batch, dense_model, result, stirred
@@ -138,7 +137,7 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
     )
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "n_embd": "wide"}))
+    write_json(path, {**read_json(path), "n_embd": "wide"})
     refuses(
         ValueError,
         r"JSON files in .*model do not describe a MPOEGPT2LMHeadModel that can be .*n_",

@@ -1,7 +1,6 @@
 """What other tools expect of a model class and do with a model: remote code, plans, models outside
 the table."""
 
-import json
 import os
 import re
 import sys
@@ -16,9 +15,9 @@ from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel
 from mpoe.models.base import ROUTING_FIELDS
-from tests.assertions import refuses, run_python
+from tests.assertions import read_json, refuses, run_python
 
-from .tiny_models import batch, dense_model, result, text_rows, tiny_batch, tiny_model
+from .tiny_models import batch, dense_model, relative_difference, tiny_batch, tiny_model
 
 LLAMA_SITES = {
     "holder": "layers.*.mlp",
@@ -48,7 +47,7 @@ def test_remote_code_opens_a_model_in_a_program_that_does_not_import_mpoe(
     )
     assert opened.splitlines()[-1] == "MPOELlamaForCausalLM"
     (tmp_path / "separable").rename(tmp_path / "model")
-    assert json.loads((tmp_path / "model/config.json").read_text())["auto_map"] == {
+    assert read_json(tmp_path / "model/config.json")["auto_map"] == {
         "AutoConfig": "modeling_mpoe.MPOELlamaConfig",
         "AutoModel": "modeling_mpoe.MPOELlamaModel",
         "AutoModelForCausalLM": "modeling_mpoe.MPOELlamaForCausalLM",
@@ -145,8 +144,7 @@ def test_feed_forward_chunks_give_the_same(model_type):
     model = tiny_model(model_type, name, chunk_size_feed_forward=3)
     inputs = tiny_batch(model, model_type)
     converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="separable"))
-    expected, found = (text_rows(result(m(**inputs)), inputs) for m in (model, converted))
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert relative_difference(model(**inputs), converted(**inputs), inputs) <= 1e-5
     assert type(converted)(converted.config).config.chunk_size_feed_forward == 3
 
 
@@ -163,8 +161,7 @@ def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
     converted = convert_to_mpoe(
         model, MPOEConfig(num_experts=2, shape="separable"), sites=LLAMA_SITES
     )
-    expected, found = (text_rows(m(**inputs).logits, inputs) for m in (model, converted))
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert relative_difference(model(**inputs), converted(**inputs), inputs) <= 1e-5
     assert len([m for m in converted.modules() if isinstance(m, MPOEFeedForward)]) == 2
     converted.save_pretrained(tmp_path)
     again = load_mpoe(tmp_path)
@@ -231,8 +228,7 @@ def test_sites_with_fused_projections_and_parts_left_empty():
         converted = convert_to_mpoe(
             model, MPOEConfig(num_experts=2, shape="separable"), sites={"holder": holder, **sites}
         )
-        expected, found = (text_rows(m(**inputs).logits, inputs) for m in (model, converted))
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert relative_difference(model(**inputs), converted(**inputs), inputs) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The table of a model's MPO weights, freezing the parts that the experts share, and the model
 card."""
 
-import json
 import math
 
 import pytest
@@ -22,7 +21,7 @@ from mpoe.models.report import HEADER, summarize
 from mpoe.models.walk import short_name
 from mpoe.training import freeze_all_but_experts
 from mpoe_kernels import plan_contraction
-from tests.assertions import differing, refuses
+from tests.assertions import differing, read_json, refuses, write_json
 
 from .tiny_models import KEPT, batch, dense_model
 
@@ -77,11 +76,9 @@ def test_errors_of_the_conversion_are_kept(tmp_path):
 def test_errors_that_a_checkpoint_does_not_hold(converted, tmp_path, kept):
     """Older checkpoints have none."""
     converted("gpt2", max_bond=3, shape="paper").save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    values["conversion_errors"] = kept
-    (tmp_path / "config.json").write_text(
-        json.dumps({k: v for k, v in values.items() if v is not None})
-    )
+    file = tmp_path / "config.json"
+    values = read_json(file) | {"conversion_errors": kept}
+    write_json(file, {name: value for name, value in values.items() if value is not None})
     assert {cells[6] for cells in summarize(load_mpoe(tmp_path), 8).values()} == {"-"}
 
 

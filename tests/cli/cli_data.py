@@ -7,8 +7,11 @@ import shlex
 import torch
 from safetensors.torch import load_file
 
+from mpoe import collect_statistics, save_expert, start_expert
 from mpoe.cli import main
+from mpoe.data.stand_in_models import load_stand_in
 from mpoe.data.tasks import find_spec
+from mpoe.models.walk import neuron_modules
 
 
 def words(*lines):
@@ -24,6 +27,19 @@ def run(*lines):
 def write_rows(file, rows):
     """One JSON object per line."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_expert(file, first_token=0, neurons=8, changed=0, training=None):
+    """An expert of the tiny GPT-2, or of one whose weights were ``changed``, with statistics of
+    tokens from ``first_token`` on."""
+    base, tokenizer = load_stand_in("gpt2")
+    base.transformer.h[0].mlp.c_fc.weight.data += changed
+    model = start_expert(base, neurons)
+    for layer in neuron_modules(model).values():
+        torch.nn.init.normal_(layer.experts.down, std=0.02)
+    ids = torch.randint(first_token, first_token + 100, (4, 16))
+    statistics = collect_statistics(model, [{"input_ids": ids}])
+    save_expert(model, file, statistics=statistics, tokenizer=tokenizer, training=training)
 
 
 def same_weights(first, second):

@@ -30,12 +30,11 @@ from mpoe.data.stand_in_models import load_stand_in, stand_in_path
 from mpoe.models.background import save_background
 from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert
 from mpoe.models.expert_mixture import experts_in, keep_experts
-from mpoe.models.walk import neuron_modules
 from mpoe.training import read_metrics
 from tests.assertions import read_json, refuses
 
 from ..models.tiny_models import fit
-from .cli_data import run
+from .cli_data import make_expert, run
 from .cli_data import same_weights as same
 
 BASE = str(stand_in_path("gpt2"))
@@ -47,7 +46,7 @@ def folder(tmp_path_factory):
     """Of the tiny GPT-2 two fine-tunes with their texts, and three experts; a text of no domain;
     what does not fit."""
     out = tmp_path_factory.mktemp("compose")
-    base, tokenizer = load_stand_in("gpt2")
+    base, _ = load_stand_in("gpt2")
     for number in range(2):
         model = copy.deepcopy(base)
         torch.manual_seed(number)
@@ -60,13 +59,8 @@ def folder(tmp_path_factory):
     ):
         (out / f"t{number}.txt").write_text(text * 60)
     for number, name in enumerate(("law", "med", "code")):
-        model = start_expert(base, 8 + number)
         torch.manual_seed(number)
-        for layer in neuron_modules(model).values():
-            torch.nn.init.normal_(layer.experts.down, std=0.02)
-        ids = torch.randint(100 * number, 100 * number + 100, (4, 16))
-        statistics = collect_statistics(model, [{"input_ids": ids}])
-        save_expert(model, out / f"{name}.expert", statistics=statistics, tokenizer=tokenizer)
+        make_expert(out / f"{name}.expert", 100 * number, 8 + number)
     (out / "none.txt").write_text("ship sea sail wave " * 60)
     (out / "bad").mkdir()
     (out / "bad.txt").write_bytes(b"\xff\xfe\xfa")
@@ -231,11 +225,8 @@ def test_names_that_are_refused(folder, adapter):
     refuses(CommandError, message, compose, folder, "--add one --remove med --output_dir x")
     message = "takes the dense model that the experts were trained beside"
     refuses(CommandError, message, run, f"compose {folder}/one {folder}/law.expert --output_dir x")
-    base, _ = load_stand_in("gpt2")
-    model = start_expert(base, 8)
     (folder / "other").mkdir()
-    statistics = collect_statistics(model, [{"input_ids": torch.arange(16)[None]}])
-    save_expert(model, folder / "other/law.expert", statistics=statistics)
+    make_expert(folder / "other/law.expert")
     refuses(
         ValueError,
         "must have names of their own",
@@ -248,11 +239,7 @@ def test_names_that_are_refused(folder, adapter):
 def test_refused_before_adapters_are_fitted_and_the_base_is_sampled(folder, adapter, monkeypatch):
     monkeypatch.setattr(command.lora_fit, "fit_adapter", lambda *_, **__: pytest.fail("fitted"))
     monkeypatch.setattr(command, "background_batches", lambda *_: pytest.fail("asked"))
-    base, tokenizer = load_stand_in("gpt2")
-    base.transformer.h[0].mlp.c_fc.weight.data += 1
-    model = start_expert(base, 8)
-    statistics = collect_statistics(model, [{"input_ids": torch.arange(16)[None]}])
-    save_expert(model, folder / "foreign.expert", statistics=statistics, tokenizer=tokenizer)
+    make_expert(folder / "foreign.expert", changed=1)
     for names in (
         "foreign.expert",
         f"{adapter} foreign.expert",

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoe import collect_statistics, load_mpoe, save_expert, start_expert
-from mpoe.data.stand_in_models import load_stand_in, stand_in_path
+from mpoe import load_mpoe
+from mpoe.data.stand_in_models import stand_in_path
 from mpoe.models.expert_files import expert_repository, kept
-from mpoe.models.walk import neuron_modules
 
-from .cli_data import run
+from .cli_data import make_expert, run
 
 BASE = str(stand_in_path("gpt2"))
 FACTS = {
@@ -25,24 +24,9 @@ FACTS = {
 def experts(tmp_path_factory):
     """A folder with two experts of the tiny GPT-2; one file says what it changes."""
     folder = tmp_path_factory.mktemp("experts")
-    base, tokenizer = load_stand_in("gpt2")
     for name, facts in (("law", FACTS), ("med", {})):
-        model = start_expert(base, 8)
-        for layer in neuron_modules(model).values():
-            torch.nn.init.normal_(layer.experts.down, std=0.02)
-        ids = torch.randint(0, 2000, (4, 16))
-        statistics = collect_statistics(model, [{"input_ids": ids}])
-        file = folder / f"{name}.expert"
-        save_expert(model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
+        make_expert(folder / f"{name}.expert", training=facts)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _short_background(monkeypatch):
-    """Few and short samples of the base."""
-    for name in ("SAMPLES", "TEXT_LENGTH", "GENERAL_PIECES"):
-        monkeypatch.setattr(f"mpoe.models.background.{name}", 4)
-    monkeypatch.setattr("mpoe.models.quiet.HELD_OUT", 2)
 
 
 def write(folder, text):

@@ -25,6 +25,8 @@ from .tiny_models import (
     config,
     every_kind,
     every_model,
+    first_layer,
+    kept_model,
     logits,
     relative_difference,
     stirred,
@@ -41,7 +43,7 @@ def layers_of(model):
 
 @every_model
 def test_masked_steps_leave_what_is_shared_alone(kind, family):
-    model = stirred(convert_to_mpoe(dense(family), config(kind)))
+    model = stirred(kept_model(family, kind))
     shared = {id(w) for layer in layers_of(model) for w in layer.central_parameters().values()}
     matrices = 2 if family in ("t5", "gpt2", "bert_mlm", "phi3") else 3
     assert len(shared) == len(layers_of(model)) * (matrices + 2 * (kind == "latent"))
@@ -64,7 +66,7 @@ def test_masked_steps_leave_what_is_shared_alone(kind, family):
 
 @pytest.mark.parametrize("kind, family", pairwise(list(KEPT), ["t5_gated", "bert_mlm", "llama"]))
 def test_one_graph_and_export(kind, family):
-    layer = layers_of(stirred(convert_to_mpoe(dense(family), config(kind))))[0]
+    layer = first_layer(stirred(kept_model(family, kind)))
     x = torch.randn(2, 5, 24)
     inputs = (torch.randn(2, 5, 48), x) if family == "bert_mlm" and kind != "hidden" else (x,)
     want = layer(*inputs)
@@ -86,7 +88,7 @@ def test_lora_on_the_projections_through_plain_peft(kind, family):
         "llama": ["up_proj", "gate_proj", "down_proj"],
         "bert_mlm": ["output.dense"],
     }[family]
-    model = stirred(convert_to_mpoe(dense(family), config(kind)))
+    model = stirred(kept_model(family, kind))
     want = logits(model, family)
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "gpt2")
@@ -113,7 +115,7 @@ def test_projections_quantised_by_torchao(kind, bits):
     want = logits(model, "llama")
     targets = ("up_proj", "gate_proj", "down_proj")
     quantization.quantize_(model, how, filter_fn=lambda _, name: name.endswith(targets))
-    (layer,) = layers_of(model)
+    layer = first_layer(model)
     assert all(
         type(module.weight).__module__.startswith("torchao")
         for module in layer.projections().values()
@@ -127,7 +129,7 @@ def test_projections_quantised_by_torchao(kind, bits):
 
 @every_model
 def test_reports(kind, family, capsys):
-    model = convert_to_mpoe(dense(family), config(kind))
+    model = kept_model(family, kind)
     layers, latent = kept_modules(model), KEPT[kind].get("latent")
     report, untouched = model.parameter_report(), dense(family)
     assert report["dense_total"] == sum(p.numel() for p in untouched.parameters())
@@ -137,7 +139,7 @@ def test_reports(kind, family, capsys):
     )
     matrices = 3 if family in ("t5_gated", "llama", "phi3") else 2
     biases = 8 if family in ("gpt2", "bert_mlm") and kind != "hidden" else 0
-    f = next(iter(layers.values())).hidden_features
+    f = first_layer(model).hidden_features
     own = matrices * 8 * (f if kind == "hidden" else latent or 24) + biases
     assert report["auxiliary"] == len(layers) * 4 * own
     ratio = {
@@ -164,7 +166,7 @@ def test_reports(kind, family, capsys):
 def test_rates(kind):
     """A neuron has the scale of a dense one, and by default its rate, from scratch and
     fine-tuned."""
-    model = convert_to_mpoe(dense("gpt2"), config(kind))
+    model = kept_model("gpt2", kind)
 
     def groups(**options):
         arguments = MPOETrainingArguments(
@@ -189,17 +191,19 @@ def test_shapes_that_a_weight_cannot_have():
     refuses(
         ValueError,
         "block_size must divide the hidden size 96; got 7",
-        convert_to_mpoe,
-        dense("gpt2"),
-        config("hidden", block_size=7),
+        kept_model,
+        "gpt2",
+        "hidden",
+        block_size=7,
     )
     pattern = {"target_modules": ["ffn", "attention"], "shape_pattern": {"c_attn": "neurons"}}
     refuses(
         ValueError,
         "which is one matrix, the shape 'neurons'",
-        convert_to_mpoe,
-        dense("gpt2"),
-        config("neurons", **pattern),
+        kept_model,
+        "gpt2",
+        "neurons",
+        **pattern,
     )
 
 

@@ -12,15 +12,15 @@ from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape, reconstruct
 from tests.assertions import refuses
 
-from .tiny_models import batch, config, logits, stirred, tiny_model
+from .tiny_models import batch, config, first_layer, kept_model, logits, stirred, tiny_model
 from .tiny_models import dense_model as dense
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_shared_blocks_are_plain_mpos(family):
     """With the projections as centre, HiddenExperts' cores rebuild C1 (1 x R) and (1 x L) C2."""
-    model = stirred(convert_to_mpoe(dense(family), config("hidden", block_per_group=False)))
-    layer = next(iter(modules_of(model, HiddenFeedForward).values()))
+    model = stirred(kept_model(family, "hidden", block_per_group=False))
+    layer = first_layer(model)
     features, block = layer.hidden_features, 8
     for kind in layer.projections():
         up = kind != "down"
@@ -46,8 +46,8 @@ def test_shared_blocks_are_plain_mpos(family):
 
 
 def test_the_mask_compiles_into_two_graphs():
-    model = convert_to_mpoe(dense("llama"), config("hidden", 2)).train()
-    layer, compiled = next(iter(modules_of(model, HiddenFeedForward).values())), []
+    model = kept_model("llama", "hidden").train()
+    layer, compiled = first_layer(model), []
 
     def count(graph, _):
         compiled.append(graph)
@@ -75,11 +75,7 @@ def test_default_blocks_are_the_largest_divisor_up_to_64():
 
 
 def test_dropout_and_padding():
-    layer = next(
-        iter(
-            modules_of(convert_to_mpoe(dense("gpt2"), config("hidden")), HiddenFeedForward).values()
-        )
-    )
+    layer = first_layer(kept_model("gpt2", "hidden"))
     assert isinstance(layer, HiddenFeedForward)
     x = torch.randn(2, 3, 24)
     x[0, 1] = float("nan")
@@ -111,12 +107,10 @@ def test_training_starts_where_the_dense_model_is(family):
 def test_a_model_from_its_configuration_alone():
     """Random weights; the experts contribute nothing yet."""
     router = {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
-    wanted = convert_to_mpoe(
-        dense("llama"), config("neurons", 2, router, latent=6, expert_bias=True)
-    )
+    wanted = kept_model("llama", "neurons", router=router, latent=6, expert_bias=True)
     torch.manual_seed(0)
     model = type(wanted)(wanted.config).eval()
-    layer = next(iter(neuron_modules(model).values()))
+    layer = first_layer(model)
     assert not layer.experts.down.any()
     assert not layer.experts.bias.any()
     assert not layer.router.e_score_correction_bias.any()
@@ -129,9 +123,7 @@ def test_the_start_follows_torch_seed(latent):
     model, found = dense("llama"), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        layer = next(
-            iter(neuron_modules(convert_to_mpoe(model, config("neurons", latent=latent))).values())
-        )
+        layer = first_layer(convert_to_mpoe(model, config("neurons", latent=latent)))
         found.append(
             torch.cat([parameter.detach().flatten() for parameter in layer.experts.parameters()])
         )
@@ -141,10 +133,9 @@ def test_the_start_follows_torch_seed(latent):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
 def test_neurons_start_as_copies_of_dense_ones(family, monkeypatch):
-    model = dense(family)
-    noisy, *_ = neuron_modules(convert_to_mpoe(model, config("neurons"))).values()
+    noisy = first_layer(kept_model(family, "neurons"))
     monkeypatch.setattr("mpoe.models.sites.START_NOISE", 1e-6)
-    layer, *_ = neuron_modules(convert_to_mpoe(model, config("neurons"))).values()
+    layer = first_layer(kept_model(family, "neurons"))
     known = layer.central_weight("up").t()
     for row, bias in zip(
         layer.experts.up[2], layer.experts.bias[2] if family == "gpt2" else range(8), strict=True
@@ -164,12 +155,11 @@ def test_neurons_start_as_copies_of_dense_ones(family, monkeypatch):
 
 def test_shapes_by_pattern():
     """Some layers have neurons and others blocks: each shape gets its own options."""
-    model = dense("llama")
     for base, pattern in (
         ("neurons", {"layers.1.mlp": "hidden"}),
         ("hidden", {"layers.0.mlp": "neurons"}),
     ):
-        mixed = convert_to_mpoe(model, config("neurons", 2, shape=base, shape_pattern=pattern))
+        mixed = kept_model("llama", "neurons", shape=base, shape_pattern=pattern)
         assert list(neuron_modules(mixed)) == ["model.layers.0.mlp"]
         assert list(modules_of(mixed, HiddenFeedForward)) == ["model.layers.1.mlp"]
         (layer,) = modules_of(mixed, HiddenFeedForward).values()
@@ -190,30 +180,14 @@ def test_sites_of_a_network_that_ends_in_another_module():
     converted = convert_to_mpoe(model, config("neurons"), sites=sites)
     assert list(neuron_modules(converted)) == ["electra.encoder.layer.0.output"]
     assert torch.equal(logits(converted, "bert_mlm"), logits(model, "bert_mlm"))
-    refuses(
-        ValueError,
-        "shape 'neurons' needs its down projection inside the module",
-        convert_to_mpoe,
-        model,
-        config("neurons"),
-        sites={**sites, "sums": ""},
-    )
-    refuses(
-        ValueError,
-        "shape 'neurons' needs its down projection inside the module",
-        convert_to_mpoe,
-        model,
-        config("neurons"),
-        sites={**sites, "sums": "attention"},
-    )
-    refuses(
-        TypeError,
-        r"sites\['sums'\] must be a name",
-        convert_to_mpoe,
-        model,
-        config("neurons"),
-        sites={**sites, "sums": 1},
-    )
+    inside = "shape 'neurons' needs its down projection inside the module"
+    for kind, message, sums in (
+        (ValueError, inside, ""),
+        (ValueError, inside, "attention"),
+        (TypeError, r"sites\['sums'\] must be a name", 1),
+    ):
+        wrong = {**sites, "sums": sums}
+        refuses(kind, message, convert_to_mpoe, model, config("neurons"), sites=wrong)
 
 
 def test_what_needs_a_dense_network_is_refused():
@@ -239,7 +213,7 @@ def test_what_needs_a_dense_network_is_refused():
         ValueError,
         "those of shape 'neurons' are added to a dense one",
         merge_experts,
-        convert_to_mpoe(dense("llama"), config("neurons")),
+        kept_model("llama", "neurons"),
     )
 
 

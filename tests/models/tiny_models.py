@@ -11,11 +11,12 @@ import torch
 import transformers
 from torch import nn
 
-from mpoe import MPOEConfig, RouterConfig
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
 from mpoe.data import documentation, embedded_tasks
 from mpoe.layers import HiddenFeedForward, MPOCores, NeuronFeedForward
 from mpoe.models.classes import dense_names
 from mpoe.models.table import TABLE
+from mpoe.models.walk import kept_modules
 from tests.cases import pairwise
 
 HIDDEN, INNER, VOCABULARY = 24, 48, 60
@@ -254,6 +255,16 @@ every_model = pytest.mark.parametrize("family, kind", pairwise(KEPT_FAMILIES, li
 def config(kind, top_k=2, router=None, **fields):
     values = {"num_experts": 4, **KEPT[kind], **fields}
     return MPOEConfig(router=RouterConfig(top_k=top_k, **(router or {})), **values)
+
+
+def kept_model(family, kind, **fields):
+    """A model of `FAMILIES` with such experts."""
+    return convert_to_mpoe(dense_model(family), config(kind, **fields))
+
+
+def first_layer(model):
+    """The first network that kept its projections."""
+    return next(iter(kept_modules(model).values()))
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ def parts_of(routing):
 
 def check_route(index, experts, capacity=None, mask=None, *, backend):
     """The routing, which must be that of the reference."""
-    with poisoned_memory():
+    with poisoned_memory(index.device):
         routing = route(index, experts, capacity, mask, backend=backend)
     for found, wanted in zip(
         parts_of(routing), route_reference(index, experts, capacity, mask), strict=True
     ):
         assert found.dtype == wanted.dtype
-        assert torch.equal(found, wanted)
+        assert torch.equal(found.cpu(), wanted)
     return routing
 
 
@@ -29,7 +29,7 @@ def check_rows(routing, features, dtype, backend, gate_dtype=torch.float32, plac
     without a slot.
 
     Args:
-        routing: where tokens go.
+        routing: where tokens go, on the device that computes.
         features: of a row.
         dtype: of rows.
         backend: that computes.
@@ -38,10 +38,12 @@ def check_rows(routing, features, dtype, backend, gate_dtype=torch.float32, plac
     """
     (tokens, top_k), filled = routing.slot_of_token.shape, int(routing.expert_offsets[-1])
     lost = routing.slot_of_token < 0
-    x = torch.randn(tokens, features).masked_fill(lost.all(1, keepdim=True), torch.nan)
-    y = torch.randn(tokens * top_k, features)
+    x = torch.randn(tokens, features, device=lost.device)
+    x[lost.all(1)] = torch.nan
+    y = torch.randn(tokens * top_k, features, device=lost.device)
     y[filled:] = torch.nan
-    gates = torch.rand(tokens, top_k).masked_fill(lost, torch.nan).to(gate_dtype)
+    gates = torch.rand(tokens, top_k, device=lost.device)
+    gates = gates.masked_fill(lost, torch.nan).to(gate_dtype)
     if dtype != gate_dtype:  # the reference rounds the gates to the rows' dtype; kernels need not
         gates = gates.to(dtype).to(gate_dtype)
     grads = torch.randn_like(y).to(dtype), torch.randn_like(x).to(dtype)
@@ -72,7 +74,7 @@ def check_rows(routing, features, dtype, backend, gate_dtype=torch.float32, plac
             ]
         return results
 
-    with poisoned_memory():
+    with poisoned_memory(lost.device):
         actual = run(dtype, gate_dtype, reference=False)
     truth, same = (
         run(torch.float64, torch.float64, reference=True),

@@ -47,10 +47,9 @@ def route_reference(
 def dispatch_reference(x: Tensor, routing) -> Tensor:
     """``x_sorted[s] = x[token_of_slot[s]]`` for filled slots, zero for the rest."""
     filled = int(routing.expert_offsets[-1])
-    is_filled = torch.arange(len(routing.token_of_slot)) < filled
+    is_filled = torch.arange(len(routing.token_of_slot), device=x.device) < filled
     rows = x[routing.token_of_slot.long()]
-    nothing = torch.zeros((), dtype=x.dtype)
-    return torch.where(is_filled[:, None], rows, nothing)
+    return torch.where(is_filled[:, None], rows, x.new_zeros(()))
 
 
 def combine_reference(y_sorted: Tensor, routing, top_k_weights: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from mpoe_kernels import (
     MPOBlocks,
     MPOShape,
     combine,
-    dispatch,
     grouped_mpo_linear,
     mpo_embedding,
     route,
@@ -24,6 +23,7 @@ from mpoe_kernels.reference import mpo_embedding_reference
 from tests.assertions import assert_calibrated
 from tests.cases import SMALL_SHAPES, either
 from tests.linear_problem import Product, check_ffn, planned_strategies
+from tests.routing_problem import check_route, check_rows
 
 # A shape of every kind: on tiles that are never full, and, large, on many full ones.
 LARGE = {
@@ -120,27 +120,11 @@ def test_loads(able, kind, tokens, device):
 def test_routing_is_the_same_everywhere(able, tokens, experts, top_k, capacity, device):
     index = expert_choice("zipf", tokens, experts, top_k).to(device)
     mask = (torch.arange(tokens, device=device) % 7 != 3) if capacity else None
-    ours = route(index, experts, capacity, mask, backend=able)
-    plain = route(index, experts, capacity, mask, backend="eager")
-    for field in ("expert_offsets", "token_of_slot", "slot_of_token"):
-        assert torch.equal(getattr(ours, field), getattr(plain, field)), field
+    check_route(index, experts, capacity, mask, backend=able)
 
 
 def test_dispatch_and_combine(able, device):
-    routing = make_routing(300, 7, 50, device)
-
-    def run(backend, kind):
-        torch.manual_seed(3)
-        x = torch.randn(300, 40).to(device, kind).requires_grad_()
-        gates = torch.rand(300, 1).to(device, kind).requires_grad_()
-        y = combine(dispatch(x, routing, backend=backend) * 2, routing, gates, backend=backend)
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, gates))]
-
-    truth, same = run("eager", torch.float64), run("eager", torch.float32)
-    for name, found, exact, plain in zip(
-        ("y", "dx", "dgates"), run(able, torch.float32), truth, same, strict=True
-    ):
-        assert_calibrated(found, exact, plain, name)
+    check_rows(make_routing(300, 7, 50, device), 40, torch.float32, able)
 
 
 @dtypes

@@ -287,38 +287,6 @@ def test_what_stands_for_other_values_is_resolved(name, backend):
                 assert torch.equal(found, wanted)
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("left_over", [0, 10])
-def test_a_resized_storage_is_refused(name, backend, left_over):
-    """By the op, or by PyTorch where a view is made first."""
-    need_of(name, backend)
-    function, inputs = of_ops()[name]
-    refused = (
-        rf"must hold its values, in \d+ bytes; got .* of {left_over} bytes|setStorage: .* "
-        "are out of bounds"
-    )
-    with use_backend(backend):
-        for k, value in enumerate(inputs):
-            leaf = value.clone().requires_grad_()
-            y = function(*inputs[:k], leaf, *inputs[k + 1 :])
-            grad = torch.randn_like(y)
-            for emptied, call in (
-                (value.clone(), function),
-                (grad, lambda *given, y=y, k=k: y.backward(given[k])),
-            ):
-                emptied.untyped_storage().resize_(left_over)
-                for lost in (emptied, torch._neg_view(emptied)):
-                    refuses(
-                        (ValueError, RuntimeError),
-                        refused,
-                        call,
-                        *inputs[:k],
-                        lost,
-                        *inputs[k + 1 :],
-                    )
-
-
 def test_views_of_larger_and_of_shared_memory_are_fine():
     function, (x, *others) = problems()["mpo_linear"]
     row = x[:1].expand(TOKENS, -1)

@@ -138,6 +138,10 @@ CASES = {
         r"in_features must lie between 1 and .* = 6; got 0": lambda: blocks(in_features=0),
         r"out_features must lie between 1 and .* = 6; got 13": lambda: blocks(out_features=13),
         "left must hold its values": lambda: expert_weights(replace(ONE, left=lost(ONE.left))),
+        "x must hold its values": lambda: linear(x=lost(ONES(5, 12))),
+        "grad must hold its values": lambda: linear(x=ONES(5, 12).requires_grad_()).backward(
+            lost(ONES(5, 12))
+        ),
         # plans
         "num_tokens must be at least 0": lambda: plan(num_tokens=-1),
         "top_k must be at least 1": lambda: plan(top_k=0),

@@ -1,14 +1,15 @@
 """Errors of the command line: those that the user can fix, and which those are."""
 
 import difflib
+import dis
 import errno
 import importlib.util
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
 _PACKAGE_FOLDERS = [Path(__file__).resolve().parents[2] / name for name in ("mpoe", "mpoe_kernels")]
 _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
+_RAISE = dis.opmap["RAISE_VARARGS"]
 # The extra of pyproject.toml that a command cannot do without, and its packages.
 _FOR_TRAINING = ("train", ("sklearn", "datasets", "matplotlib", "scipy"))
 _FOR_REPORTS = ("report", ("matplotlib", "scipy"))
@@ -52,14 +53,19 @@ def is_on_purpose(error: BaseException) -> bool:
     """Whether the package raised ``error`` deliberately, as a message to the user.
 
     This is true for a `CommandError`, for errors of the system wherever they occur (a full disk, no
-    permission; not for an absent file), and for errors whose innermost frame is in this package: an
-    exception from inside torch or transformers is a bug, there or here, and keeps its traceback.
+    permission; not for an absent file), and for errors that a ``raise`` in this package began: an
+    exception from inside Python, torch or transformers is a bug, there or here, and keeps its
+    traceback.
     """
     of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
     if of_the_system or isinstance(error, CommandError):
         return True
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if not frames or not isinstance(error, _ON_PURPOSE):
+    entry = error.__traceback__
+    if entry is None or not isinstance(error, _ON_PURPOSE):
         return False
-    innermost = Path(frames[-1].f_code.co_filename)
-    return any(innermost.is_relative_to(folder) for folder in _PACKAGE_FOLDERS)
+    while entry.tb_next is not None:
+        entry = entry.tb_next
+    code = entry.tb_frame.f_code
+    is_raised = code.co_code[entry.tb_lasti] == _RAISE
+    file = Path(code.co_filename)
+    return is_raised and any(file.is_relative_to(folder) for folder in _PACKAGE_FOLDERS)

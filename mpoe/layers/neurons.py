@@ -112,7 +112,7 @@ class NeuronExperts(FromInitialValues):
             if name in self.shared:
                 std = parameter.shape[0] ** -0.5
             else:
-                # P gives every latent number the size of x / sqrt(I)
+                # P gives every latent number about the size |x| / sqrt(I)
                 std = self.init_std * (self.in_features / parameter.shape[-1]) ** 0.5
             values[name] = torch.randn(parameter.shape, **options) * std
         return values
@@ -162,7 +162,7 @@ class NeuronExperts(FromInitialValues):
         Returns the result, which is the same, or None with gradients, autocast, a compiler or
         another dtype of the tokens.
         """
-        # nn.Module finds an attribute last among its parameters, which decoding a token would feel
+        # as attributes they would be found by nn.Module.__getattr__, which is slow for one token
         parameters: Any = self._parameters
         if x.dtype != parameters["down"].dtype or not router.can_gate_natively(
             x, token_mask, *parameters.values()
@@ -246,14 +246,24 @@ class NeuronFeedForward(KeptFeedForward):
         """Become ``dense``, with the experts added; ``dense`` must not be used any more.
 
         ``projections``: by kind; those that are not in `names` are in other modules.
+
+        Raises:
+            ValueError: the dense module has something else under a name that the layer needs.
         """
+        own = vars(self)
         for name, value in vars(dense).items():
-            entries = vars(self).get(name)
-            if isinstance(entries, (dict, set)):
-                entries.update(value)  # parameters, buffers, submodules, hooks
-            elif name not in vars(self) and name != "forward":  # somebody's patch would hide ours
-                setattr(self, name, value)
-        # the same object, so that references to it stay; a class, as key of a cache, can be hashed
+            if isinstance(own.get(name), set):  # of buffers that are not saved
+                own[name].update(value)
+            elif isinstance(own.get(name), dict):  # parameters, buffers, submodules, hooks
+                _check_free(dense, own[name], value)
+                own[name].update(value)
+            elif name not in own:
+                if name != "forward":  # somebody's patch would hide ours
+                    setattr(self, name, value)
+            elif name not in vars(nn.Module()):
+                _check_free(dense, own, {name: value})
+        # The same object, so that references to it stay. (Type checkers do not know that a class
+        # can be hashed, as the key of a cache.)
         self.__class__ = _class_around(type(dense))  # type: ignore[assignment, arg-type]
         self.adopt(projections)
 
@@ -270,6 +280,7 @@ class NeuronFeedForward(KeptFeedForward):
         Raises:
             ValueError: sizes that do not fit.
         """
+        # super() is the dense module's class, see `_class_around`
         if self.adds_input:
             x, *others_left = others
             added = x + self._added(x, token_mask, x)
@@ -329,6 +340,16 @@ def without_experts(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, added in zip(layers, before, strict=True):
             layer.adds_experts = added
+
+
+def _check_free(dense: nn.Module, own: Mapping, others: Mapping) -> None:
+    """Refuse what a dense module has under names that the layer has for something else."""
+    for name in own.keys() & others.keys():
+        if own[name] is not others[name] and own[name] != others[name]:
+            raise ValueError(
+                f"{type(dense).__name__} cannot get neurons: its attribute {name!r} has the name "
+                "of one that the layer needs"
+            )
 
 
 @functools.cache

@@ -33,6 +33,10 @@ def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
                 break
         else:  # another structure
             continue
+        for field, parts in (("place", [ffn.place]), ("emptied", ffn.emptied)):
+            for part in filter(None, parts):
+                if f"{name}.{part}" not in modules:
+                    raise ValueError(f"sites[{field!r}] names {part!r}, which {name} does not hold")
         dense = {kind: modules[prefix] for kind, prefix in prefixes.items()}
         if getattr(dense.get("gate_proj"), "bias", None) is not None:
             raise ValueError(

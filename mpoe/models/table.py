@@ -24,11 +24,14 @@ TYPE_PREFIX = "mpoe_"
 CLASS_PREFIX = "MPOE"
 
 
+_GLOB = re.compile(r"(?:[\w.*]|\{[\w.*,]+\})+")  # what `name_pattern` takes
+
+
 def name_pattern(glob: str) -> re.Pattern[str]:
     """Regular expression for module names, with or without a prefix.
 
     The first ``*`` is the layer's index (group ``layer``), later ones any number; ``{a,b}`` is a or
-    b.
+    b. See `_GLOB`.
     """
     text = re.escape(glob).replace(r"\{", "(?:").replace(r"\}", ")").replace(",", "|")
     text = text.replace(r"\*", r"(?P<layer>\d+)", 1).replace(r"\*", r"\d+")
@@ -58,8 +61,8 @@ class FFN:
         place: name, inside the holder, of the module that an `MPOEFeedForward` replaces; empty =
             the holder itself.
         emptied: modules inside the holder whose work the experts do; they become identities.
-        zeroed: attributes of the holder that are set to 0: a dropout that the experts apply, a
-            chunk size.
+        zeroed: attributes of the holder that are set to 0 where it has them: a dropout that the
+            experts apply, a chunk size.
         sums: name, inside the holder, of the module that ends a network that is not a module of its
             own: it holds ``down`` and is called with what ``up`` gave and the network's input,
             which it adds.
@@ -99,14 +102,14 @@ class FFN:
         """
         activations = ("dense_act_fn", "hidden_activation", "activation_function", "hidden_act")
         dropout = self.dropout
-        last = self.output_dropout
-        if isinstance(last, str):
-            if not hasattr(config, last):
+        output_dropout = self.output_dropout
+        if isinstance(output_dropout, str):
+            if not hasattr(config, output_dropout):
                 raise ValueError(
                     "output_dropout must be a rate or a field of the model's configuration; got "
-                    f"{quoted(last)}"
+                    f"{quoted(output_dropout)}"
                 )
-            last = getattr(config, last)
+            output_dropout = getattr(config, output_dropout)
         if dropout is None:
             dropout = _of_any_name(
                 config, "activation_dropout", "mlp_dropout", "dropout_rate", default=0.0
@@ -114,7 +117,7 @@ class FFN:
         return {
             "activation": self.activation or _of_any_name(config, *activations),
             "dropout": float(dropout),
-            "output_dropout": float(last),
+            "output_dropout": float(output_dropout),
         }
 
 
@@ -287,8 +290,8 @@ def checked_sites(sites: Any) -> dict[str, Any]:
 
     Raises:
         TypeError: not a mapping, or fields of other types.
-        ValueError: an unknown field, a missing one, a holder without ``*``, an unknown stream, a
-            rate outside 0 to 1.
+        ValueError: an unknown field, a missing one, a holder without ``*``, an unknown stream or
+            kind, a rate outside 0 to 1.
     """
     check_type("sites", sites, Mapping, "a mapping with 'holder', 'up', 'down', 'activation'")
     check_fields(FFN, sites, "sites")
@@ -297,8 +300,10 @@ def checked_sites(sites: Any) -> dict[str, Any]:
             check_type(f"sites[{name!r}]", sites[name], str, "a name")
     for name in ("fused", "emptied", "zeroed"):
         check_list(f"sites[{name!r}]", sites.get(name, ()), "names")
-        for place, value in enumerate(sites.get(name, ())):
-            check_type(f"sites[{name!r}][{place}]", value, str, "a name")
+        for number, value in enumerate(sites.get(name, ())):
+            check_type(f"sites[{name!r}][{number}]", value, str, "a name")
+    for number, kind in enumerate(sites.get("fused", ())):
+        check_choice(f"sites['fused'][{number}]", kind, ("gate_proj", "up"))
     for name in ("dropout", "output_dropout"):
         is_field = name == "output_dropout" and isinstance(sites.get(name), str)
         if sites.get(name) is not None and not is_field:
@@ -307,12 +312,13 @@ def checked_sites(sites: Any) -> dict[str, Any]:
     missing = [name for name in ("holder", "up", "down", "activation") if not sites.get(name)]
     if missing:
         raise ValueError(
-            f"sites must name 'holder', 'up', 'down' and 'activation'; {', '.join(missing)} is "
-            "missing"
+            "sites must name 'holder', 'up', 'down' and 'activation'; it lacks "
+            f"{', '.join(missing)}"
         )
-    if "*" not in sites["holder"]:
+    if "*" not in sites["holder"] or not _GLOB.fullmatch(sites["holder"]):
         raise ValueError(
-            f"sites['holder'] must hold a * for the number of the layer; got {sites['holder']!r}"
+            "sites['holder'] must hold a * for the number of the layer, and commas in {a,b} alone; "
+            f"got {quoted(sites['holder'])}"
         )
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in sites.items()

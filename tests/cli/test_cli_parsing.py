@@ -45,12 +45,18 @@ def write(folder, name, text):
 
 
 @pytest.mark.parametrize(
-    "folder, expected", [("mpoe/data", True), ("mpoe_kernels", True), ("mpoe_other", False)]
+    "folder, line, expected",
+    [
+        ("mpoe/data", "raise ValueError('wrong')", True),
+        ("mpoe_kernels", "raise ValueError('wrong')", True),
+        ("mpoe_other", "raise ValueError('wrong')", False),
+        ("mpoe/data", "float('wrong')", False),
+    ],
 )
-def test_errors_of_this_package_alone_are_meant_for_the_user(folder, expected):
+def test_errors_that_this_package_raises_are_meant_for_the_user(folder, line, expected):
     file = str(Path(mpoe.__file__).parents[1] / folder / "any.py")
     with pytest.raises(ValueError, match="wrong") as caught:
-        exec(compile("raise ValueError('wrong')", file, "exec"))
+        exec(compile(line, file, "exec"))
     assert is_on_purpose(caught.value) == expected
 
 

@@ -127,7 +127,7 @@ def test_a_network_that_ends_in_a_module_that_adds_its_input():
 
 def test_what_the_layer_has_itself_is_not_taken_from_the_dense_network():
     dense = Ending()
-    dense.in_features, dense.note = 99, "of the dense network"
+    dense.in_features, dense.note = I, "of the dense network"
     dense.forward = lambda *_: None
     dense.register_buffer("positions", torch.zeros(2), persistent=False)
     config = MPOEConfig(shape="neurons", num_experts=E, neurons=M)
@@ -137,6 +137,16 @@ def test_what_the_layer_has_itself_is_not_taken_from_the_dense_network():
     assert "forward" not in vars(module)
     assert "positions" in dict(module.named_buffers())
     assert "positions" not in module.state_dict()
+
+
+@pytest.mark.parametrize("name, value", [("stream", 3.0), ("experts", nn.Identity())])
+def test_a_dense_network_whose_names_are_taken_is_refused(name, value):
+    dense = Ending()
+    setattr(dense, name, value)
+    config = MPOEConfig(shape="neurons", num_experts=E, neurons=M)
+    module = NeuronFeedForward(I, F, config, names={"down": "dense"}, adds_input=True)
+    words = f"Ending cannot get neurons: its attribute '{name}' has the name of one that the"
+    refuses(ValueError, words, module.around, dense, {})
 
 
 def test_without_experts_may_be_nested():

@@ -240,7 +240,20 @@ def test_sites_with_fused_projections_and_parts_left_empty():
             "sites must be a mapping with 'holder', 'up', 'down', 'activation'; got str",
         ),
         ({**LLAMA_SITES, "gate": "x"}, ValueError, "sites has no field 'gate'"),
-        ({"holder": "layers.*.mlp", "up": "up_proj"}, ValueError, "down, activation is missing"),
+        ({"holder": "layers.*.mlp", "up": "up_proj"}, ValueError, "it lacks down, activation"),
+        (
+            {**LLAMA_SITES, "fused": ["up", "x"]},
+            ValueError,
+            "sites['fused'][1] must be one of 'gate_proj', 'up'; got 'x'",
+        ),
+        (
+            {**LLAMA_SITES, "place": "x"},
+            ValueError,
+            "sites['place'] names 'x', which model.layers.0.mlp does not hold",
+        ),
+        ({**LLAMA_SITES, "emptied": ["x"]}, ValueError, "sites['emptied'] names 'x', which"),
+        ({**LLAMA_SITES, "holder": "a,b.*"}, ValueError, "commas in {a,b} alone; got 'a,b.*'"),
+        ({**LLAMA_SITES, "holder": "layers.*.{mlp"}, ValueError, "got 'layers.*.{mlp'"),
         ({**LLAMA_SITES, "up": 3}, TypeError, "sites['up'] must be a name; got int 3"),
         (
             {**LLAMA_SITES, "emptied": "act"},
@@ -250,7 +263,7 @@ def test_sites_with_fused_projections_and_parts_left_empty():
         (
             {**LLAMA_SITES, "holder": "mlp"},
             ValueError,
-            "must hold a * for the number of the layer; got 'mlp'",
+            "must hold a * for the number of the layer, and commas in {a,b} alone; got 'mlp'",
         ),
         (
             {**LLAMA_SITES, "gate_proj": 0},

@@ -1,4 +1,4 @@
-// Threads for kernels that know nothing about torch. csrc/parallel_torch.cpp runs them on torch's
+// Threads for kernels that know nothing about torch. csrc/bindings/threads.cpp runs them on torch's
 // pool; tests/native/cpp/parallel_std.cpp on std::thread, for the sanitizers.
 #pragma once
 
@@ -12,7 +12,8 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 
 // Calls function on disjoint ranges that cover [begin, end), at least `grain` long except for the
 // last ones. Nested calls run on the calling thread. Which thread takes which range must not change
-// results. The function must not throw.
+// results. The function may throw std::bad_alloc alone: on torch's pool, whatever it throws becomes
+// that.
 void parallel_range(
     int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context);
 

@@ -25,7 +25,7 @@ from mpoe.cli.short_help import COMMANDS, show_short_help
 
 HELP = {"-h", "--help"}
 # what Transformers' parser takes for a flag
-_TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
+_BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 # names that other tools have -> ours
 _FOREIGN_NAMES = {
     "batch_size": "per_device_train_batch_size",
@@ -114,15 +114,16 @@ def make_parser(dataclass_types: Sequence[type], **texts: str) -> argparse.Argum
             kind._argument_group_name = kind.__name__.removesuffix("Options").lower()
     parser = Parser(kinds, allow_abbrev=False, add_help=False, formatter_class=_Help, **texts)
     for action in parser._actions:
-        action.type = _folder if action.type is Path else action.type
+        action.type = _path if action.type is Path else action.type
         if isinstance(action, argparse._AppendAction):
             # HfArgumentParser lets every list take several values; this one is repeated instead
             action.nargs = None
     return parser
 
 
-def _folder(text: str) -> Path:
-    """Not the current one where a shell's variable is empty."""
+def _path(text: str) -> Path:
+    """Refuse an empty text, as of a shell's variable without a value: it would be the current
+    folder."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return Path(text)
@@ -148,9 +149,11 @@ def _tokens_of(file: str | os.PathLike[str], known: Mapping[str, argparse.Action
 
     tokens: list[str] = []
     for name, value in read_mapping(file, "configuration file").items():
+        if value is None:
+            continue
         if isinstance(value, list) and _normal(name) in known and known[_normal(name)].nargs == "+":
             tokens += [f"--{name}", *map(str, value)]
-        elif value is not None:
+        else:
             tokens.append(
                 f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}"
             )
@@ -217,7 +220,7 @@ def _with_values(tokens: Sequence[str], known: Mapping[str, argparse.Action]) ->
     """The tokens, in which a switch in front of a word does not take it for its value."""
     valued = []
     for token, after in itertools.zip_longest(tokens, tokens[1:], fillvalue=""):
-        is_alone = _stands_alone(token, known) and after.lower() not in _TRUTHS
+        is_alone = _stands_alone(token, known) and after.lower() not in _BOOLEANS
         valued.append(f"{token}=true" if is_alone else token)
     return valued
 
@@ -241,7 +244,8 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
         given_values = {name: values[name] for name in given & values.keys()}
         if not any(name in message for name in given_values):
             repeated = [name for name, value in given_values.items() if repr(value) in message]
-            message = f"{', '.join(sorted(repeated or given_values))}: {message}"
+            named = ", ".join(sorted(repeated or given_values))
+            message = f"{named}: {message}" if named else message
         raise CommandError(message) from error
 
 

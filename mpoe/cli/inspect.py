@@ -34,7 +34,7 @@ from mpoe.models.walk import mpo_modules, routed_layers, short_name
 NUMBERS_FILE = "inspect.json"
 Spectra = dict[str, dict[str, list]]  # kind of projection -> layer -> its bonds
 NUM_TOKENS = 2048  # the plans of MPO weights are for a forward pass of so many
-LENGTH = 128  # tokens of an item, at most
+LENGTH = 128  # tokens of an item at most; of tasks that have a length, theirs
 SHOWN_TOKENS = 60  # of an item whose routes are shown because no --text is given
 # A pass over the items counts the load. It shall take about ten seconds of one core.
 LOAD_FLOPS = 6e11
@@ -87,7 +87,7 @@ class InspectOptions:
         "more than about half a minute",
     )
     num_items: int | None = option(
-        None, "at most so many of them, or of each file of --texts; default: by size, of the model"
+        None, "at most so many of them, or of each file of --texts; default: by the model's size"
     )
 
     LEAST = (("num_items", 1),)
@@ -167,8 +167,9 @@ def command(request: Request) -> None:
     if options.texts:
         if not is_composed or source.style != CAUSAL:
             raise CommandError(
-                f"texts are for mixtures that mpoe compose made of experts of a decoder; {name} is "
-                "another"
+                "texts are for mixtures that mpoe compose made of experts of a decoder; "
+                f"{name} is of the family {source.model_type}, "
+                f"{'composed' if is_composed else 'not composed'}"
             )
         if not tokenizer:
             raise CommandError(f"texts need a tokenizer; {name} holds none")
@@ -185,12 +186,7 @@ def command(request: Request) -> None:
     print(f"{name}: counting {reading.counted}, following tokens, reading bonds", flush=True)
     worth = _worth(subject, reading.texts)
     routes = _routes(subject, options.text, reading.items)
-    load: list = []
-    if routes and worth and reading.is_load_of_texts:
-        load = torch.tensor([result.load for result in worth.values()]).sum(0).tolist()
-    elif routes:
-        load = expert_load(subject.model, reading.items, subject.tokenizer)
-    _write(output_dir, subject, reading, Findings(routes, load, worth))
+    _write(output_dir, subject, reading, Findings(routes, _load(subject, reading, worth), worth))
     _print_worth(worth)
     if subject.is_composed and subject.style == CAUSAL and not worth:
         print("what each expert is worth: give --texts FILE ..., a file of each domain")
@@ -201,7 +197,7 @@ def _read_files(subject: Subject, options: InspectOptions) -> Reading:
     """The start of every file of ``--texts``."""
     model = subject.model
     passes = len(options.texts) * (2 * model.mpoe_config.num_experts + 1)
-    most = options.num_items or _fitting(model, WORTH_FLOPS, passes, MOST_ITEMS_OF_FILE)
+    most = options.num_items or _fitting(model, WORTH_FLOPS, passes, LENGTH, MOST_ITEMS_OF_FILE)
     texts = {file: read_batches(file, subject.tokenizer, LENGTH, most) for file in options.texts}
     items = [{"input_ids": batches[0]["input_ids"][0].tolist()} for batches in texts.values()]
     count = sum(len(batch["input_ids"]) for batches in texts.values() for batch in batches)
@@ -213,9 +209,14 @@ def _read_tasks(
 ) -> Reading:
     """Items of a split of the tasks. Experts' worth is told on the sentences of ``--text``, or on
     the items if the user chose these."""
-    most = options.num_items or _fitting(subject.model, LOAD_FLOPS, 1, MOST_ITEMS)
+    length = LENGTH
+    if subject.style != ENCODER:
+        length = max(task.max_source_length for task in tasks)
+    most = options.num_items or _fitting(subject.model, LOAD_FLOPS, 1, length, MOST_ITEMS)
     items = _items(subject, options.split, most, tasks) if subject.tokenizer else []
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
+    if not subject.tokenizer:
+        counted = "nothing"
     texts: dict[str, Batches] = {}
     tells_worth = subject.is_composed and subject.tokenizer and subject.style != ENCODER
     is_load_of_texts = False
@@ -258,6 +259,15 @@ def _worth(subject: Subject, texts: Mapping[str, Batches]) -> dict[str, Worth]:
     return composed_worth(subject.model, classes, texts)
 
 
+def _load(subject: Subject, reading: Reading, worth: Mapping[str, Worth]) -> list[list[int]]:
+    """Tokens by layer and expert; empty without a tokenizer or routers."""
+    if not subject.tokenizer or not routed_layers(subject.model):
+        return []
+    if reading.is_load_of_texts:
+        return torch.tensor([result.load for result in worth.values()]).sum(0).tolist()
+    return expert_load(subject.model, reading.items, subject.tokenizer)
+
+
 def _routes(
     subject: Subject, sentences: Sequence[str], items: Sequence[Item]
 ) -> list[tuple[str, list[Route]]]:
@@ -280,9 +290,9 @@ def _print_worth(worth: Mapping[str, Worth]) -> None:
         )
 
 
-def _fitting(model: Any, flops: float, passes: int, most: int) -> int:
-    """Items of `LENGTH` tokens, at most so many, with which these passes take about ``flops``."""
-    return max(1, min(most, int(flops / (passes * 2 * LENGTH * model.num_parameters()))))
+def _fitting(model: Any, flops: float, passes: int, length: int, most: int) -> int:
+    """Items of ``length`` tokens, at most so many, with which these passes take about ``flops``."""
+    return max(1, min(most, int(flops / (passes * 2 * length * model.num_parameters()))))
 
 
 def worth_table(worth: Worth, text: str) -> report.Table:
@@ -353,20 +363,20 @@ def _sections(subject: Subject, reading: Reading, found: Findings, spectra: Spec
     if found.routes:
         named = getattr(model.config, "mpoe_experts", None) or [""] * config.num_experts
         names = [f"{k} {expert_name}".strip() for k, expert_name in enumerate(named)]
-        routes = report.routes_html(found.routes, names)
-        add("Which expert took which token", _ROUTES_NOTE, routes)
+        table = report.routes_html(found.routes, names)
+        add("Which expert took which token", _ROUTES_NOTE, table)
     if found.worth:
         tables = [worth_table(result, text).section() for text, result in found.worth.items()]
         add("What each expert is worth", _WORTH_NOTE, *tables)
     if found.load:
-        load = report.load_map(found.load, _layer_names(model))
-        add("Expert load", _LOAD_NOTE.format(counted=reading.counted), load)
+        heat_map = report.load_map(found.load, _layer_names(model))
+        add("Expert load", _LOAD_NOTE.format(counted=reading.counted), heat_map)
     if spectra:
         add("What the bonds carry", _BONDS_NOTE, report.spectrum_lines(spectra))
     weights = summarize(model, NUM_TOKENS, config.top_k)
     if weights:
-        table = report.Table(HEADER, list(weights.values()), "MPO weights", LEGEND)
-        sections.append(table.section())
+        rows = list(weights.values())
+        sections.append(report.Table(HEADER, rows, "MPO weights", LEGEND).section())
     return sections
 
 

@@ -2,7 +2,8 @@
 
 Row number = (iL, iC, iR). For few rows, the row of left selected by iL is multiplied by the slice
 of the central block selected by iC, then by the slice of right selected by iR. For many rows the
-table is rebuilt.
+table is rebuilt. In einsums, i j, k m and l n are the digits of left, central and right, a and b
+the bonds.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=1024)
 def _is_rebuilt(dims: BlockDims, rows: int, device_type: str = "cpu") -> bool:
-    """Whether rebuilding the table takes fewer FLOPs, or less memory: it is held twice, by row a
-    slice of right is copied. On a GPU always: the other way would wait for it."""
+    """Whether rebuilding the table takes fewer FLOPs, or less memory: the table is held twice; by
+    blocks, every row copies a slice of right. On a GPU always: the other way would wait for it."""
     d = dims
     copied_elements = rows * d.b * d.jR
     if device_type != "cpu" or copied_elements > 2 * d.weight_elements:
@@ -64,12 +65,12 @@ def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
     if _is_rebuilt(call.dims, ids.numel(), ids.device.type):
         gradients = _gradients_by_table(call, grad)
     else:
-        gradients = _gradients_by_rows(call, grad)
+        gradients = _gradients_by_blocks(call, grad)
     results = []
     blocks = (call.left, call.central, call.right)
     for like, gradient, needed in zip(blocks, gradients, call.need, strict=True):
         if needed:
-            results.append(gradient.reshape(like.shape).contiguous())  # as the fake says
+            results.append(gradient.reshape(like.shape).contiguous())  # as the op's fake promises
         else:
             results.append(like.new_empty(0))
     return tuple(results)
@@ -111,7 +112,7 @@ def _rows_of_blocks(call: EmbeddingCall) -> Tensor:
     return y[:, : call.embedding_dim].contiguous()
 
 
-def _gradients_by_rows(call: EmbeddingCall, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients_by_blocks(call: EmbeddingCall, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d = call.dims
     left = call.left[0]
     central = call.central

@@ -93,7 +93,7 @@ def test_help_and_refusals(cli, refused, models, tmp_path):
         (f"{t5} --text ' '", "text must hold words; got an empty one"),
         (
             f"{t5} --texts a.txt",
-            "texts are for mixtures that mpoe compose made of experts of a decoder",
+            f"made of experts of a decoder; {t5} is of the family mpoe_t5, not composed",
         ),
         (f"{t5} --num_items 0", "num_items must be at least 1; got 0"),
         (f"{t5} --output_dir {t5}", "holds a model or a run; choose another folder"),

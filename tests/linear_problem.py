@@ -1,5 +1,5 @@
-"""One grouped MPO product, or a network of them, with its gradients: inputs, and the comparison
-with the reference."""
+"""One grouped MPO product, a network of them or an embedding, with its gradients: inputs, and the
+comparison with the reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,13 +9,17 @@ import torch
 from mpoe_bench.cases import expert_choice, random_blocks, relative_error
 from torch import Tensor
 
-from mpoe_kernels import grouped_mpo_linear, mpo_ffn, use_backend
+from mpoe_kernels import grouped_mpo_linear, mpo_embedding, mpo_ffn, use_backend
 from mpoe_kernels.contract import STRATEGIES
 from mpoe_kernels.linear.grouped import ON_CHIP
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
+from mpoe_kernels.reference import (
+    grouped_mpo_linear_reference,
+    mpo_embedding_reference,
+    mpo_ffn_reference,
+)
 from mpoe_kernels.routing.op import route
 
 from .assertions import assert_calibrated, poisoned_memory
@@ -322,3 +326,32 @@ def check_ffn(backend, shape, dtype, gated, tokens=11, experts=4, device="cpu"):
             assert relative_error(a, t) < 1e-13, name
         else:
             assert_calibrated(a, t, s, name, factor=3)
+
+
+# ------------------------------------------------------------------ embeddings
+
+
+def check_embedding(shape, rows, dtype=torch.float32, layout="dense", device="cpu"):
+    """`mpo_embedding` and its gradients, calibrated in the same dtype."""
+    table = random_blocks(shape, 1)
+    ids = torch.randint(0, shape.in_features, (rows,)).to(device)
+    grad = torch.randn(rows, shape.out_features).to(device)
+
+    def run(function, run_dtype, place):
+        blocks = cast(table, run_dtype, lambda t: place(t.to(device)))
+        y = function(ids, blocks)
+        return [y, *torch.autograd.grad(y, leaves(blocks), grad.to(run_dtype))]
+
+    with poisoned_memory(device):
+        actual = run(mpo_embedding, dtype, LAYOUTS[layout])
+    truth, same = (
+        run(mpo_embedding_reference, each, LAYOUTS["dense"]) for each in (torch.float64, dtype)
+    )
+    names = ("y", "dleft", "dcentral", "dright")
+    for name, a, t, s in zip(names, actual, truth, same, strict=True):
+        assert a.is_contiguous(), name  # compiled graphs count on it
+        if dtype == torch.float64:  # the truth has the same rounding
+            assert relative_error(a, t) < 1e-13, name
+        else:
+            what = f"{name} {dtype} {layout}"
+            assert_calibrated(a, t, s, what, factor=3 if name == "y" else 4)

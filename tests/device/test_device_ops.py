@@ -12,17 +12,14 @@ from mpoe_kernels import (
     MPOShape,
     combine,
     grouped_mpo_linear,
-    mpo_embedding,
     route,
 )
 from mpoe_kernels.backends import BACKENDS
 from mpoe_kernels.contract import BlockDims, Contraction
 from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.linear.ffn import placed_mpo_linear
-from mpoe_kernels.reference import mpo_embedding_reference
-from tests.assertions import assert_calibrated
 from tests.cases import SMALL_SHAPES, either
-from tests.linear_problem import Product, check_ffn, planned_strategies
+from tests.linear_problem import Product, check_embedding, check_ffn, planned_strategies
 from tests.routing_problem import check_route, check_rows
 
 # A shape of every kind: on tiles that are never full, and, large, on many full ones.
@@ -148,27 +145,7 @@ def test_rows_at_their_tokens(able, name, dtype, device):
 
 @pytest.mark.parametrize("rows", [3, 500])
 def test_embedding(rows, device):
-    shape = SMALL_SHAPES["padded"]
-    blocks, ids = (
-        make_blocks(shape, 1, torch.float32, device),
-        torch.randint(shape.in_features, (rows,)).to(device),
-    )
-    grad = torch.randn(rows, shape.out_features, device=device)
-
-    def run(function, kind):
-        leaves = [t.to(kind).requires_grad_() for t in (blocks.left, blocks.central, blocks.right)]
-        y = function(ids, MPOBlocks(*leaves, shape.in_features, shape.out_features))
-        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))]
-
-    truth, same = (
-        run(mpo_embedding_reference, torch.float64),
-        run(mpo_embedding_reference, torch.float32),
-    )
-    actual = run(mpo_embedding, torch.float32)
-    for name, found, exact, plain in zip(
-        ("y", "dleft", "dcentral", "dright"), actual, truth, same, strict=True
-    ):
-        assert_calibrated(found, exact, plain, name, 3)
+    check_embedding(SMALL_SHAPES["padded"], rows, device=device)
 
 
 @dtypes

@@ -330,19 +330,16 @@ def misfit_tensors(draw, like):
     if like.is_floating_point():
         yield "yet to be negated", torch._neg_view(like)
         yield "zeros that stand for themselves", torch._efficientzerotensor(size, dtype=like.dtype)
-        yield "of mkldnn", like.to_mkldnn() if like.dtype == torch.float32 else like
-    if not like.is_floating_point() and like.dtype != torch.bool:
+        yield "with NaN", torch.full_like(like, math.nan)
+        yield "needs a gradient", like.clone().requires_grad_()
+    elif like.dtype != torch.bool:
         for value in (-1, EXPERTS, 1 << 30):
             yield f"all {value}", torch.full_like(like, value)
         yield "reversed", like.flip(0) if size else like
         yield "random numbers", torch.randint_like(like, -(1 << 31), (1 << 31) - 1)
-    else:
-        yield "with NaN", torch.full_like(like, math.nan) if like.is_floating_point() else like
-        yield "3e38", torch.full_like(like, 3e38) if like.dtype == torch.float32 else like
-        yield (
-            "needs a gradient",
-            like.clone().requires_grad_() if like.is_floating_point() else like,
-        )
+    if like.dtype == torch.float32:
+        yield "of mkldnn", like.to_mkldnn()
+        yield "3e38", torch.full_like(like, 3e38)
 
 
 def unusual_paths(folder):

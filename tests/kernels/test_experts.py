@@ -15,12 +15,11 @@ from mpoe_kernels import hidden_experts, mpo_embedding
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding import eager as by_eager
 from mpoe_kernels.experts import eager
-from mpoe_kernels.reference import mpo_embedding_reference
-from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
+from tests.assertions import torch_threads
 from tests.cases import SMALL_SHAPES, in_half_precision, in_two_dtypes, pairwise
 from tests.expert_problems import HiddenProblem, NeuronProblem
 from tests.expert_scenarios import CASES, case
-from tests.linear_problem import LAYOUTS, cast, leaves
+from tests.linear_problem import LAYOUTS, check_embedding
 
 from .backend_cases import DTYPES, on_every_backend, require
 
@@ -288,28 +287,13 @@ def test_embedding_against_reference(rebuilt, name, rows, monkeypatch):
     if rebuilt is not None:
         monkeypatch.setattr(by_eager, "_is_rebuilt", lambda *_: rebuilt)
     shape = SMALL_SHAPES[name]
-    true = random_blocks(shape, 1, requires_grad=True)
-    ids = torch.randint(0, shape.in_features, (rows,))
-    want = mpo_embedding_reference(ids, true)
-    grad = torch.randn(want.shape, dtype=torch.float64)
-    wanted = torch.autograd.grad(want, leaves(true), grad)
-    cases = [(torch.float64, LAYOUTS["dense"])]
+    cases = [(torch.float64, "dense")]
     if rebuilt is None:
-        cases = list(product(DTYPES, LAYOUTS.values()))
+        cases = product(DTYPES, LAYOUTS)
     for dtype, layout in cases:
-        blocks, plain = cast(true, dtype, layout), cast(true, dtype)
-        with poisoned_memory():
-            got = mpo_embedding(ids, blocks)
-            grads = torch.autograd.grad(got, leaves(blocks), grad.to(dtype))
-        assert all(value.is_contiguous() for value in (got, *grads))  # compiled graphs count on it
-        same = mpo_embedding_reference(ids, plain)
-        own = torch.autograd.grad(same, leaves(plain), grad.to(dtype))
-        for each, truth, of_torch in zip((got, *grads), (want, *wanted), (same, *own), strict=True):
-            if dtype == torch.float64:  # the truth has the same rounding
-                assert relative_error(each, truth) < 1e-13
-            else:
-                assert_calibrated(each, truth, of_torch, factor=2 if each is got else 4)
-    assert mpo_embedding(ids.view(-1, 1).int(), true).shape == (rows, 1, shape.out_features)
+        check_embedding(shape, rows, dtype, layout)
+    found = mpo_embedding(torch.zeros(rows, 1, dtype=torch.int32), random_blocks(shape, 1))
+    assert found.shape == (rows, 1, shape.out_features)
 
 
 @pytest.mark.parametrize(

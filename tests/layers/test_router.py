@@ -200,10 +200,7 @@ def test_a_router_decides_as_pytorch_does(sizes, top_k, raw, dtypes, seed):
 
 
 @torch.no_grad()
-def test_equal_and_infinite_logits():
-    found = TopKRouter(5, 6, RouterConfig(top_k=3, init_scale=0.0))(torch.randn(4, 5))
-    assert found.top_k_index.tolist() == [[0, 1, 2]] * 4  # the first of equals
-    assert_close(found.top_k_weights, torch.full((4, 3), 1 / 3))
+def test_infinite_logits():
     router = TopKRouter(1, 3, RouterConfig(top_k=2))
     router.weight.copy_(torch.tensor([[-float("inf")], [1.0], [-float("inf")]]))
     found = router(torch.ones(1, 1))

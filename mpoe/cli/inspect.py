@@ -319,11 +319,11 @@ def _spectra(model: Any) -> Spectra:
     return by_kind
 
 
-def _write(folder: Path, subject: Subject, reading: Reading, found: Findings) -> None:
+def _write(folder: Path, subject: Subject, reading: Reading, findings: Findings) -> None:
     """Write the numbers and the report."""
     spectra = _spectra(subject.model)
-    numbers = _numbers(subject, reading, found, spectra)
-    sections = _sections(subject, reading, found, spectra)
+    numbers = _numbers(subject, reading, findings, spectra)
+    sections = _sections(subject, reading, findings, spectra)
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: where there is one, the numbers beside it are its own.
     (folder / REPORT_FILE).unlink(missing_ok=True)
@@ -331,10 +331,10 @@ def _write(folder: Path, subject: Subject, reading: Reading, found: Findings) ->
     report.write_page(folder / REPORT_FILE, f"mpoe inspect: {subject.folder}", sections)
 
 
-def _numbers(subject: Subject, reading: Reading, found: Findings, spectra: Spectra) -> dict:
+def _numbers(subject: Subject, reading: Reading, findings: Findings, spectra: Spectra) -> dict:
     routes = [
         {"text": text, "streams": [vars(route) for route in streams]}
-        for text, streams in found.routes
+        for text, streams in findings.routes
     ]
     used = {  # effective rank as a share of every bond
         kind: {layer: [bond.used for bond in bonds] for layer, bonds in layers.items()}
@@ -345,14 +345,14 @@ def _numbers(subject: Subject, reading: Reading, found: Findings, spectra: Spect
         "parameters": subject.model.parameter_report(),
         "layers": _layer_names(subject.model),
         "counted_on": reading.counted,
-        "expert_load": found.load,
-        "worth": {text: vars(result) for text, result in found.worth.items()},
+        "expert_load": findings.load,
+        "worth": {text: vars(result) for text, result in findings.worth.items()},
         "routes": routes,
         "bonds": used,
     }
 
 
-def _sections(subject: Subject, reading: Reading, found: Findings, spectra: Spectra) -> list:
+def _sections(subject: Subject, reading: Reading, findings: Findings, spectra: Spectra) -> list:
     model = subject.model
     config = model.mpoe_config
     sections = [report.Table((), list(facts(model).items()), kind="text").html()]
@@ -360,16 +360,16 @@ def _sections(subject: Subject, reading: Reading, found: Findings, spectra: Spec
     def add(heading: str, note: str, *contents: Any) -> None:
         sections.append(report.section(heading, *contents, note=note))
 
-    if found.routes:
+    if findings.routes:
         named = getattr(model.config, "mpoe_experts", None) or [""] * config.num_experts
         names = [f"{k} {expert_name}".strip() for k, expert_name in enumerate(named)]
-        table = report.routes_html(found.routes, names)
+        table = report.routes_html(findings.routes, names)
         add("Which expert took which token", _ROUTES_NOTE, table)
-    if found.worth:
-        tables = [worth_table(result, text).section() for text, result in found.worth.items()]
+    if findings.worth:
+        tables = [worth_table(result, text).section() for text, result in findings.worth.items()]
         add("What each expert is worth", _WORTH_NOTE, *tables)
-    if found.load:
-        heat_map = report.load_map(found.load, _layer_names(model))
+    if findings.load:
+        heat_map = report.load_map(findings.load, _layer_names(model))
         add("Expert load", _LOAD_NOTE.format(counted=reading.counted), heat_map)
     if spectra:
         add("What the bonds carry", _BONDS_NOTE, report.spectrum_lines(spectra))

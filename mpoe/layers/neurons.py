@@ -250,18 +250,18 @@ class NeuronFeedForward(KeptFeedForward):
         Raises:
             ValueError: the dense module has something else under a name that the layer needs.
         """
-        own = vars(self)
+        state = vars(self)
         for name, value in vars(dense).items():
-            if isinstance(own.get(name), set):  # of buffers that are not saved
-                own[name].update(value)
-            elif isinstance(own.get(name), dict):  # parameters, buffers, submodules, hooks
-                _check_free(dense, own[name], value)
-                own[name].update(value)
-            elif name not in own:
+            if isinstance(state.get(name), set):  # of buffers that are not saved
+                state[name].update(value)
+            elif isinstance(state.get(name), dict):  # parameters, buffers, submodules, hooks
+                _check_free(dense, state[name], value)
+                state[name].update(value)
+            elif name not in state:
                 if name != "forward":  # somebody's patch would hide ours
                     setattr(self, name, value)
             elif name not in vars(nn.Module()):
-                _check_free(dense, own, {name: value})
+                _check_free(dense, state, {name: value})
         # The same object, so that references to it stay. (Type checkers do not know that a class
         # can be hashed, as the key of a cache.)
         self.__class__ = _class_around(type(dense))  # type: ignore[assignment, arg-type]
@@ -342,10 +342,10 @@ def without_experts(model: nn.Module) -> Iterator[None]:
             layer.adds_experts = added
 
 
-def _check_free(dense: nn.Module, own: Mapping, others: Mapping) -> None:
+def _check_free(dense: nn.Module, state: Mapping, others: Mapping) -> None:
     """Refuse what a dense module has under names that the layer has for something else."""
-    for name in own.keys() & others.keys():
-        if own[name] is not others[name] and own[name] != others[name]:
+    for name in state.keys() & others.keys():
+        if state[name] is not others[name] and state[name] != others[name]:
             raise ValueError(
                 f"{type(dense).__name__} cannot get neurons: its attribute {name!r} has the name "
                 "of one that the layer needs"

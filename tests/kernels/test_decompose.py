@@ -39,11 +39,9 @@ def test_t5_base_bonds_and_counts():
     "sizes, bond, central, auxiliary",
     [
         ((768, 3072), 128, 524_288, 74_128),
-        ((768, 3072), 64, 131_072, 37_264),
         ((768, 3072), 8, 2_048, 2_784),
         ((768, 768), None, None, 0.1255),
         ((32128, 768), None, None, 0.0652),
-        ((32128, 1024), None, None, 0.0626),
     ],
 )
 def test_counts_of_the_original_shapes(sizes, bond, central, auxiliary):
@@ -230,11 +228,6 @@ def test_low_precision_comes_back_in_its_dtype(dtype, tolerance):
     cores = decompose(weight, shape)
     assert {core.dtype for core in cores} == {dtype}
     assert relative_error(reconstruct([c.double() for c in cores], shape), weight) < tolerance
-
-
-def test_t5_base_matrix_is_exact():
-    weight = torch.randn(768, 3072) * 0.05
-    assert relative_error(reconstruct(decompose(weight, MPOShape.paper(768, 3072))), weight) <= 1e-5
 
 
 @pytest.mark.parametrize("name", SMALL_SHAPES)

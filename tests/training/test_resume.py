@@ -183,7 +183,6 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
     [
         ({"num_experts": 3}, r"mpoe\.num_experts was 4, the model has 3"),
         ({"shape": "paper"}, r"mpoe\.shape was 'separable', the model has 'paper'"),
-        ({"expert_type": "dense"}, r"mpoe\.expert_type was 'mpo', the model has 'dense'"),
         (None, "model_type was 'mpoe_gpt2', the model has 'gpt2'"),
     ],
 )

@@ -9,29 +9,28 @@ from mpoe_bench.cases import expert_choice
 
 from mpoe_kernels import mpo_ffn, route
 from tests.cases import SMALL_SHAPES
+from tests.linear_problem import cast, leaves
 
 from .test_device_experts import ON_GPU, op_of, problem_of
 from .test_device_ops import LARGE, make_blocks
 
 RUNS = 300 if ON_GPU else 3
-KINDS = ("neurons of 64", "hidden of 64", "chain")
+KINDS = ("neurons of 64", "hidden of 64", "chain", "chain in float32")
 
 
-def chain_step(backend, device, tokens):
+def chain_step(backend, device, tokens, dtype):
     """Routing and both products of a network of MPO experts, forward and backward."""
     shape = LARGE["paper"] if ON_GPU else SMALL_SHAPES["light"]
     down = shape.mirrored() if ON_GPU else shape
-    blocks = [make_blocks(each, 8, torch.bfloat16, device) for each in (shape, down)]
-    x = torch.randn(tokens, shape.in_features, device=device, dtype=torch.bfloat16)
+    blocks = [cast(make_blocks(each, 8, dtype, device), dtype) for each in (shape, down)]
+    x = torch.randn(tokens, shape.in_features, device=device, dtype=dtype)
     index = expert_choice("zipf", tokens, 8).to(device)
     gates = torch.rand(tokens, 1, device=device)
-    leaves = [part.detach().requires_grad_() for part in (x, gates)]
+    inputs = [x.requires_grad_(), gates.requires_grad_(), *leaves(blocks[0]), *leaves(blocks[1])]
 
     def step():
-        y = mpo_ffn(
-            leaves[0], route(index, 8, backend=backend), leaves[1], *blocks, backend=backend
-        )
-        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
+        y = mpo_ffn(x, route(index, 8, backend=backend), gates, *blocks, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), inputs)]
 
     return step
 
@@ -39,9 +38,10 @@ def chain_step(backend, device, tokens):
 def step_of(kind, backend, device, check_able):
     """A call whose results are compared."""
     tokens = 300 if ON_GPU else 9
-    if kind == "chain":
+    if kind.startswith("chain"):
         check_able(backend)
-        return chain_step(backend, device, tokens)
+        dtype = torch.float32 if "float32" in kind else torch.bfloat16
+        return chain_step(backend, device, tokens, dtype)
     check_able(backend, op_of(kind))
     problem = problem_of(kind, torch.bfloat16, device, tokens=tokens)
     return lambda: list(problem.run(type(problem).OP, torch.bfloat16, backend=backend).values())

@@ -60,13 +60,6 @@ def run(**options):
     )
 
 
-def test_eager_is_always_there():
-    assert "eager" in available_backends()
-    assert backend_reasons()["eager"] == []
-    with use_backend("eager"):
-        assert run().shape == (3, 12)
-
-
 def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(broken_backend):
     assert "broken" not in available_backends()
     assert backend_reasons()["broken"] == ["it needs a device that is not here"]

@@ -229,8 +229,6 @@ CASES = {
         "blocks must be MPOBlocks .*; got int": lambda: mpo_embedding(PAIRS, 3),
         "ids must be an int32 or int64 tensor": lambda: mpo_embedding(X, ONE),
         # routing
-        "top_k_index must be int32 or int64": lambda: route(GATES, 2),
-        "num_experts must be an integer; got bool True": lambda: route(PAIRS, True),
         r"capacity must be an integer; got float 1\.5": lambda: route(PAIRS, 1, capacity=1.5),
         "name must be that of a backend; got None": lambda: use_backend(None).__enter__(),
         "expert_offsets must be a tensor": lambda: Routing(None, None, None),

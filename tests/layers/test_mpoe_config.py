@@ -107,7 +107,6 @@ def test_unknown_fields_offer_close_matches(kind, misspelt, known):
     "config",
     [
         MPOEConfig(),
-        MPOEConfig(moe_type="moe", router={"jitter": 0.1}),
         MPOEConfig(
             num_experts=3,
             shape={"up": MPOShape.paper(48, 96), "down": MPOShape.paper(96, 48)},

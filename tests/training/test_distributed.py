@@ -129,15 +129,6 @@ def test_sharding_is_refused_without_a_process_group_or_mixture():
         optimizer,
         None,
     )
-    refuses(
-        TypeError,
-        "must be sharded by shard_model; got a plain",
-        save_sharded_checkpoint,
-        model,
-        optimizer,
-        "x",
-        1,
-    )
 
 
 @pytest.mark.slow
@@ -227,7 +218,7 @@ def test_what_does_not_fit_a_sharded_checkpoint(alone, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     refuses(
         TypeError,
-        "model must be sharded by shard_model",
+        "model must be sharded by shard_model; got a plain",
         save_sharded_checkpoint,
         mpoe_model("t5"),
         optimizer,

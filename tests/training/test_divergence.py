@@ -191,9 +191,7 @@ DOCS = ROOT / "docs"
         (("mpoe_t5", 64, "finetune", "separable"), 1.5e-3),  # never above what was tried
         (("mt5", 768, "finetune", "separable"), 2.5e-4),
         (("t5", 128, "finetune", "paper"), 1e-3),
-        (("gpt2", 128, "finetune", "dense"), 3e-3),
         (("bert", 384, "finetune", "switch"), 3e-4),
-        (("gpt2", 96, "scratch", "paper"), 8e-3),
         (("llama", 96, "scratch", "switch"), 4e-3),
         (("llama", 576, "finetune", "expert"), 1e-2),
         (("qwen2", 1152, "scratch", "expert"), 5e-3),

@@ -63,19 +63,17 @@ def mpoe_model(family, dropout=0.0, jitter=0.0, seed=0, **config):
 class Rows(torch.utils.data.Dataset):
     """Random sequences of different lengths, padded to one; targets have different lengths too."""
 
-    def __init__(self, family, rows=48, seed=1, equal_lengths=False):
+    def __init__(self, family, rows=48, seed=1):
         generator = torch.Generator().manual_seed(seed)
         self.rows = []
         for _ in range(rows):
             ids = torch.randint(3, VOCABULARY, (12,), generator=generator)
-            length = 12 if equal_lengths else int(torch.randint(4, 13, (1,), generator=generator))
+            length = int(torch.randint(4, 13, (1,), generator=generator))
             mask = (torch.arange(12) < length).long()
             row = {"input_ids": ids * mask, "attention_mask": mask}
             if family == "t5":
                 # Sorting-like task: the target is the first tokens of the source.
-                targets = (
-                    6 if equal_lengths else int(torch.randint(1, 7, (1,), generator=generator))
-                )
+                targets = int(torch.randint(1, 7, (1,), generator=generator))
                 row["labels"] = torch.where(torch.arange(6) < targets, ids[:6], -100)
             elif family == "gpt2":
                 row["labels"] = torch.where(mask.bool(), ids, -100)

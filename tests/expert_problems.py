@@ -110,7 +110,7 @@ class _Problem:
 
     def computed(self, backend):
         """`run` by the public op, in its dtype."""
-        with poisoned_memory():
+        with poisoned_memory(self.index.device):
             return self.run(type(self).OP, self.dtype, backend=backend)
 
     def check(self, backend, factor=2):

@@ -2,6 +2,7 @@
 name."""
 
 import dataclasses
+from functools import partial
 from operator import attrgetter
 
 import pytest
@@ -18,13 +19,14 @@ from tests.assertions import refuses
 
 from .tiny import dense_model
 
+made = partial(MPOETrainingArguments, output_dir="unused")
 OWN = {f.name for f in dataclasses.fields(MPOETrainingArguments)} - {
     f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)
 }
 
 
-def test_defaults(tmp_path):
-    args = MPOETrainingArguments(output_dir=str(tmp_path))
+def test_defaults():
+    args = made()
     assert args.lr_scales == (0.35, 0.5)
     assert args.scale_core_lr
     assert args.gradient_mask_prob == 0.0
@@ -34,30 +36,21 @@ def test_defaults(tmp_path):
     assert args.ddp_find_unused_parameters is None
 
 
-def test_regime_and_overrides(tmp_path):
-    assert MPOETrainingArguments(output_dir=str(tmp_path), regime="scratch").lr_scales == (1.0, 0.1)
-    args = MPOETrainingArguments(
-        output_dir=str(tmp_path), regime="scratch", auxiliary_lr_scale=0.2, seed=7
-    )
+def test_regime_and_overrides():
+    assert made(regime="scratch").lr_scales == (1.0, 0.1)
+    args = made(regime="scratch", auxiliary_lr_scale=0.2, seed=7)
     assert args.lr_scales == (1.0, 0.2)
     assert args.mask_seed == 7
-    assert (
-        MPOETrainingArguments(output_dir=str(tmp_path), seed=7, gradient_mask_seed=0).mask_seed == 0
-    )
-    assert MPOETrainingArguments(output_dir=str(tmp_path), scale_core_lr=False).lr_scales == (
-        1.0,
-        1.0,
-    )
+    assert made(seed=7, gradient_mask_seed=0).mask_seed == 0
+    assert made(scale_core_lr=False).lr_scales == (1.0, 1.0)
 
 
-def test_mask_needs_ddp_to_expect_unused_parameters(tmp_path):
-    args = MPOETrainingArguments(output_dir=str(tmp_path), gradient_mask_prob=0.5)
-    assert args.ddp_find_unused_parameters is True
+def test_mask_needs_ddp_to_expect_unused_parameters():
+    assert made(gradient_mask_prob=0.5).ddp_find_unused_parameters is True
     refuses(
         ValueError,
         "ddp_find_unused_parameters must not be False",
-        MPOETrainingArguments,
-        output_dir=str(tmp_path),
+        made,
         gradient_mask_prob=0.5,
         ddp_find_unused_parameters=False,
     )
@@ -69,17 +62,15 @@ def test_every_own_argument_has_help():
             assert len(field.metadata["help"]) > 20, field.name
 
 
-def test_lists(tmp_path):
-    parser = HfArgumentParser(MPOETrainingArguments)
+def test_lists():
     config = {
-        "output_dir": str(tmp_path),
+        "output_dir": "unused",
         "train_AT_index": 2,
         "update_mpo_layer": ["mlp", "attention"],
     }
-    (args,) = parser.parse_dict(config)
+    (args,) = HfArgumentParser(MPOETrainingArguments).parse_dict(config)
     assert (args.train_AT_index, args.update_mpo_layer) == ("2", "mlp,attention")
-    again = MPOETrainingArguments(output_dir=str(tmp_path), train_AT_index=args.train_AT_index)
-    assert again.train_AT_index == "2"
+    assert made(train_AT_index=args.train_AT_index).train_AT_index == "2"
 
 
 REFUSED = {
@@ -111,9 +102,8 @@ REFUSED = {
 @pytest.mark.parametrize(
     "error, message", [(error, message) for error, rows in REFUSED.items() for message in rows]
 )
-def test_refusals(tmp_path, error, message):
-    options = {"output_dir": str(tmp_path), **REFUSED[error][message]}
-    refuses(error, message, MPOETrainingArguments, **options)
+def test_refusals(error, message):
+    refuses(error, message, made, **REFUSED[error][message])
 
 
 # ------------------------------------------------------------------ the original's
@@ -178,15 +168,15 @@ def test_arguments_of_the_original(kind, flags):
     assert {word[2:] for word in flags.split() if word.startswith("--")} <= set(
         option_names(make_parser(GROUPS))
     )
-    made, before = (
-        read(kind, *(HERE if kind is MPOETrainingArguments else ()), *given)
-        for given in (flags.split(), ())
+    given, before = (
+        read(kind, *(HERE if kind is MPOETrainingArguments else ()), *words)
+        for words in (flags.split(), ())
     )
     if kind is ExpertOptions:
-        made, before = made.build(), before.build()
-    assert (made is None) == (held is None)
+        given, before = given.build(), before.build()
+    assert (given is None) == (held is None)
     found, default = (
-        {name: attrgetter(name)(each) for name in held or ()} for each in (made, before)
+        {name: attrgetter(name)(each) for name in held or ()} for each in (given, before)
     )
     assert found == (held or {})
     assert found != default or flags in (

@@ -15,6 +15,7 @@ from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_la
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, MPOLinear, NeuronFeedForward
 from mpoe.models import mpo_modules
 from mpoe.models.table import TABLE
+from mpoe.models.walk import modules_of
 from tests.assertions import differing
 from tests.cases import pairwise
 
@@ -321,20 +322,21 @@ def test_the_way_of_attention_is_kept():
     assert convert_to_mpoe(model).config._attn_implementation == "eager"
 
 
-def test_only_the_chosen_layers_are_converted():
-    config = MPOEConfig(layers_to_transform=[1], shape="separable")
-    converted = convert_to_mpoe(dense_model("t5"), config)
-    names = [name for name, m in converted.named_modules() if isinstance(m, MPOEFeedForward)]
-    assert names == ["encoder.block.1.layer.1.DenseReluDense"]
+IN_T5 = [
+    "encoder.block.0.layer.1.DenseReluDense",
+    "encoder.block.1.layer.1.DenseReluDense",
+    "decoder.block.0.layer.2.DenseReluDense",
+]
 
 
-def test_excluded_modules_are_not_converted():
-    excluded = "encoder.block.0.layer.1.DenseReluDense"
-    config = MPOEConfig(exclude_modules=[excluded], shape="separable")
-    converted = convert_to_mpoe(dense_model("t5"), config)
-    names = [name for name, m in converted.named_modules() if isinstance(m, MPOEFeedForward)]
-    assert len(names) == 2
-    assert excluded not in names
+@pytest.mark.parametrize(
+    "fields, converted",
+    [({"layers_to_transform": [1]}, IN_T5[1:2]), ({"exclude_modules": IN_T5[:1]}, IN_T5[1:])],
+    ids=str,
+)
+def test_only_the_chosen_networks_are_converted(fields, converted):
+    model = convert_to_mpoe(dense_model("t5"), MPOEConfig(shape="separable", **fields))
+    assert list(modules_of(model, MPOEFeedForward)) == converted
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from mpoe_kernels import MPOShape
 from tests.assertions import in_threads, refuses
 from tests.cases import either, in_two_dtypes, pairwise
 
-from .tiny_models import FAMILIES, MASK, batch, stirred
+from .tiny_models import FAMILIES, batch, stirred
+from .tiny_models import generation as call
 
 LIGHT = {"shape": "light", "light_p": 4, "num_experts": 2}
 
@@ -50,18 +51,6 @@ def made(monkeypatch):
 
     monkeypatch.setattr("mpoe.models.kept_weights.ExpertCache", make)
     return found
-
-
-def call(family, **options):
-    mask = MASK if family.startswith("t5") else MASK.flip(1)
-    ids = batch(family, labels=False)["input_ids"]
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "max_new_tokens": 6,
-        "do_sample": False,
-        **options,
-    }
 
 
 def experts(model):

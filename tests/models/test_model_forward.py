@@ -15,7 +15,16 @@ from mpoe.layers import load_balancing_loss, router_z_loss
 from tests.assertions import in_threads
 from tests.cases import pairwise
 
-from .tiny_models import FAMILIES, MASK, batch, dense_model, result, stirred, text_rows
+from .tiny_models import (
+    FAMILIES,
+    MASK,
+    batch,
+    dense_model,
+    generation,
+    result,
+    stirred,
+    text_rows,
+)
 
 
 @pytest.mark.parametrize(
@@ -106,17 +115,10 @@ def test_auxiliary_loss_is_averaged_over_micro_batches(converted):
 )
 def test_generation_with_and_without_cache_equals_dense(family, options, converted):
     dense, model = dense_model(family), converted(family)
-    inputs = batch(family, labels=False)
-    mask = MASK if family.startswith("t5") else MASK.flip(1)
-    call = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": mask,
-        "max_new_tokens": 6,
-        "do_sample": False,
-    }
-    cached = model.generate(**call, **options)
-    assert torch.equal(cached, model.generate(**call, use_cache=False, **options))
-    assert torch.equal(cached, dense.generate(**call, **options))
+    call = generation(family, **options)
+    cached = model.generate(**call)
+    assert torch.equal(cached, model.generate(**call, use_cache=False))
+    assert torch.equal(cached, dense.generate(**call))
 
 
 def test_generation_does_not_route_padding_in_the_encoder(converted):
@@ -226,18 +228,12 @@ def test_training_steps_compile_fullgraph(family, backend, converted):
 def test_decoding_steps_compile(family, shape, converted):
     """With a cache of fixed size, one graph serves every step after the first."""
     model = converted(family, shape=shape)
-    mask = MASK if family == "t5" else MASK.flip(1)
-    call = {
-        "attention_mask": mask,
-        "max_new_tokens": 5,
-        "do_sample": False,
-        "cache_implementation": "static",
-    }
-    call |= {
-        "inputs": batch(family, labels=False)["input_ids"],
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
+    call = generation(
+        family,
+        cache_implementation="static",
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     expected = model.generate(**call)
     model.forward = torch.compile(model.forward, fullgraph=True)
     found = model.generate(**call)

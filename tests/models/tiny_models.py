@@ -223,6 +223,17 @@ def batch(family, labels=True):
     return inputs
 
 
+def generation(family, **options):
+    """What `generate` takes for six tokens after a batch."""
+    return {
+        "input_ids": batch(family, labels=False)["input_ids"],
+        "attention_mask": MASK if family.startswith("t5") else MASK.flip(1),
+        "max_new_tokens": 6,
+        "do_sample": False,
+        **options,
+    }
+
+
 def relative_difference(one, other, inputs):
     """The largest difference between two outputs' rows that are not padding, relative to the
     largest number."""

@@ -1,6 +1,7 @@
 """Rates, decay and freezing of the optimizer's parameter groups; training models with neurons."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -22,11 +23,9 @@ from tests.cases import pairwise
 from .tiny import Rows, Toy, dense_model, make_trainer, mpoe_model
 from .tiny import arguments as run_arguments
 
-
-def arguments(tmp_path, **kwargs):
-    return MPOETrainingArguments(
-        output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, **kwargs
-    )
+arguments = partial(
+    MPOETrainingArguments, output_dir="unused", learning_rate=1e-3, weight_decay=0.1
+)
 
 
 def rates(groups):
@@ -55,9 +54,9 @@ def pretrained_toy(gauge="symmetric"):
         ({"mpo_lr": 2e-4, "central_lr_scale": 0.25, "auxiliary_lr_scale": 3}, 2e-4, 0.25, 3.0),
     ],
 )
-def test_core_rates(tmp_path, gauge, options, base, central, auxiliary):
+def test_core_rates(gauge, options, base, central, auxiliary):
     model = pretrained_toy(gauge)
-    found = rates(build_param_groups(model, arguments(tmp_path, **options)))
+    found = rates(build_param_groups(model, arguments(**options)))
     for _, cores in mpo_modules(model):
         weight_rms = cores.dense_weights()[0].square().mean().sqrt().item()
         for index, core in enumerate(cores.chain()):
@@ -66,20 +65,18 @@ def test_core_rates(tmp_path, gauge, options, base, central, auxiliary):
             assert found[id(core)][0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_one_raw_rate_without_scaling(tmp_path):
+def test_one_raw_rate_without_scaling():
     model = pretrained_toy()
-    found = rates(build_param_groups(model, arguments(tmp_path, scale_core_lr=False, mpo_lr=5e-4)))
+    found = rates(build_param_groups(model, arguments(scale_core_lr=False, mpo_lr=5e-4)))
     cores = [core for _, module in mpo_modules(model) for core in module.chain()]
     assert {found[id(core)][0] for core in cores} == {5e-4}
-    half = rates(
-        build_param_groups(model, arguments(tmp_path, scale_core_lr=False, central_lr_scale=0.5))
-    )
+    half = rates(build_param_groups(model, arguments(scale_core_lr=False, central_lr_scale=0.5)))
     assert {half[id(core)][0] for core in model.centrals()} == {5e-4}
 
 
-def test_every_parameter_once_and_kinds(tmp_path):
+def test_every_parameter_once_and_kinds():
     model = pretrained_toy()
-    found = rates(build_param_groups(model, arguments(tmp_path, router_lr_scale=2.0)))
+    found = rates(build_param_groups(model, arguments(router_lr_scale=2.0)))
     assert found.keys() == {id(p) for p in model.parameters()}
     for name, parameter in model.named_parameters():
         rate, decay, kind = found[id(parameter)]
@@ -92,10 +89,10 @@ def test_every_parameter_once_and_kinds(tmp_path):
         assert decay == (0.0 if "bias" in name or "norm" in name else 0.1), name
 
 
-def test_dense_experts_have_their_own_rate(tmp_path):
+def test_dense_experts_have_their_own_rate():
     model = Toy(expert_type="dense")
     model.other = nn.Parameter(torch.ones(2, 2, 2))
-    found = rates(build_param_groups(model, arguments(tmp_path, dense_expert_lr_scale=0.3)))
+    found = rates(build_param_groups(model, arguments(dense_expert_lr_scale=0.3)))
     assert found[id(model.other)] == (1e-3, 0.1, "rest")
     weights = [p for n, p in model.named_parameters() if ".experts." in n and p.ndim == 3]
     assert len(weights) == 4
@@ -103,11 +100,11 @@ def test_dense_experts_have_their_own_rate(tmp_path):
         assert found[id(parameter)] == (pytest.approx(3e-4), 0.1, "dense_expert")
 
 
-def test_zero_weight_trains_at_the_unscaled_rate_with_a_warning(tmp_path):
+def test_zero_weight_trains_at_the_unscaled_rate_with_a_warning():
     model = Toy()
     model.layers[0].experts.up.rate_ratios = (0.5, 0.0, float("nan"))
     with pytest.warns(UserWarning, match=r"layers\.0\.experts\.up has unusable rate ratios"):
-        found = rates(build_param_groups(model, arguments(tmp_path)))
+        found = rates(build_param_groups(model, arguments()))
     assert found[id(model.layers[0].experts.up.central)][0] == pytest.approx(0.35e-3)
     assert found[id(model.layers[0].experts.up.auxiliary[0])][0] == pytest.approx(0.25e-3)
 
@@ -115,14 +112,14 @@ def test_zero_weight_trains_at_the_unscaled_rate_with_a_warning(tmp_path):
 # ------------------------------------------------------------------ freezing
 
 
-def test_frozen_cores_are_in_no_group(tmp_path):
+def test_frozen_cores_are_in_no_group():
     model = Toy()
     freeze_cores(model, tensor_learn=True)
-    groups = build_param_groups(model, arguments(tmp_path))
+    groups = build_param_groups(model, arguments())
     assert {g["kind"] for g in groups} == {"rest", "router", "auxiliary"}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    refuses(ValueError, "nothing to train", build_param_groups, model, arguments(tmp_path))
+    refuses(ValueError, "nothing to train", build_param_groups, model, arguments())
 
 
 def test_freezing_refusals():
@@ -148,10 +145,10 @@ def test_freezing_refusals():
         freeze_cores(mixed)
 
 
-def test_attention_biases_of_t5_are_not_decayed(tmp_path):
+def test_attention_biases_of_t5_are_not_decayed():
     """They are tables [buckets, heads], so that their number of axes does not tell."""
     model = mpoe_model("t5")
-    found = rates(build_param_groups(model, arguments(tmp_path)))
+    found = rates(build_param_groups(model, arguments()))
     tables = [p for name, p in model.named_parameters() if "relative_attention_bias" in name]
     assert len(tables) == 2
     assert [found[id(table)][1:] for table in tables] == [(0.0, "rest")] * 2

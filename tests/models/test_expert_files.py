@@ -33,6 +33,7 @@ from .tiny_models import (
     dense_model,
     domain,
     loss,
+    mixture_of,
     result,
     shorten_documentation,
     stirred,
@@ -189,9 +190,7 @@ def test_statistics_are_a_tenth_and_one_vector_more_would_be_too_much(neurons):
 
 
 def test_tokens_find_their_expert(domains, tmp_path):
-    mixture = compose_experts(
-        domains.base, domains.files, background=domains.background, tokenizer=tokenizer()
-    )
+    mixture = mixture_of(domains, tokenizer=tokenizer())
     for number, own in enumerate(domains.own):
         gain = loss(domains.base, number) - own
         assert gain > 1.5
@@ -225,12 +224,12 @@ def test_none_adds_nothing(domains):
 def test_composition_depends_on_its_arguments_alone(domains, tmp_path):
     wide, model = tmp_path / "wide.expert", stirred(start_expert(domains.base, M + 4))
     save_expert(model, wide, statistics=collect_statistics(model, domain(3)))
-    first = compose_experts(domains.base, domains.files, background=domains.background)
+    first = mixture_of(domains)
     three = compose_experts(
         domains.base, [*domains.files, wide], background=first.background_statistics
     )
     torch.manual_seed(5)
-    again = compose_experts(domains.base, domains.files, background=three.background_statistics)
+    again = mixture_of(domains, background=three.background_statistics)
     assert not differing(first, again)
     for layer in neuron_modules(three).values():
         assert layer.experts.neurons == M + 4

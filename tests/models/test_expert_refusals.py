@@ -20,7 +20,7 @@ from mpoe.models.table import known_type
 from mpoe.models.weight_files import check_links
 from tests.assertions import read_json, refuses, write_json
 
-from .tiny_models import M
+from .tiny_models import M, mixture_of
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_tensors_are_of_the_kinds_that_are_written(domains, whole, tmp_path):
 @pytest.fixture
 def mixture(domains, tmp_path):
     """The folder of a composed mixture."""
-    model = compose_experts(domains.base, domains.files, background=domains.background)
+    model = mixture_of(domains)
     model.save_pretrained(tmp_path / "mix")
     keep_experts(model, tmp_path / "mix")
     shutil.copy(domains.files[0], tmp_path / "secret.expert")

@@ -36,6 +36,7 @@ from .tiny_models import (
     language_model,
     lessons,
     loss,
+    mixture_of,
     stirred,
     tokenizer,
 )
@@ -43,7 +44,7 @@ from .tiny_models import (
 
 @pytest.fixture
 def composed(domains):
-    mixture = compose_experts(domains.base, domains.files, background=domains.background)
+    mixture = mixture_of(domains)
     classes = [
         *(load_expert(file).statistics for file in domains.files),
         mixture.background_statistics,
@@ -88,7 +89,7 @@ def test_worth(domains, composed):
 
 
 def test_worth_without_none(domains):
-    mixture = compose_experts(domains.base, domains.files, none=False, top_k=1)
+    mixture = mixture_of(domains, background=None, none=False, top_k=1)
     assert mixture.background_statistics is None
     classes = [load_expert(file).statistics for file in domains.files]
     found = composed_worth(mixture, classes, {"text": domain(0)})["text"]
@@ -157,10 +158,8 @@ def test_biases_of_several_experts():
 
 def test_texts_refine_the_router(domains, tmp_path):
     texts = {f"domain{number}": domain(number, seed=30) for number in (0, 1)}
-    plain = compose_experts(domains.base, domains.files, background=domains.background)
-    refined = compose_experts(
-        domains.base, domains.files, background=domains.background, texts=texts
-    )
+    plain = mixture_of(domains)
+    refined = mixture_of(domains, texts=texts)
     assert [len(each.statistics["model.layers.0.mlp.vectors"]) for each in refined.composed_of] == [
         32,
         32,
@@ -182,16 +181,14 @@ def test_texts_refine_the_router(domains, tmp_path):
     refuses(
         ValueError,
         "texts must be by names of experts, domain0, domain1; got 'law'",
-        compose_experts,
-        domains.base,
-        domains.files,
-        background=domains.background,
+        mixture_of,
+        domains,
         texts={"law": []},
     )
 
 
 def test_routers_of_neurons_train(domains):
-    mixture = compose_experts(domains.base, domains.files, background=domains.background)
+    mixture = mixture_of(domains)
     before = {name: value.clone() for name, value in mixture.state_dict().items()}
     examples = [domain(0, seed=31), domain(1, seed=31), domains.background]
     losses = train_routers(mixture, examples, 5)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
+from mpoe import MPOEConfig, RouterConfig, compose_experts, convert_to_mpoe
 from mpoe.data import documentation, embedded_tasks
 from mpoe.layers import HiddenFeedForward, MPOCores, NeuronFeedForward
 from mpoe.models.classes import dense_names
@@ -378,6 +378,12 @@ def language_model():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.1)
     return model
+
+
+def mixture_of(domains, **options):
+    """Both experts of the fixture ``domains`` beside its base, and *none*."""
+    given = {"background": domains.background, **options}
+    return compose_experts(domains.base, domains.files, **given)
 
 
 @torch.no_grad()

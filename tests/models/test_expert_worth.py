@@ -22,7 +22,6 @@ from mpoe import (
 from mpoe.config import MPOEConfig
 from mpoe.data.predict import token_losses
 from mpoe.inspection import composed_worth
-from mpoe.models.composition import train_routers
 from mpoe.models.expert_files import made_expert
 from mpoe.models.lora_fit import check_adapter, fit_adapter, is_adapter
 from mpoe.models.walk import neuron_modules
@@ -185,15 +184,6 @@ def test_texts_refine_the_router(domains, tmp_path):
         domains,
         texts={"law": []},
     )
-
-
-def test_routers_of_neurons_train(domains):
-    mixture = mixture_of(domains)
-    before = {name: value.clone() for name, value in mixture.state_dict().items()}
-    examples = [domain(0, seed=31), domain(1, seed=31), domains.background]
-    losses = train_routers(mixture, examples, 5)
-    assert losses[-1] < losses[0]
-    assert differing(before, mixture) == [name for name in before if "router" in name]
 
 
 NETWORK = ["gate_proj", "up_proj", "down_proj"]

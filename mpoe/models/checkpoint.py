@@ -162,14 +162,16 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
 
     Raises:
         TypeError: a model that is not an MPOE model, a path of another type.
-        ValueError: parameters outside the MPOE modules that differ from the base (save with
-            save_pretrained then), a folder that holds a whole model.
+        ValueError: a model without weights, parameters outside the MPOE modules that differ from
+            the base (save with save_pretrained then), a folder that holds a whole model.
         NotADirectoryError: ``path`` is a file, or a link that does not lead to a folder.
     """
     check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
     check_type("path", path, (str, os.PathLike), "a folder's path")
-    dense, name = _base_model(base, type(model))
     state = model.state_dict()
+    if any(value.is_meta for value in state.values()):
+        raise ValueError("model must hold weights; it is on the device meta, without any")
+    dense, name = _base_model(base, type(model))
     theirs = dense.state_dict()
     rest = {n: value for n, value in state.items() if not _is_mpoe(n)}
     differing = [

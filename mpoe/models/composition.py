@@ -177,8 +177,8 @@ def collect_statistics(model: Any, batches: Iterable[Batch], rank: int | None = 
         Tensors by name, see `mpoe.models.composition`.
 
     Raises:
-        TypeError: ``model`` is not an MPOE model, a batch holds no tensors by name, a ``rank`` that
-            is no integer.
+        TypeError: ``model`` is not an MPOE model, ``batches`` are not iterable, a batch holds no
+            tensors by name, a ``rank`` that is no integer.
         ValueError: a model without neurons, no tokens, a negative ``rank``, inputs that are not
             finite.
     """
@@ -190,6 +190,7 @@ def collect_statistics(model: Any, batches: Iterable[Batch], rank: int | None = 
             f"{type(model).__name__}"
         )
     check_finite(model)
+    check_type("batches", batches, Iterable, "an iterable of arguments of the model")
     check_integer("rank", rank, 0, optional=True)
     return _statistics(model, layers, batches, rank)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import check_device, check_plain_memory
@@ -16,7 +17,7 @@ def expert_weights(blocks: MPOBlocks) -> Tensor:
     Differentiable.
 
     Raises:
-        TypeError: ``blocks`` is not an `MPOBlocks`.
+        TypeError: ``blocks`` is not an `MPOBlocks`, or of several dtypes outside of autocast.
         ValueError: its tensors are on several devices, or without their memory.
     """
     check_blocks("blocks", blocks)
@@ -27,6 +28,9 @@ def expert_weights(blocks: MPOBlocks) -> Tensor:
     check_plain_memory("left", left)
     check_plain_memory("central", central)
     check_plain_memory("right", right)
+    dtypes = {part.dtype for part in (left, central, right)}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(left.device.type):
+        raise TypeError(f"left, central and right must be of one dtype; got {dtypes}")
     experts, rows_l, columns_l, _ = left.shape
     _, rows_c, columns_c, bond = central.shape
     _, _, rows_r, columns_r = right.shape

@@ -7,7 +7,8 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
-_PACKAGE_FOLDERS = [Path(__file__).resolve().parents[2] / name for name in ("mpoe", "mpoe_kernels")]
+_PACKAGE = Path(__file__).resolve().parents[1]
+_KERNELS = _PACKAGE.parent / "mpoe_kernels"
 _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
 _RAISE = dis.opmap["RAISE_VARARGS"]
 # The extra of pyproject.toml that a command cannot do without, and its packages.
@@ -53,9 +54,9 @@ def is_on_purpose(error: BaseException) -> bool:
     """Whether the package raised ``error`` deliberately, as a message to the user.
 
     This is true for a `CommandError`, for errors of the system wherever they occur (a full disk, no
-    permission; not for an absent file), and for errors that a ``raise`` in this package began: an
-    exception from inside Python, torch or transformers is a bug, there or here, and keeps its
-    traceback.
+    permission; not for an absent file), for errors that a ``raise`` in this package began, and for
+    a ValueError of the compiled library: an exception from inside Python, torch or transformers is
+    a bug, there or here, and keeps its traceback.
     """
     of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
     if of_the_system or isinstance(error, CommandError):
@@ -66,6 +67,7 @@ def is_on_purpose(error: BaseException) -> bool:
     while entry.tb_next is not None:
         entry = entry.tb_next
     code = entry.tb_frame.f_code
-    is_raised = code.co_code[entry.tb_lasti] == _RAISE
     file = Path(code.co_filename)
-    return is_raised and any(file.is_relative_to(folder) for folder in _PACKAGE_FOLDERS)
+    if code.co_code[entry.tb_lasti] == _RAISE:
+        return any(file.is_relative_to(folder) for folder in (_PACKAGE, _KERNELS))
+    return isinstance(error, ValueError) and file.is_relative_to(_KERNELS)

@@ -51,6 +51,7 @@ def write(folder, name, text):
         ("mpoe_kernels", "raise ValueError('wrong')", True),
         ("mpoe_other", "raise ValueError('wrong')", False),
         ("mpoe/data", "float('wrong')", False),
+        ("mpoe_kernels/routing", "float('wrong')", True),  # as of the compiled library
     ],
 )
 def test_errors_that_this_package_raises_are_meant_for_the_user(folder, line, expected):

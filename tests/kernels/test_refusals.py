@@ -210,6 +210,9 @@ CASES = {
         "in_features must be an integer": lambda: named(ONE, in_features="6"),
         "out_features must be an integer": lambda: named(ONE, out_features=6.0),
         r"blocks must be MPOBlocks .*; got tuple": lambda: expert_weights((1, 2)),
+        "left, central and right must be of one dtype": lambda: expert_weights(
+            replace(ONE, left=ONE.left.half())
+        ),
         # plans
         "num_experts must be an integer; got float 2.0": lambda: plan(num_experts=2.0),
         "shape must be an MPOShape; got str": lambda: plan(shape="paper"),

@@ -89,6 +89,7 @@ def test_round_trip(tmp_path):
     base = dense_model("gpt2")
     base.config._name_or_path = str(tmp_path)  # is nobody else's business
     model = stirred(start_expert(base, M))
+    refuses(TypeError, "batches must be an iterable .*; got int 7", collect_statistics, model, 7)
     statistics = collect_statistics(model, [batch("gpt2")])
     saved = save_expert(
         model, tmp_path / "law.expert", statistics=statistics, training={"data": "laws", "steps": 3}

@@ -1,6 +1,7 @@
 """Round trips of saved models; checkpoints that earlier versions and the original implementation
 saved."""
 
+import copy
 import re
 import shutil
 from pathlib import Path
@@ -133,6 +134,14 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
         save_mpoe_only,
         model,
         7,
+        dense_model("gpt2"),
+    )
+    refuses(
+        ValueError,
+        "model must hold weights; it is on the device meta",
+        save_mpoe_only,
+        copy.deepcopy(model).to("meta"),
+        tmp_path,
         dense_model("gpt2"),
     )
     model.save_pretrained(tmp_path / "model")

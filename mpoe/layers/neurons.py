@@ -251,17 +251,18 @@ class NeuronFeedForward(KeptFeedForward):
             ValueError: the dense module has something else under a name that the layer needs.
         """
         state = vars(self)
+        of_every_module = vars(nn.Module())
         for name, value in vars(dense).items():
-            if isinstance(state.get(name), set):  # of buffers that are not saved
-                state[name].update(value)
-            elif isinstance(state.get(name), dict):  # parameters, buffers, submodules, hooks
-                _check_free(dense, state[name], value)
-                state[name].update(value)
-            elif name not in state:
+            if name not in state:
                 if name != "forward":  # somebody's patch would hide ours
                     setattr(self, name, value)
-            elif name not in vars(nn.Module()):
+            elif name not in of_every_module:
                 _check_free(dense, state, {name: value})
+            elif isinstance(value, dict):  # parameters, buffers, submodules, hooks
+                _check_free(dense, state[name], value)
+                state[name].update(value)
+            elif isinstance(value, set):  # names of buffers that are not saved
+                state[name].update(value)
         # The same object, so that references to it stay. (Type checkers do not know that a class
         # can be hashed, as the key of a cache.)
         self.__class__ = _class_around(type(dense))  # type: ignore[assignment, arg-type]
@@ -345,7 +346,9 @@ def without_experts(model: nn.Module) -> Iterator[None]:
 def _check_free(dense: nn.Module, state: Mapping, others: Mapping) -> None:
     """Refuse what a dense module has under names that the layer has for something else."""
     for name in state.keys() & others.keys():
-        if state[name] is not others[name] and state[name] != others[name]:
+        value = others[name]
+        is_same = state[name] is value or (not isinstance(value, Tensor) and state[name] == value)
+        if not is_same:
             raise ValueError(
                 f"{type(dense).__name__} cannot get neurons: its attribute {name!r} has the name "
                 "of one that the layer needs"

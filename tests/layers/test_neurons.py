@@ -139,7 +139,9 @@ def test_what_the_layer_has_itself_is_not_taken_from_the_dense_network():
     assert "positions" not in module.state_dict()
 
 
-@pytest.mark.parametrize("name, value", [("stream", 3.0), ("experts", nn.Identity())])
+@pytest.mark.parametrize(
+    "name, value", [("stream", 3.0), ("columns", torch.ones(2)), ("experts", nn.Identity())]
+)
 def test_a_dense_network_whose_names_are_taken_is_refused(name, value):
     dense = Ending()
     setattr(dense, name, value)

@@ -1,6 +1,7 @@
 // routed_ffn: a mixture of feed-forward networks for tokens that are not routed yet: the kernels of
 // gating, route, linear_forward (gate, if there is one, and up, whose results are multiplied; then
-// down) and combine, one after another.
+// down) and combine, one after another. The activation is part of the gate's sizes; without a gate,
+// of those of up.
 #include <limits>
 #include <utility>
 
@@ -62,7 +63,7 @@ void routed_ffn(std::string_view weight_dtype,
                 Address y) {
   const bool gated = input_projections.size() == 2;
   require(gated || input_projections.size() == 1, "there must be one projection of x, or two");
-  const Projection gate(input_projections.front());  // or up
+  const Projection gate_or_up(input_projections.front());
   const Projection up(input_projections.back()), down(output_projection);
   const auto [tokens, top_k, capacity] = sizes;
   const Dtype dtype = up.sizes.dtype;
@@ -72,7 +73,7 @@ void routed_ffn(std::string_view weight_dtype,
     return other.experts == experts && other.dtype == dtype && other.dims.in_features == in &&
            other.dims.out_features == out;
   };
-  require(fits(gate.sizes, features, hidden) && fits(down.sizes, hidden, features),
+  require(fits(gate_or_up.sizes, features, hidden) && fits(down.sizes, hidden, features),
           "the projections of a network must fit each other");
   const Router router{dtype, dtype_named(weight_dtype), tokens, features, experts, x, weight};
   require(router.weight_dtype != Dtype::kFloat64, "the router's weight must not be float64");
@@ -102,7 +103,7 @@ void routed_ffn(std::string_view weight_dtype,
     up.run(x, tokens, offsets, token_of_slot.get(), slots, hidden_rows.get());
     if (gated) {
       Buffer<T> gate_rows(slots * hidden);
-      gate.run(x, tokens, offsets, token_of_slot.get(), slots, gate_rows.get());
+      gate_or_up.run(x, tokens, offsets, token_of_slot.get(), slots, gate_rows.get());
       multiply(hidden_rows.get(), gate_rows.get(), slots * hidden);
     }
     down.run(hidden_rows.get(), slots, offsets, nullptr, slots, out.get());

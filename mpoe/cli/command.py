@@ -24,7 +24,7 @@ from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.short_help import COMMANDS, show_short_help
 
 HELP = {"-h", "--help"}
-# what Transformers' parser takes for a flag
+# the words that Transformers' parser takes for the value of a switch
 _BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 # names that other tools have -> ours
 _FOREIGN_NAMES = {
@@ -65,8 +65,8 @@ class Request(NamedTuple):
 
 
 def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) -> Any:
-    """A dataclass field that is an option; the class may have ``LEAST``, the smallest values of
-    some by name.
+    """A dataclass field that is an option; the class may have ``LEAST``, pairs of the name and the
+    smallest value of some.
 
     Args:
         default: its value if it is not given; a list is copied.
@@ -92,7 +92,8 @@ class _Help(argparse.HelpFormatter):
         return ", ".join(name for name in action.option_strings if "-" not in name[2:])
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return f"{action.help or ''}{'' if action.default in (None, []) else ' (%(default)s)'}"
+        default = "" if action.default in (None, [], "") else " (%(default)s)"
+        return f"{action.help or ''}{default}"
 
 
 def make_parser(dataclass_types: Sequence[type], **texts: str) -> argparse.ArgumentParser:
@@ -136,7 +137,7 @@ def _normal(name: str) -> str:
 
 def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Every option by its underscore name, without the dashes."""
-    return {_normal(option): action for option, action in parser._option_string_actions.items()}
+    return {_normal(flag): action for flag, action in parser._option_string_actions.items()}
 
 
 def _is_flag(token: str) -> bool:
@@ -154,9 +155,10 @@ def _tokens_of(file: str | os.PathLike[str], known: Mapping[str, argparse.Action
         if isinstance(value, list) and _normal(name) in known and known[_normal(name)].nargs == "+":
             tokens += [f"--{name}", *map(str, value)]
         else:
-            tokens.append(
-                f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}"
-            )
+            is_nested = isinstance(value, (dict, list))
+            # YAML has dates, JSON none
+            text = json.dumps(value, default=str) if is_nested else value
+            tokens.append(f"--{name}={text}")
     return tokens
 
 
@@ -164,7 +166,7 @@ def parse(
     kinds: Sequence[type],
     flags: Sequence[str],
     config: str | os.PathLike[str] | None = None,
-    most: int = 0,
+    most_words: int = 0,
 ) -> Request:
     """Fill the dataclasses ``kinds`` from a configuration file and flags.
 
@@ -172,7 +174,7 @@ def parse(
         kinds: dataclasses whose fields are the known options; field names must be unique.
         flags: command-line tokens; they override the file.
         config: JSON or YAML file, or None.
-        most: words that are no option's, such as the name of a model.
+        most_words: words that may be no option's, such as the name of a model.
 
     Raises:
         CommandError: unknown option (with similar names), a value of the wrong type (naming file or
@@ -190,17 +192,17 @@ def parse(
     for place, tokens in ((f"{config}: ", of_file), ("", flags)):
         _check_flags(place, tokens, known)
         given |= {known[_normal(token)].dest for token in tokens if _is_flag(token)}
-        if most:
+        if most_words:
             tokens = _with_values(tokens, known)
         try:
-            namespace, stray = parser.parse_known_args(tokens, namespace)
+            namespace, words = parser.parse_known_args(tokens, namespace)
         except CommandError as error:
             raise CommandError(f"{place}{error}") from None
-        if len(stray) > most or any(word.startswith("-") for word in stray):
-            raise CommandError(
-                f"{place}values without an option: {' '.join(map(repr, stray[most:] or stray))}"
-            )
-    return Request(tuple(_build(kind, namespace, given) for kind in kinds), given, stray)
+        stray = [word for word in words if word.startswith("-")] or words[most_words:]
+        if stray:
+            raise CommandError(f"{place}values without an option: {' '.join(map(repr, stray))}")
+    # the flags' words; the file has none
+    return Request(tuple(_build(kind, namespace, given) for kind in kinds), given, words)
 
 
 def _check_flags(place: str, tokens: Sequence[str], known: Mapping[str, argparse.Action]) -> None:
@@ -235,6 +237,7 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
         if values[name] is not None and values[name] < least:
             raise CommandError(f"{name} must be at least {least}; got {values[name]}")
     try:
+        # Transformers prints advice on some values
         with contextlib.redirect_stdout(io.StringIO()):
             return kind(**values)
     except _CONSTRUCTION_ERRORS as error:
@@ -262,7 +265,7 @@ def as_command(
         usage: the usage line, whose second word is the command; default: that of the module's name.
 
     The command raises `CommandError`: see `parse`; also for too few words. Without
-    arguments, one that needs some prints its help.
+    arguments, one that needs some prints its help; one with configurations, the short help.
     """
 
     def declare(body: Callable[[Request], Any]) -> Callable[[Sequence[str]], Any]:
@@ -279,7 +282,8 @@ def as_command(
             if not arguments:  # without Transformers, whose import takes a second
                 return body(Request(tuple(kind() for kind in groups), set()))
             file = arguments[0] if config and not _is_flag(arguments[0]) else None
-            request = parse(groups, arguments[file is not None :], file, words[1])
+            flags = arguments if file is None else arguments[1:]
+            request = parse(groups, flags, file, words[1])
             if len(request.words) < words[0]:
                 needed = "a model first" if words[0] == 1 else "two arguments"
                 raise CommandError(f"{name} needs {needed}: {line} (see mpoe {name} --help)")

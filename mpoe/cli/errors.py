@@ -1,4 +1,4 @@
-"""Errors of the command line: those that the user can fix, and which those are."""
+"""Errors of the command line that the user can fix: raising them, and telling them from bugs."""
 
 import difflib
 import dis
@@ -7,18 +7,15 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_KERNELS = _PACKAGE.parent / "mpoe_kernels"
 _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
 _RAISE = dis.opmap["RAISE_VARARGS"]
-# The extra of pyproject.toml that a command cannot do without, and its packages.
 _FOR_TRAINING = ("train", ("sklearn", "datasets", "matplotlib", "scipy"))
-_FOR_REPORTS = ("report", ("matplotlib", "scipy"))
+# command -> the extra of pyproject.toml that it cannot do without, and its packages
 NEEDED = {
     "train": _FOR_TRAINING,
     "evaluate": ("train", ("sklearn", "datasets")),
-    "compare": _FOR_REPORTS,
-    "inspect": _FOR_TRAINING,  # of data it reads as training does
+    "compare": ("report", ("matplotlib", "scipy")),
+    "inspect": _FOR_TRAINING,  # it reads data as training does
 }
 
 
@@ -54,20 +51,21 @@ def is_on_purpose(error: BaseException) -> bool:
     """Whether the package raised ``error`` deliberately, as a message to the user.
 
     This is true for a `CommandError`, for errors of the system wherever they occur (a full disk, no
-    permission; not for an absent file), for errors that a ``raise`` in this package began, and for
-    a ValueError of the compiled library: an exception from inside Python, torch or transformers is
-    a bug, there or here, and keeps its traceback.
+    permission; not for an absent file), and for errors that a ``raise`` in our packages began. It
+    is also true for every other ValueError out of ``mpoe_kernels``, as those of its compiled
+    library begin in no ``raise`` of Python. An exception from inside Python, torch or transformers
+    is a bug, there or here, and keeps its traceback.
     """
     of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
     if of_the_system or isinstance(error, CommandError):
         return True
     entry = error.__traceback__
-    if entry is None or not isinstance(error, _ON_PURPOSE):
+    # NotImplementedError, a RuntimeError, is never meant for the user
+    if entry is None or not isinstance(error, _ON_PURPOSE) or type(error) is NotImplementedError:
         return False
     while entry.tb_next is not None:
         entry = entry.tb_next
-    code = entry.tb_frame.f_code
-    file = Path(code.co_filename)
-    if code.co_code[entry.tb_lasti] == _RAISE:
-        return any(file.is_relative_to(folder) for folder in (_PACKAGE, _KERNELS))
-    return isinstance(error, ValueError) and file.is_relative_to(_KERNELS)
+    package = entry.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    if entry.tb_frame.f_code.co_code[entry.tb_lasti] == _RAISE:
+        return package in ("mpoe", "mpoe_kernels")
+    return package == "mpoe_kernels" and isinstance(error, ValueError)

@@ -9,7 +9,7 @@ curves."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,19 @@ from mpoe.cli.command import Request, as_command, option
 from mpoe.cli.errors import CommandError, check_files
 from mpoe.cli.evaluate import encode_task, expert_load, padded_batches
 from mpoe.cli.outputs import REPORT_FILE, check_output, write_json
-from mpoe.cli.tasks import DataOptions, data_of_run, resolve
+from mpoe.cli.tasks import SOURCES, DataOptions, data_of_run, resolve
 from mpoe.data.batches import read_batches
 from mpoe.data.encode import Item, encoded_item
 from mpoe.data.task import Task
-from mpoe.inspection import Batches, Route, Worth, bond_spectra, composed_worth, route_text
+from mpoe.inspection import (
+    Batches,
+    BondSpectrum,
+    Route,
+    Worth,
+    bond_spectra,
+    composed_worth,
+    route_text,
+)
 from mpoe.models.card import facts
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, experts_in
 from mpoe.models.report import HEADER, LEGEND, summarize
@@ -32,15 +40,14 @@ from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.models.walk import mpo_modules, routed_layers, short_name
 
 NUMBERS_FILE = "inspect.json"
-Spectra = dict[str, dict[str, list]]  # kind of projection -> layer -> its bonds
 NUM_TOKENS = 2048  # the plans of MPO weights are for a forward pass of so many
 LENGTH = 128  # tokens of an item at most; of tasks that have a length, theirs
 SHOWN_TOKENS = 60  # of an item whose routes are shown because no --text is given
 # A pass over the items counts the load. It shall take about ten seconds of one core.
 LOAD_FLOPS = 6e11
 MOST_ITEMS = 256
-# Every expert is tried alone and left out on every item of --texts. All these passes together
-# shall take about half a minute of one core.
+# To tell experts' worth, every expert is tried alone and left out on every item. All these passes
+# together shall take about half a minute of one core.
 WORTH_FLOPS = 2.5e12
 MOST_ITEMS_OF_FILE = 4
 # How to read a section of the report.
@@ -87,7 +94,9 @@ class InspectOptions:
         "more than about half a minute",
     )
     num_items: int | None = option(
-        None, "at most so many of them, or of each file of --texts; default: by the model's size"
+        None,
+        "at most so many items of the split, or of each file of --texts; default: by the model's "
+        "size",
     )
 
     LEAST = (("num_items", 1),)
@@ -117,20 +126,19 @@ class Subject:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model reads.
+    """What the model reads; nothing if it has no tokenizer or no routers.
 
     Attributes:
-        items: encoded; the load is counted on them, unless the texts are where it is. Routes of the
-            first two are shown if no sentence is given.
+        shown: sentences whose tokens are followed.
         counted: what the load is counted on, in words.
+        items: encoded, of the pass that counts the load; none if the passes over ``texts`` do.
         texts: name -> batches on which experts' worth is told; none if it is not.
-        is_load_of_texts: whether the passes over ``texts`` that tell experts' worth count the load.
     """
 
-    items: list[Item]
-    counted: str
-    texts: Mapping[str, Batches]
-    is_load_of_texts: bool
+    shown: Sequence[str] = ()
+    counted: str = "nothing"
+    items: Sequence[Item] = ()
+    texts: Mapping[str, Batches] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class Findings:
     """What was found about the model.
 
     Attributes:
-        routes: sentence -> the routes of its tokens, by stream.
+        routes: a sentence and the routes of its tokens, by stream.
         load: tokens by layer and expert; empty if they were not counted.
         worth: text -> what each expert is worth on it.
     """
@@ -154,6 +162,7 @@ def command(request: Request) -> None:
     (options, data), (name,) = request.options, request.words
     data, seed, described = data_of_run(name, data, request.given)
     output_dir = options.output_dir
+    # What can be refused is, before the model is loaded.
     check_output("output_dir", output_dir, options.overwrite, "an earlier report", [REPORT_FILE])
     source = models.find(name)
     if not source.is_mpoe:
@@ -163,82 +172,124 @@ def command(request: Request) -> None:
         )
     tokenizer = models.tokenizer_if_any(source)
     is_composed = (Path(name) / EXPERTS_FOLDER).is_dir()
+    if tokenizer is None and (options.text or options.texts):
+        raise CommandError(f"text and texts need a tokenizer; {name} holds none")
     tasks: list[Task] = []
     if options.texts:
-        if not is_composed or source.style != CAUSAL:
-            raise CommandError(
-                "texts are for mixtures that mpoe compose made of experts of a decoder; "
-                f"{name} is of the family {source.model_type}, "
-                f"{'composed' if is_composed else 'not composed'}"
-            )
-        if not tokenizer:
-            raise CommandError(f"texts need a tokenizer; {name} holds none")
-        check_files("texts", options.texts)
+        _check_texts(options.texts, source, is_composed, request.given)
     else:
+        # of an encoder only the inputs are read, as those of an encoder-decoder are
         style = SEQ2SEQ if source.style == ENCODER else source.style
         tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
+        for task in tasks:
+            task.examples(options.split)
     subject = Subject(name, source.style, models.load_model(source), tokenizer, is_composed)
-    if options.texts:
-        reading = _read_files(subject, options)
-    else:
-        is_chosen = bool(data.data_dir or data.tasks or data.task_file)
-        reading = _read_tasks(subject, options, tasks, is_chosen)
-    print(f"{name}: counting {reading.counted}, following tokens, reading bonds", flush=True)
+    are_chosen = any(getattr(data, option_name) for option_name in SOURCES)
+    reading = _read(subject, options, tasks, are_chosen)
+    steps = ["reading bonds"]
+    if reading.shown:
+        steps = [f"counting {reading.counted}", "following tokens", *steps]
+    print(f"{name}: {', '.join(steps)}", flush=True)
     worth = _worth(subject, reading.texts)
-    routes = _routes(subject, options.text, reading.items)
+    routes = [(text, route_text(subject.model, tokenizer, text)) for text in reading.shown]
     _write(output_dir, subject, reading, Findings(routes, _load(subject, reading, worth), worth))
     _print_worth(worth)
-    if subject.is_composed and subject.style == CAUSAL and not worth:
+    if is_composed and source.style == CAUSAL and not worth:
         print("what each expert is worth: give --texts FILE ..., a file of each domain")
     print(f"report and numbers are in {output_dir}; open {output_dir / REPORT_FILE}")
 
 
+def _check_texts(
+    files: Sequence[str], source: models.Source, is_composed: bool, given: set[str]
+) -> None:
+    """Refuse ``--texts`` of other models, beside other items, and files that are not there."""
+    if not is_composed or source.style != CAUSAL:
+        raise CommandError(
+            "texts are for mixtures that mpoe compose made of experts of a decoder; "
+            f"{source.path} is of the family {source.model_type}, "
+            f"{'composed' if is_composed else 'not composed'}"
+        )
+    others = sorted(given & (SOURCES | {"split"}))
+    if others:
+        raise CommandError(f"texts are all that is read; got {', '.join(others)} too")
+    check_files("texts", files)
+
+
+def _read(
+    subject: Subject, options: InspectOptions, tasks: Sequence[Task], are_chosen: bool
+) -> Reading:
+    """The files of ``--texts``, or tasks, which the user or the run may have chosen."""
+    if subject.tokenizer is None or not routed_layers(subject.model):
+        return Reading()
+    if options.texts:
+        return _read_files(subject, options)
+    return _read_tasks(subject, options, tasks, are_chosen)
+
+
 def _read_files(subject: Subject, options: InspectOptions) -> Reading:
-    """The start of every file of ``--texts``."""
-    model = subject.model
-    passes = len(options.texts) * (2 * model.mpoe_config.num_experts + 1)
-    most = options.num_items or _fitting(model, WORTH_FLOPS, passes, LENGTH, MOST_ITEMS_OF_FILE)
+    """The start of every file of ``--texts``, on which worth is told and the load counted."""
+    passes = len(options.texts) * _worth_passes(subject.model)
+    most = options.num_items or _fitting(
+        subject.model, WORTH_FLOPS, passes, LENGTH, MOST_ITEMS_OF_FILE
+    )
     texts = {file: read_batches(file, subject.tokenizer, LENGTH, most) for file in options.texts}
-    items = [{"input_ids": batches[0]["input_ids"][0].tolist()} for batches in texts.values()]
+    first = [batches[0]["input_ids"][0].tolist() for batches in texts.values()]
     count = sum(len(batch["input_ids"]) for batches in texts.values() for batch in batches)
-    return Reading(items, f"{count} items of {', '.join(texts)}", texts, True)
+    return Reading(
+        shown=options.text or _decoded(subject.tokenizer, first[:2]),
+        counted=f"{count} items of {', '.join(texts)}",
+        texts=texts,
+    )
 
 
 def _read_tasks(
-    subject: Subject, options: InspectOptions, tasks: Sequence[Task], is_chosen: bool
+    subject: Subject, options: InspectOptions, tasks: Sequence[Task], are_chosen: bool
 ) -> Reading:
     """Items of a split of the tasks. Experts' worth is told on the sentences of ``--text``, or on
-    the items if the user chose these."""
-    length = LENGTH
-    if subject.style != ENCODER:
-        length = max(task.max_source_length for task in tasks)
-    most = options.num_items or _fitting(subject.model, LOAD_FLOPS, 1, length, MOST_ITEMS)
-    items = _items(subject, options.split, most, tasks) if subject.tokenizer else []
-    counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
-    if not subject.tokenizer:
-        counted = "nothing"
+    the items if these were chosen; the load is counted on the items."""
+    model = subject.model
+    tokenizer = subject.tokenizer
+    tells_worth = subject.is_composed and subject.style != ENCODER
     texts: dict[str, Batches] = {}
-    tells_worth = subject.is_composed and subject.tokenizer and subject.style != ENCODER
-    is_load_of_texts = False
-    if tells_worth and options.text and subject.style == CAUSAL:
-        encoded = subject.tokenizer(options.text)["input_ids"]
-        sentences = [encoded_item(ids, ids) for ids in encoded]
-        texts["the sentences"] = padded_batches(subject.model, sentences, subject.tokenizer)
-    elif tells_worth and items and is_chosen:
-        texts["the items"] = padded_batches(subject.model, items, subject.tokenizer)
-        is_load_of_texts = True
-    return Reading(items, counted, texts, is_load_of_texts)
+    if tells_worth and subject.style == CAUSAL:
+        texts = _sentences(subject, options.text)
+    is_worth_of_items = tells_worth and are_chosen and not texts
+    flops, passes = LOAD_FLOPS, 1
+    if is_worth_of_items:
+        flops, passes = WORTH_FLOPS, _worth_passes(model)
+    length = LENGTH if subject.style == ENCODER else max(map(_longest_item, tasks))
+    most = options.num_items or _fitting(model, flops, passes, length, MOST_ITEMS)
+    tasks = tasks[:most]
+    items = _items(subject, options.split, most, tasks)
+    shown = options.text or _decoded(tokenizer, [item["input_ids"] for item in items[:2]])
+    counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
+    if is_worth_of_items and items:
+        return Reading(shown, counted, texts={"the items": padded_batches(model, items, tokenizer)})
+    return Reading(shown, counted, items, texts)
+
+
+def _sentences(subject: Subject, sentences: Sequence[str]) -> dict[str, Batches]:
+    """Sentences as batches; without those of one token, of which nothing is predicted."""
+    encoded = (subject.tokenizer(text, truncation=True)["input_ids"] for text in sentences)
+    items = [encoded_item(ids, ids) for ids in encoded if len(ids) > 1]
+    if not items:
+        return {}
+    return {"the sentences": padded_batches(subject.model, items, subject.tokenizer)}
+
+
+def _longest_item(task: Task) -> int:
+    """Tokens of its longest item, of running text a block."""
+    if task.kind == "language_modeling":
+        return task.max_source_length
+    return task.max_source_length + task.max_target_length
 
 
 def _items(subject: Subject, split: str, most: int, tasks: Sequence[Task]) -> list[Item]:
-    """At most so many encoded items, of every task as many or one more; an encoder reads only the
-    inputs."""
+    """At most so many encoded items of the tasks, shared out evenly; of an encoder only inputs."""
     tokenizer = subject.tokenizer
     items: list[Item] = []
     for number, task in enumerate(tasks):
         share = math.ceil((most - len(items)) / (len(tasks) - number))
-        if not share:
-            break
         if subject.style == ENCODER:
             sources = [example.source for example in task.examples(split)[:share]]
             cut = {"truncation": True, "max_length": LENGTH, "return_token_type_ids": False}
@@ -260,34 +311,32 @@ def _worth(subject: Subject, texts: Mapping[str, Batches]) -> dict[str, Worth]:
 
 
 def _load(subject: Subject, reading: Reading, worth: Mapping[str, Worth]) -> list[list[int]]:
-    """Tokens by layer and expert; empty without a tokenizer or routers."""
-    if not subject.tokenizer or not routed_layers(subject.model):
-        return []
-    if reading.is_load_of_texts:
+    """Tokens by layer and expert; empty if nothing was read."""
+    if reading.items:
+        return expert_load(subject.model, reading.items, subject.tokenizer)
+    if worth:
         return torch.tensor([result.load for result in worth.values()]).sum(0).tolist()
-    return expert_load(subject.model, reading.items, subject.tokenizer)
+    return []
 
 
-def _routes(
-    subject: Subject, sentences: Sequence[str], items: Sequence[Item]
-) -> list[tuple[str, list[Route]]]:
-    """The routes of sentences; without any, of the first two items."""
-    if not subject.tokenizer or not routed_layers(subject.model):
-        return []
-    shown = sentences or [
-        subject.tokenizer.decode(item["input_ids"][:SHOWN_TOKENS], skip_special_tokens=True)
-        for item in items[:2]
-    ]
-    return [(text, route_text(subject.model, subject.tokenizer, text)) for text in shown]
+def _decoded(tokenizer: Any, rows: Sequence[list[int]]) -> list[str]:
+    """The start of items, as text."""
+    return [tokenizer.decode(ids[:SHOWN_TOKENS], skip_special_tokens=True) for ids in rows]
 
 
 def _print_worth(worth: Mapping[str, Worth]) -> None:
     for text, result in worth.items():
-        worth_table(result, text).show()
+        _worth_table(result, text).show()
         print(
             f"on {result.tokens} tokens the mixture has {result.loss:.3f} nats per token, "
             f"{result.loss - result.oracle:.3f} more than the oracle"
         )
+
+
+def _worth_passes(model: Any) -> int:
+    """Passes over a text that tell the worth of its experts: of the mixture, of every expert alone
+    and without every one."""
+    return 2 * model.mpoe_config.num_experts + 1
 
 
 def _fitting(model: Any, flops: float, passes: int, length: int, most: int) -> int:
@@ -295,7 +344,7 @@ def _fitting(model: Any, flops: float, passes: int, length: int, most: int) -> i
     return max(1, min(most, int(flops / (passes * 2 * length * model.num_parameters()))))
 
 
-def worth_table(worth: Worth, text: str) -> report.Table:
+def _worth_table(worth: Worth, text: str) -> report.Table:
     """Share of the router's weights, loss alone, loss without and what removing adds, by expert."""
     columns = (worth.names, worth.share, worth.alone, worth.removed)
     rows = [
@@ -308,9 +357,9 @@ def worth_table(worth: Worth, text: str) -> report.Table:
     return report.Table(header, rows, f"{text}, {worth.tokens} tokens")
 
 
-def _spectra(model: Any) -> Spectra:
+def _spectra(model: Any) -> report.Spectra:
     """Bonds of MPO weights by kind (up, down, an attention projection's name, ...) and layer."""
-    by_kind: Spectra = {}
+    by_kind: dict[str, dict[str, list[BondSpectrum]]] = {}
     for name, cores in mpo_modules(model):
         layer, _, kind = short_name(name).rpartition(".")
         bonds = bond_spectra(cores)
@@ -331,7 +380,9 @@ def _write(folder: Path, subject: Subject, reading: Reading, findings: Findings)
     report.write_page(folder / REPORT_FILE, f"mpoe inspect: {subject.folder}", sections)
 
 
-def _numbers(subject: Subject, reading: Reading, findings: Findings, spectra: Spectra) -> dict:
+def _numbers(
+    subject: Subject, reading: Reading, findings: Findings, spectra: report.Spectra
+) -> dict:
     routes = [
         {"text": text, "streams": [vars(route) for route in streams]}
         for text, streams in findings.routes
@@ -352,7 +403,9 @@ def _numbers(subject: Subject, reading: Reading, findings: Findings, spectra: Sp
     }
 
 
-def _sections(subject: Subject, reading: Reading, findings: Findings, spectra: Spectra) -> list:
+def _sections(
+    subject: Subject, reading: Reading, findings: Findings, spectra: report.Spectra
+) -> list:
     model = subject.model
     config = model.mpoe_config
     sections = [report.Table((), list(facts(model).items()), kind="text").html()]
@@ -366,7 +419,7 @@ def _sections(subject: Subject, reading: Reading, findings: Findings, spectra: S
         table = report.routes_html(findings.routes, names)
         add("Which expert took which token", _ROUTES_NOTE, table)
     if findings.worth:
-        tables = [worth_table(result, text).section() for text, result in findings.worth.items()]
+        tables = [_worth_table(result, text).section() for text, result in findings.worth.items()]
         add("What each expert is worth", _WORTH_NOTE, *tables)
     if findings.load:
         heat_map = report.load_map(findings.load, _layer_names(model))

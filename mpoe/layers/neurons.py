@@ -21,12 +21,14 @@ from mpoe_kernels import neuron_experts
 from mpoe_kernels.experts import ACTIVATIONS, routed_neurons
 
 START_NOISE = 0.5  # of copied neurons, relative to the standard deviation of the dense network's
+# What a patched or compiled module calls in place of its class's forward: without the experts.
+_OWN_FORWARDS = ("forward", "_compiled_call_impl")
 
 
 class NeuronExperts(FromInitialValues):
-    """m hidden neurons of each of E experts: ``o = [sum_k gate_k act(x P a_e + bias_e) b_e] Q``.
+    """m hidden neurons of each of E experts: ``o = [sum_k gate_k act(x P a_e^T + bias_e) b_e] Q``.
 
-    Without a latent size P and Q are identities. Gated: ``act(x P ag_e + bias_e) * (x P a_e)``.
+    Without a latent size P and Q are identities. Gated: ``act(x P ag_e^T + bias_e) * (x P a_e^T)``.
     Every b_e starts at 0, so that the experts contribute nothing.
 
     Args:
@@ -78,7 +80,8 @@ class NeuronExperts(FromInitialValues):
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
 
         inner = in_features if latent is None else latent
-        self.up, self.down = (new(num_experts, neurons, inner) for _ in range(2))
+        self.up = new(num_experts, neurons, inner)
+        self.down = new(num_experts, neurons, inner)
         self.gate_proj = new(num_experts, neurons, inner) if gated else None
         self.bias = new(num_experts, neurons) if bias else None
         self.latent_in = None if latent is None else new(in_features, latent)
@@ -121,7 +124,8 @@ class NeuronExperts(FromInitialValues):
     def copy_neurons_(
         self, weights: Mapping[str, Tensor], bias: Tensor | None, noise: float
     ) -> None:
-        """Start from random neurons of a dense network, and Gaussian noise so that they differ.
+        """Start from random neurons of a dense network, and Gaussian noise so that they differ;
+        for experts without a latent size.
 
         Args:
             weights: ``up`` and, if gated, ``gate_proj``: ``[I, F]``.
@@ -159,8 +163,8 @@ class NeuronExperts(FromInitialValues):
         """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both
         forwards.
 
-        Returns the result, which is the same, or None with gradients, autocast, a compiler or
-        another dtype of the tokens.
+        Returns the result, which is the same; or None where native code cannot do that (gradients,
+        autocast, a compiler, other devices, dtypes, backends or gates), so that the ops must.
         """
         # as attributes they would be found by nn.Module.__getattr__, which is slow for one token
         parameters: Any = self._parameters
@@ -186,7 +190,7 @@ class NeuronExperts(FromInitialValues):
 
     @torch.no_grad()
     def merged(self) -> NeuronExperts:
-        """The same experts without a latent size: ``a_e <- P a_e``, ``b_e <- b_e Q``, exact up to
+        """The same experts without a latent size: ``a_e <- a_e P^T``, ``b_e <- b_e Q``, exact up to
         rounding."""
         whole = copy.deepcopy(self)
         if self.latent_in is not None and self.latent_out is not None:
@@ -206,15 +210,16 @@ class NeuronExperts(FromInitialValues):
 class NeuronFeedForward(KeptFeedForward):
     """A dense feed-forward network, unchanged, whose result the experts of a token add to.
 
-    `around` turns the dense module into one: an instance of a class below its own, with the same
-    submodules and attributes. Its forward is still the dense module's, so whatever works on that
-    works here.
+    `around` makes it an instance of the dense module's class too, with the same submodules,
+    attributes and hooks. Its forward still calls the dense module's, with the same arguments by
+    position.
 
     Args:
         adds_input: the dense module is not the network itself but the one that ends it, called with
             its input too, and adds that (BERT): ``forward(hidden, x)``.
-        dropout: not used, as the dense network applies its own.
-        output_dropout: of the dense module's result.
+        dropout: not used; the dense network applies its own, and experts have
+            ``config.router.expert_dropout``.
+        output_dropout: rate on the experts' result; the dense network applies its own to its own.
         sizes, options: as in `KeptFeedForward`, with ``config.shape="neurons"``.
     """
 
@@ -235,7 +240,7 @@ class NeuronFeedForward(KeptFeedForward):
         self.output_dropout, self.adds_input = output_dropout, adds_input
 
     def new_experts(self, config: MPOEConfig, options: dict) -> nn.Module:
-        """`NeuronExperts`."""
+        """`NeuronExperts` of ``config.neurons`` each; ``options`` as in `RoutedFeedForward`."""
         assert config.neurons is not None  # settled at construction
         options["bias"] = options["bias"] or config.expert_bias
         options["init_std"] = options["init_std"].get("up")
@@ -250,22 +255,23 @@ class NeuronFeedForward(KeptFeedForward):
         Raises:
             ValueError: the dense module has something else under a name that the layer needs.
         """
+        dense_class: Any = type(dense)
+        neuron_class = _class_around(dense_class)
         state = vars(self)
-        of_every_module = vars(nn.Module())
+        of_every_module = vars(nn.Module()).keys()
         for name, value in vars(dense).items():
-            if name not in state:
-                if name != "forward":  # somebody's patch would hide ours
-                    setattr(self, name, value)
-            elif name not in of_every_module:
-                _check_free(dense, state, {name: value})
-            elif isinstance(value, dict):  # parameters, buffers, submodules, hooks
+            if name in _OWN_FORWARDS:
+                continue
+            if name in ("_parameters", "_buffers", "_modules"):
                 _check_free(dense, state[name], value)
                 state[name].update(value)
-            elif isinstance(value, set):  # names of buffers that are not saved
-                state[name].update(value)
-        # The same object, so that references to it stay. (Type checkers do not know that a class
-        # can be hashed, as the key of a cache.)
-        self.__class__ = _class_around(type(dense))  # type: ignore[assignment, arg-type]
+            elif name in state and name not in of_every_module:
+                _check_free(dense, state, {name: value})
+            else:
+                # Hooks are in the dense module's very dictionaries, so that their handles still
+                # remove them.
+                state[name] = value
+        self.__class__ = neuron_class  # after this, its forward finds the dense module's
         self.adopt(projections)
 
     def forward(
@@ -326,7 +332,7 @@ class NeuronFeedForward(KeptFeedForward):
         # a class that was made here has no name to be found by
         if self.dense_class is None:
             return super().__reduce_ex__(protocol)
-        return _bare, (self.dense_class,), vars(self)
+        return _bare, (self.dense_class,), self.__getstate__()
 
 
 @contextlib.contextmanager
@@ -349,15 +355,26 @@ def _check_free(dense: nn.Module, state: Mapping, others: Mapping) -> None:
         value = others[name]
         is_same = state[name] is value or (not isinstance(value, Tensor) and state[name] == value)
         if not is_same:
-            raise ValueError(
-                f"{type(dense).__name__} cannot get neurons: its attribute {name!r} has the name "
-                "of one that the layer needs"
-            )
+            raise _taken(type(dense), name)
+
+
+def _taken(dense: type[nn.Module], name: str) -> ValueError:
+    return ValueError(
+        f"{dense.__name__} cannot get neurons: its attribute {name!r} has the name of one that the "
+        "layer needs"
+    )
 
 
 @functools.cache
 def _class_around(dense: type[nn.Module]) -> type[nn.Module]:
-    """The class of a `NeuronFeedForward` around a module of class ``dense``."""
+    """The class of a `NeuronFeedForward` around a module of class ``dense``.
+
+    Raises:
+        ValueError: a method of ``dense`` has the name of one of the layer's, which would hide it.
+    """
+    names = set(dir(NeuronFeedForward)) - set(dir(nn.Module))
+    for name in sorted(names.intersection(dir(dense))):
+        raise _taken(dense, name)
     bases = (NeuronFeedForward, dense)
     return type(f"Neuron{dense.__name__}", bases, {"dense_class": dense, "__module__": __name__})
 

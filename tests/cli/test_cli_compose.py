@@ -331,10 +331,11 @@ def test_upload(folder, monkeypatch, capsys):
 def test_what_experts_are_worth(folder, tmp_path, capsys, monkeypatch):
     compose(folder, f"law.expert med.expert --output_dir seen --background none.txt {SMALL}")
     line = f"inspect {folder}/seen --output_dir {tmp_path}/out --num_items 2"
-    assert not run(line)
-    assert (
-        "give --texts FILE" in capsys.readouterr().out
-    )  # of no domain, the default items tell nothing
+    for text in ("", "--text the --overwrite"):  # of one token nothing is predicted
+        assert not run(f"{line} {text}")
+        # of no domain, the default items tell nothing
+        assert "give --texts FILE" in capsys.readouterr().out
+    assert read_json(tmp_path / "out/inspect.json")["routes"][0]["text"] == "the"
     assert not run(f"{line} --overwrite --text 'Return the first item of the list.'")
     assert list(read_json(tmp_path / "out/inspect.json")["worth"]) == ["the sentences"]
     files = [f"{folder}/t0.txt", f"{folder}/t1.txt"]
@@ -343,6 +344,11 @@ def test_what_experts_are_worth(folder, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("mpoe.cli.models.tokenizer_if_any", lambda _: None)
         refuses(CommandError, "texts need a tokenizer; .*seen holds none", run, absent)
+        assert not run(f"{line} --overwrite")
+        assert "seen: reading bonds" in capsys.readouterr().out
+    refuses(
+        CommandError, "texts are all that is read; got tasks too", run, absent, "--tasks doc_lm"
+    )
     assert not run(line, "--overwrite --texts", *files)
     numbers = read_json(tmp_path / "out/inspect.json")
     worth = numbers["worth"]

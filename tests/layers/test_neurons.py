@@ -128,15 +128,45 @@ def test_a_network_that_ends_in_a_module_that_adds_its_input():
 def test_what_the_layer_has_itself_is_not_taken_from_the_dense_network():
     dense = Ending()
     dense.in_features, dense.note = I, "of the dense network"
-    dense.forward = lambda *_: None
+    dense.forward = dense._compiled_call_impl = lambda *_: None
     dense.register_buffer("positions", torch.zeros(2), persistent=False)
+    module = ending_with_experts(dense)
+    assert (module.in_features, module.note) == (I, "of the dense network")
+    assert module(torch.ones(1, F), torch.ones(1, I)) is not None
+    assert "positions" in dict(module.named_buffers())
+    assert "positions" not in module.state_dict()
+
+
+def ending_with_experts(dense):
     config = MPOEConfig(shape="neurons", num_experts=E, neurons=M)
     module = NeuronFeedForward(I, F, config, names={"down": "dense"}, adds_input=True)
     module.around(dense, {"up": nn.Linear(I, F), "down": dense.dense})
-    assert (module.in_features, module.note) == (I, "of the dense network")
-    assert "forward" not in vars(module)
-    assert "positions" in dict(module.named_buffers())
-    assert "positions" not in module.state_dict()
+    return module
+
+
+def test_hooks_of_the_dense_network_are_called_and_can_be_removed():
+    dense = Ending()
+    called = []
+    handles = [
+        dense.register_forward_hook(lambda *_: called.append("forward")),
+        dense.register_full_backward_hook(lambda *_: called.append("backward")),
+    ]
+    module = ending_with_experts(dense)
+    module(torch.randn(1, F, requires_grad=True), torch.randn(1, I)).sum().backward()
+    assert called == ["forward", "backward"]
+    for handle in handles:
+        handle.remove()
+    module(torch.randn(1, F, requires_grad=True), torch.randn(1, I)).sum().backward()
+    assert len(called) == 2
+
+
+def test_a_dense_network_with_a_method_of_the_layers_is_refused():
+    class Casting(Ending):
+        def cast(self, x):
+            return x.double()
+
+    words = "Casting cannot get neurons: its attribute 'cast' has the name of one that the"
+    refuses(ValueError, words, ending_with_experts, Casting())
 
 
 @pytest.mark.parametrize(

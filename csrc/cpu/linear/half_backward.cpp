@@ -33,7 +33,9 @@ BlockDims exchanged(const BlockDims& d) {
 
 // One expert at a time of the plain or of the exchanged problem, as an argument of the forward's
 // classes. They keep a reference to `in`, and `in` points to members of this object: it stays where
-// it is.
+// it is. Of the exchanged problem `set_rows` gives the expert's rows, whose slots start at 0. Of the
+// plain one `in` has the rows of all experts; HalfGradient, which alone reads it, is given the
+// expert's slots.
 template <class T>
 class OneExpert {
  public:
@@ -107,7 +109,8 @@ class HalfBackward {
         x_gradients_(in, /*together=*/true),
         dz_(gemm, in) {
     if (wanted_.x || (wanted_.weight() && weights_exchanged_))
-      exchanged_panels_ = pack_central<T>(gemm, exchanged_dims_, in.central, exchanged_plan_, true);
+      exchanged_panels_ =
+          pack_central<T>(gemm, exchanged_dims_, in.central, exchanged_plan_, /*exchanged=*/true);
     if (wanted_.weight() && !weights_exchanged_)
       plain_panels_ = pack_central<T>(gemm, d_, in.central, plain_plan_);
     if (wanted_.left)
@@ -158,8 +161,8 @@ class HalfBackward {
 
   // Position of pair (iC, jC) of the problem of the weights in central, which is not exchanged.
   int64_t pair_in_central(int64_t pair) const {
-    const BlockDims& d = weight_dims_;
-    return weights_exchanged_ ? pair % d.jC * d.iC + pair / d.jC : pair;
+    const int64_t iC = pair / weight_dims_.jC, jC = pair % weight_dims_.jC;
+    return weights_exchanged_ ? jC * weight_dims_.iC + iC : pair;
   }
 
   // Panels of central^T for the problem of the weights: columns a, inner (iC jC b), b in whole
@@ -179,7 +182,7 @@ class HalfBackward {
   }
 
   void plan_groups() {
-    central_size_ = ceil_divide(d_.iC * d_.jC * plain_plan_.b, kPanel) * d_.a * kPanel;
+    central_size_ = ceil_divide(d_.iC * d_.jC * weight_plan_.b, kPanel) * d_.a * kPanel;
     const int64_t most = wanted_.central ? most_groups<T>(d_, central_size_) : 4 * num_threads();
     const int64_t count = std::min(most, in_.experts);
     for (int64_t g = 0; g < count; ++g)

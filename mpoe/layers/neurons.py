@@ -256,7 +256,7 @@ class NeuronFeedForward(KeptFeedForward):
             ValueError: the dense module has something else under a name that the layer needs.
         """
         dense_class: Any = type(dense)
-        neuron_class = _class_around(dense_class)
+        neuron_class: Any = _class_around(dense_class)
         state = vars(self)
         of_every_module = vars(nn.Module()).keys()
         for name, value in vars(dense).items():

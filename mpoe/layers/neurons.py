@@ -21,7 +21,8 @@ from mpoe_kernels import neuron_experts
 from mpoe_kernels.experts import ACTIVATIONS, routed_neurons
 
 START_NOISE = 0.5  # of copied neurons, relative to the standard deviation of the dense network's
-# What a patched or compiled module calls in place of its class's forward: without the experts.
+# Attributes of a patched or compiled module that it calls in place of its class's forward. They are
+# not taken over, as the experts would not be called.
 _OWN_FORWARDS = ("forward", "_compiled_call_impl")
 
 
@@ -255,22 +256,17 @@ class NeuronFeedForward(KeptFeedForward):
         Raises:
             ValueError: the dense module has something else under a name that the layer needs.
         """
-        dense_class: Any = type(dense)
-        neuron_class: Any = _class_around(dense_class)
+        _check_names(self, dense)
         state = vars(self)
-        of_every_module = vars(nn.Module()).keys()
         for name, value in vars(dense).items():
-            if name in _OWN_FORWARDS:
-                continue
             if name in ("_parameters", "_buffers", "_modules"):
-                _check_free(dense, state[name], value)
                 state[name].update(value)
-            elif name in state and name not in of_every_module:
-                _check_free(dense, state, {name: value})
-            else:
+            elif name not in _OWN_FORWARDS:
                 # Hooks are in the dense module's very dictionaries, so that their handles still
                 # remove them.
                 state[name] = value
+        dense_class: Any = type(dense)
+        neuron_class: Any = _class_around(dense_class)
         self.__class__ = neuron_class  # after this, its forward finds the dense module's
         self.adopt(projections)
 
@@ -316,7 +312,8 @@ class NeuronFeedForward(KeptFeedForward):
         return self.experts.shared
 
     def relative_flops(self, top_k: int) -> float:
-        """1 + k m / F; with a latent size 1 + l / F + k l m / (I F) (gated: 2 l / (3 F))."""
+        """1 + k m / F; with a latent size 1 + l / F + k l m / (I F), where l / F is 2 l / (3 F) if
+        gated."""
         m, latent = self.experts.neurons, self.experts.latent
         if latent is None:
             return 1 + top_k * m / self.hidden_features
@@ -349,32 +346,24 @@ def without_experts(model: nn.Module) -> Iterator[None]:
             layer.adds_experts = added
 
 
-def _check_free(dense: nn.Module, state: Mapping, others: Mapping) -> None:
-    """Refuse what a dense module has under names that the layer has for something else."""
-    for name in state.keys() & others.keys():
-        value = others[name]
-        is_same = state[name] is value or (not isinstance(value, Tensor) and state[name] == value)
-        if not is_same:
-            raise _taken(type(dense), name)
-
-
-def _taken(dense: type[nn.Module], name: str) -> ValueError:
-    return ValueError(
-        f"{dense.__name__} cannot get neurons: its attribute {name!r} has the name of one that the "
-        "layer needs"
-    )
+def _check_names(layer: nn.Module, dense: nn.Module) -> None:
+    """Refuse a dense module that has an attribute, submodule or method under the name of another
+    one of the layer's."""
+    names = set(dir(layer)) & set(dir(dense)) - set(dir(nn.Module()))
+    for name in sorted(names):
+        ours = getattr(layer, name)
+        theirs = getattr(dense, name)
+        is_plain = type(ours) is type(theirs) and not isinstance(ours, Tensor)
+        if ours is not theirs and not (is_plain and ours == theirs):
+            raise ValueError(
+                f"{type(dense).__name__} cannot get neurons: its attribute {name!r} has the name "
+                "of one that the layer needs"
+            )
 
 
 @functools.cache
 def _class_around(dense: type[nn.Module]) -> type[nn.Module]:
-    """The class of a `NeuronFeedForward` around a module of class ``dense``.
-
-    Raises:
-        ValueError: a method of ``dense`` has the name of one of the layer's, which would hide it.
-    """
-    names = set(dir(NeuronFeedForward)) - set(dir(nn.Module))
-    for name in sorted(names.intersection(dir(dense))):
-        raise _taken(dense, name)
+    """The class of a `NeuronFeedForward` around a module of class ``dense``."""
     bases = (NeuronFeedForward, dense)
     return type(f"Neuron{dense.__name__}", bases, {"dense_class": dense, "__module__": __name__})
 

@@ -170,7 +170,15 @@ def test_a_dense_network_with_a_method_of_the_layers_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name, value", [("stream", 3.0), ("columns", torch.ones(2)), ("experts", nn.Identity())]
+    "name, value",
+    [
+        ("stream", 3.0),
+        ("columns", torch.ones(2)),
+        ("experts", nn.Identity()),
+        ("router", 4),
+        ("output_dropout", nn.Dropout(0.1)),
+        ("cast", True),
+    ],
 )
 def test_a_dense_network_whose_names_are_taken_is_refused(name, value):
     dense = Ending()

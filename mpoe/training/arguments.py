@@ -1,5 +1,6 @@
 """`MPOETrainingArguments`: the Hugging Face Trainer's arguments and those of MPO experts."""
 
+import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -130,7 +131,9 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             check_seed("data_seed", self.data_seed)
         mask = GradientMask(None, self.gradient_mask_prob, self.mask_seed)
         self.gradient_mask_prob = mask.probability
-        # Configuration files may hold lists or a bare number; the stored value is always text.
+        # Configuration files may hold lists or a bare number; the stored value is always text, but
+        # that of the Trainer's argument.
+        self.report_to = _as_list(self.report_to)
         self.update_mpo_layer = _as_text(self.update_mpo_layer)
         self.train_AT_index = _as_text(self.train_AT_index)
         parse_components(self.update_mpo_layer)
@@ -185,7 +188,14 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         return self.seed if self.gradient_mask_seed is None else self.gradient_mask_seed
 
 
+def _as_list(value: Any) -> Any:
+    """The value; a list of a configuration file, which arrives as JSON, as a list."""
+    is_json = isinstance(value, str) and value.startswith("[")
+    return json.loads(value) if is_json else value
+
+
 def _as_text(value: object) -> str | None:
+    value = _as_list(value)
     if value is None or isinstance(value, str):
         return value
     return ",".join(map(str, value)) if isinstance(value, Iterable) else str(value)

@@ -36,6 +36,12 @@ def test_defaults():
     assert args.ddp_find_unused_parameters is None
 
 
+def test_lists_of_configuration_files():
+    args = made(report_to='["wandb"]', update_mpo_layer='["mlp"]', train_AT_index="[0, 1]")
+    assert args.report_to == ["wandb"]
+    assert (args.update_mpo_layer, args.train_AT_index) == ("mlp", "0,1")
+
+
 def test_regime_and_overrides():
     assert made(regime="scratch").lr_scales == (1.0, 0.1)
     args = made(regime="scratch", auxiliary_lr_scale=0.2, seed=7)

@@ -160,7 +160,6 @@ class Findings:
 def command(request: Request) -> None:
     """Inspect the model; write the numbers and, last, the report."""
     (options, data), (name,) = request.options, request.words
-    data, seed, described = data_of_run(name, data, request.given)
     output_dir = options.output_dir
     # What can be refused is, before the model is loaded.
     check_output("output_dir", output_dir, options.overwrite, "an earlier report", [REPORT_FILE])
@@ -178,6 +177,7 @@ def command(request: Request) -> None:
     if options.texts:
         _check_texts(options.texts, source, is_composed, request.given)
     else:
+        data, seed, described = data_of_run(name, data, request.given)
         # of an encoder only the inputs are read, as those of an encoder-decoder are
         style = SEQ2SEQ if source.style == ENCODER else source.style
         tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
@@ -202,16 +202,19 @@ def command(request: Request) -> None:
 def _check_texts(
     files: Sequence[str], source: models.Source, is_composed: bool, given: set[str]
 ) -> None:
-    """Refuse ``--texts`` of other models, beside other items, and files that are not there."""
+    """Refuse ``--texts`` of other models, beside options of other items, files that are not there
+    or named twice."""
     if not is_composed or source.style != CAUSAL:
         raise CommandError(
             "texts are for mixtures that mpoe compose made of experts of a decoder; "
             f"{source.path} is of the family {source.model_type}, "
             f"{'composed' if is_composed else 'not composed'}"
         )
-    others = sorted(given & (SOURCES | {"split"}))
+    others = sorted(given & {"split", *vars(DataOptions())})
     if others:
         raise CommandError(f"texts are all that is read; got {', '.join(others)} too")
+    if len(set(files)) < len(files):
+        raise CommandError(f"texts must be different files; got {', '.join(files)}")
     check_files("texts", files)
 
 

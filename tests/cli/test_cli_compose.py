@@ -346,9 +346,11 @@ def test_what_experts_are_worth(folder, tmp_path, capsys, monkeypatch):
         refuses(CommandError, "texts need a tokenizer; .*seen holds none", run, absent)
         assert not run(f"{line} --overwrite")
         assert "seen: reading bonds" in capsys.readouterr().out
-    refuses(
-        CommandError, "texts are all that is read; got tasks too", run, absent, "--tasks doc_lm"
-    )
+    for option in ("tasks doc_lm", "n_val 2", "split test"):
+        message = f"texts are all that is read; got {option.split()[0]} too"
+        refuses(CommandError, message, run, absent, f"--{option}")
+    twice = [files[0], files[0]]
+    refuses(CommandError, "texts must be different files", run, line, "--overwrite --texts", *twice)
     assert not run(line, "--overwrite --texts", *files)
     numbers = read_json(tmp_path / "out/inspect.json")
     worth = numbers["worth"]

@@ -10,6 +10,7 @@ split into the test split.
 
 import ast
 import functools
+import gc
 import hashlib
 import inspect
 import re
@@ -84,6 +85,18 @@ def load_documentation(split: str) -> tuple[DocRecord, ...]:
 
 @functools.cache
 def _corpus() -> tuple[DocRecord, ...]:
+    """All splits. Syntax trees have millions of nodes and no cycles; looking for some among them
+    takes longer than parsing."""
+    is_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _read_corpus()
+    finally:
+        if is_collecting:
+            gc.enable()
+
+
+def _read_corpus() -> tuple[DocRecord, ...]:
     library = Path(sysconfig.get_path("stdlib"))
     records = list(read_package(library, prefix=""))
     if not records:

@@ -153,7 +153,10 @@ def _tokens_of(file: str | os.PathLike[str], known: Mapping[str, argparse.Action
         if value is None:
             continue
         if isinstance(value, list) and _normal(name) in known and known[_normal(name)].nargs == "+":
-            tokens += [f"--{name}", *map(str, value)]
+            words = list(map(str, value))
+            for word in filter(_is_flag, words):
+                raise ValueError(f"{file}: {name} must not hold an option; got {word!r}")
+            tokens += [f"--{name}", *words]
         else:
             is_nested = isinstance(value, (dict, list))
             # YAML has dates, JSON none

@@ -138,6 +138,7 @@ def test_flags_that_are_refused(flags, message):
         ("c.yaml", "steps: many\n", r"c\.yaml: argument --steps: invalid int value: 'many'"),
         ("c.yaml", "tasks: []\n", r"c\.yaml: argument --tasks: expected at least one argument"),
         ("c.yaml", "tasks: [a, -x]\n", r"c\.yaml: values without an option: '-x'"),
+        ("c.yaml", "tasks: [a, --fast]\n", r"c\.yaml: tasks must not hold an option; got '--fast'"),
         ("c.json", '{"steps": 3,\n "rate": }', r"c\.json, line 2, column 10: bad JSON"),
         ("c.yaml", "steps: 3\nrate: [1, 2\nfast: true\n", r"c\.yaml, line 3, column 5: bad YAML"),
         ("c.yaml", "- a\n- b\n", "expected a mapping of names to values; got list"),

@@ -22,6 +22,9 @@ from mpoe_kernels.linear.op import ACTIVATIONS, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_like, name_of
 
+# What the library computes without Python in between.
+IN_ONE_CALL = ("native separable", "native rebuild", "native half_left", "native chain")
+
 
 class Rule(NamedTuple):
     """How a router distributes tokens.
@@ -116,7 +119,7 @@ def routed_ffn(
         if not all(block.dtype == x.dtype for block in call.blocks):
             return None
         candidate = chosen_for("grouped_mpo_linear", call, call.slots, ALL_GRADIENTS, False)
-        if candidate.backend != "native" or candidate.strategy == "half_right":
+        if candidate.text not in IN_ONE_CALL:
             return None
         left, central, right = dense_blocks(call)
         if bias is not None:

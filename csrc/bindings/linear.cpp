@@ -1,6 +1,10 @@
 // linear_forward and linear_backward: checks, and the kernels of cpu/linear/linear.h.
 #include "bindings/linear.h"
 
+#include <pybind11/functional.h>
+
+#include <optional>
+
 namespace mpoe {
 
 LinearInputs LinearSizes::inputs(const void* x,
@@ -98,6 +102,22 @@ void require_rows(Address rows, int64_t slots, int64_t tokens) {
     require(slots == tokens, "without row_index there must be as many slots as rows of x");
 }
 
+// The product with central by the caller: a function, and the addresses of t, dh and dt of
+// CentralProduct.
+using GivenProduct = std::optional<std::pair<std::function<void()>, Addresses<3>>>;
+
+std::optional<CentralProduct> checked_product(const LinearSizes& sizes, GivenProduct& given) {
+  if (!given)
+    return std::nullopt;
+  const int64_t unit = gemm_kernels(sizes.dtype).unit;
+  require(sizes.is_separable(), "only strategy separable takes a product with central");
+  require(sizes.dims.a * sizes.dims.iC % unit == 0 && sizes.dims.b % unit == 0,
+          "a product with central needs rows of whole units of ",
+          unit);
+  const auto [t, dh, dt] = given->second;
+  return CentralProduct{std::move(given->first), t, dh, dt};
+}
+
 // x: [tokens, in_features]; blocks: left [experts, iL, jL, a], central [a, iC, jC, b], right
 // [experts, b, iR, jR]; offsets: [experts + 1]; rows: int64 [slots], none: slot s reads row s;
 // bias: [out_features] or none. Results: y [slots, out_features]; h [slots * jC, b], only by
@@ -113,11 +133,16 @@ void bound_linear(const LinearSizes& sizes,
                   Address bias,
                   Address y,
                   Address h,
-                  Address z) {
+                  Address z,
+                  GivenProduct given) {
   const auto checked = checked_offsets(offsets, offset_bytes, sizes.experts, slots);
   require_rows(rows, slots, tokens);
+  const std::optional<CentralProduct> product = checked_product(sizes, given);
   require(!h.is_given() || sizes.is_separable(), "only strategy separable saves its central step");
-  const LinearInputs inputs = sizes.inputs(x, tokens, blocks, checked, rows, slots);
+  require(!product || (product->t != nullptr && h.is_given()),
+          "a product with central needs memory for its rows");
+  LinearInputs inputs = sizes.inputs(x, tokens, blocks, checked, rows, slots);
+  inputs.product = product ? &*product : nullptr;
   sizes.strategy->forward({inputs, bias, y, h, z});
 }
 
@@ -135,10 +160,15 @@ void bound_linear_backward(const LinearSizes& sizes,
                            Address grad,
                            Address h,
                            Address saved,
-                           const Addresses<5>& results) {
+                           const Addresses<5>& results,
+                           GivenProduct given) {
   const auto checked = checked_offsets(offsets, offset_bytes, sizes.experts, slots);
   require_rows(rows, slots, tokens);
-  const LinearInputs inputs = sizes.inputs(x, tokens, blocks, checked, rows, slots);
+  const std::optional<CentralProduct> product = checked_product(sizes, given);
+  require(!product || (product->t != nullptr && product->dh != nullptr && product->dt != nullptr),
+          "a product with central needs memory for its rows");
+  LinearInputs inputs = sizes.inputs(x, tokens, blocks, checked, rows, slots);
+  inputs.product = product ? &*product : nullptr;
   const auto [dx, dleft, dcentral, dright, dbias] = results;
   sizes.strategy->backward({inputs, grad, h, saved, dx, dleft, dcentral, dright, dbias});
 }

@@ -23,7 +23,7 @@ from mpoe_kernels.contract.program import ALL_GRADIENTS, Need
 
 STRATEGIES_TIMED = 2
 BACKENDS_TIMED = 2
-MOST_TIMED = 4
+MOST_TIMED = 5
 
 
 class Problem(NamedTuple):

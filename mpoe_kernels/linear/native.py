@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import Candidate
+from mpoe_kernels.checks import no_autocast
 from mpoe_kernels.contract.orders import BlockDims, exchanged, meets_half_first
 from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.linear.gradients import Backward, Forward
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 # As csrc/bindings/linear.cpp numbers them.
 OPERANDS = ("L", "C", "R")
 DTYPES = (torch.float32, torch.bfloat16)
+AROUND_PRODUCT = "separable around PyTorch's product"
 
 
 def contraction_reasons(plan: Contraction) -> list[str]:
@@ -112,13 +115,37 @@ def _inputs(call: LinearCall) -> _Inputs:
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """The kernels of the plan's strategy; half_right is the half_left of a mirrored problem."""
-    run = linear_forward if plan.phase == "forward" else linear_backward
-    return [Candidate("native", plan.strategy, plan.strategy, run)]
+    """The kernels of the plan's strategy; half_right is the half_left of a mirrored problem. Of a
+    separable shape also with PyTorch's product with the shared block, which is faster on some
+    processors."""
+    run: Callable = linear_forward if plan.phase == "forward" else linear_backward
+    offered = [Candidate("native", plan.strategy, plan.strategy, run)]
+    if plan.strategy == "separable" and may_take_product(plan.dims, plan.dtype):
+        around = partial(run, around_product=True)
+        offered.append(Candidate("native", AROUND_PRODUCT, plan.strategy, around))
+    return offered
 
 
-def linear_forward(call: ForwardCall) -> Forward:
-    """``(y, h, z)``, see `ForwardCall`."""
+def may_take_product(dims: BlockDims, dtype: torch.dtype) -> bool:
+    """Whether rows beside the shared block are whole units of the kernels, pairs of bfloat16."""
+    unit = 4 // dtype.itemsize
+    return dims.a * dims.iC % unit == 0 and dims.b % unit == 0
+
+
+def _product(multiply: Callable[[], object], *rows: Tensor) -> tuple[Callable, list[int]]:
+    """As the library takes it: what it calls, and t, dh and dt."""
+
+    def multiply_without_gradient() -> None:
+        # a parameter may not be multiplied into given memory otherwise
+        with torch.no_grad(), no_autocast(torch.device("cpu")):
+            multiply()
+
+    addresses = [row.data_ptr() for row in rows]
+    return multiply_without_gradient, addresses + [0] * (3 - len(rows))
+
+
+def linear_forward(call: ForwardCall, around_product: bool = False) -> Forward:
+    """``(y, h, z)``, see `ForwardCall`; ``around_product``: PyTorch multiplies with central."""
     if call.strategy == "half_right":
         return mirrored_forward(call, linear_forward)
     inputs = _inputs(call)
@@ -128,20 +155,32 @@ def linear_forward(call: ForwardCall) -> Forward:
     if call.bias is not None:
         bias = dense("bias", call.bias)
     y = x.new_empty(slots, call.out_features)
+    dims = call.dims
     h = x.new_empty(0)
-    if call.saves_h:
-        h = x.new_empty(slots * call.dims.jC, call.dims.b)
+    if call.saves_h or around_product:
+        h = x.new_empty(slots * dims.jC, dims.b)
+    product = None
+    filled = int(call.expert_offsets[-1])
+    if around_product and filled:
+        t = x.new_empty(slots, dims.a * dims.iC)
+        after = h.view(slots, dims.jC * dims.b)[:filled]
+        central = inputs.operands[2].view(t.shape[1], after.shape[1])
+        multiply = partial(torch.mm, t[:filled], central, out=after)
+        product = _product(multiply, t)
     z = x.new_empty(0)
     if call.saves_z:
         z = torch.empty_like(y)
     # An empty tensor has address 0, which the library reads as "not saved".
     results = (y.data_ptr(), h.data_ptr(), z.data_ptr())
-    NATIVE_LIBRARY.functions.linear_forward(*inputs.arguments, address(bias), *results)
+    NATIVE_LIBRARY.functions.linear_forward(*inputs.arguments, address(bias), *results, product)
+    if not call.saves_h:
+        h = x.new_empty(0)
     return y, h, z
 
 
-def linear_backward(call: BackwardCall) -> Backward:
-    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+def linear_backward(call: BackwardCall, around_product: bool = False) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`; ``around_product``: PyTorch
+    multiplies with central."""
     if call.strategy == "half_right":
         return mirrored_backward(call, linear_backward)
     inputs = _inputs(call)
@@ -167,6 +206,22 @@ def linear_backward(call: BackwardCall) -> Backward:
         address(saved),
         [result.data_ptr() for result in results],
     )
-    NATIVE_LIBRARY.functions.linear_backward(*inputs.arguments, *memory)
     dx, dleft, dcentral, dright, dbias = results
+    product = None
+    filled = int(call.expert_offsets[-1])
+    if around_product and filled:
+        central = inputs.operands[2].flatten(0, 1).flatten(1)
+        t = x.new_empty(slots, central.shape[0])
+        dh = x.new_empty(slots, central.shape[1])
+        dt = torch.empty_like(t)
+        needs_x, needs_left, needs_central, _ = needed
+
+        def multiply() -> None:
+            if needs_central:
+                torch.mm(t[:filled].T, dh[:filled], out=dcentral.view_as(central))
+            if needs_x or needs_left:
+                torch.mm(dh[:filled], central.T, out=dt[:filled])
+
+        product = _product(multiply, t, dh, dt)
+    NATIVE_LIBRARY.functions.linear_backward(*inputs.arguments, *memory, product)
     return dx, dleft, dcentral, dright, dbias

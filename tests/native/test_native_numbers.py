@@ -1,7 +1,7 @@
 """What the native library computes: the chain's order, few rows of hidden experts, rounding to two
 bytes, widths of integers."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import permutations
 
 import pytest
@@ -10,9 +10,10 @@ from mpoe_bench.cases import random_blocks
 from torch.testing import assert_close
 
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, route
-from mpoe_kernels.contract import BlockDims
+from mpoe_kernels.contract import BlockDims, Contraction
 from mpoe_kernels.linear import native
-from mpoe_kernels.linear.native import linear_forward
+from mpoe_kernels.linear.native import AROUND_PRODUCT, linear_backward, linear_forward
+from mpoe_kernels.linear.op import BackwardCall, LinearCall
 from tests.cases import in_half_precision, in_two_dtypes, named_cases
 from tests.expert_problems import HiddenProblem
 
@@ -53,6 +54,88 @@ def test_a_chain_takes_the_order_that_it_is_given(order, monkeypatch):
         assert torch.equal(y, planned)
     else:
         assert not torch.equal(y, planned)
+
+
+PRODUCT_SHAPES = {
+    "few rows of t": MPOShape.separable(96, 200),
+    "padded sides": MPOShape((8, 13, 1), (1, 7, 10), max_bond=6, in_features=100, out_features=68),
+}
+
+
+def separable_calls(shape, dtype, counts, activation):
+    """A forward that saves, and the backward of its results for given needs."""
+    torch.manual_seed(0)
+    experts = len(counts)
+    blocks = random_blocks(shape, experts, dtype)
+    slots = sum(counts) + 2  # two belong to no expert
+    tokens = slots + 1
+    forward = forward_call(
+        x=torch.randn(tokens, shape.in_features, dtype=dtype),
+        left=blocks.left,
+        central=blocks.central,
+        right=blocks.right,
+        expert_offsets=torch.tensor([0, *counts]).cumsum(0),
+        bias=torch.randn(shape.out_features, dtype=dtype),
+        row_index=torch.randint(tokens, (slots,)),
+        in_features=shape.in_features,
+        out_features=shape.out_features,
+        activation=activation,
+    )
+    shared = {field.name: getattr(forward, field.name) for field in fields(LinearCall)}
+    grad = torch.randn(slots, shape.out_features, dtype=dtype)
+
+    def backward(need):
+        y, h, z = linear_forward(forward)
+        saved = y if activation == "relu" else z
+        return BackwardCall(**shared, grad=grad, h=h, saved=saved, need=need)
+
+    return forward, backward
+
+
+@in_two_dtypes
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES.values(), ids=PRODUCT_SHAPES)
+@pytest.mark.parametrize("counts", [(0, 150, 1, 40), (0, 0), (3,)], ids=str)
+def test_the_product_with_central_may_be_pytorchs(shape, counts, dtype):
+    forward, backward = separable_calls(shape, dtype, counts, "gelu")
+    expected = linear_forward(forward)
+    found = linear_forward(forward, around_product=True)
+    # sums over slots in another order
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-4
+    close = {"rtol": tolerance, "atol": tolerance}
+    for name, values, wanted in zip(("y", "h", "z"), found, expected, strict=True):
+        assert_close(values, wanted, **close, msg=f"{name}: ".__add__)
+    plain = linear_forward(replace(forward, save=False), around_product=True)
+    assert torch.equal(plain[0], found[0])
+    assert plain[1].numel() == 0
+    for wanted_gradient in (range(5), [0], [1], [2], [3], [0, 2]):
+        need = [position in wanted_gradient for position in range(5)]
+        expected = linear_backward(backward(need))
+        found = linear_backward(backward(need), around_product=True)
+        for position, (values, wanted) in enumerate(zip(found, expected, strict=True)):
+            case = f"{need}, gradient {position}: "
+            assert_close(values, wanted, **close, msg=case.__add__)
+
+
+def test_the_product_with_central_is_a_candidate_of_whole_units():
+    def names(shape, dtype):
+        plan = Contraction("separable", BlockDims.of_shape(shape), 2, 64, dtype, "forward")
+        return [candidate.name for candidate in native.candidates(plan)]
+
+    odd = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
+    even = PRODUCT_SHAPES["padded sides"]
+    assert names(odd, torch.float32) == ["separable", AROUND_PRODUCT]
+    assert names(even, torch.bfloat16) == ["separable", AROUND_PRODUCT]
+    assert names(odd, torch.bfloat16) == ["separable"]
+
+
+def test_the_product_with_central_knows_neither_gradients_nor_autocast():
+    forward, _ = separable_calls(PRODUCT_SHAPES["few rows of t"], torch.float32, (3, 4), "none")
+    expected = linear_forward(forward, around_product=True)
+    forward.central.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_forward(forward, around_product=True)
+    assert torch.equal(found[0], expected[0])
+    assert not found[0].requires_grad
 
 
 # With no more rows than this, an expert's block is read in place, not packed (kFewHiddenRows in

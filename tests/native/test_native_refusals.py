@@ -115,6 +115,27 @@ def test_separable_needs_separable_blocks():
     refuses_plainly("strategy separable needs blocks with jL = iR = 1", linear_forward, call)
 
 
+@pytest.mark.parametrize(
+    "shape, strategy, dtype, message",
+    [
+        (SHAPE, "rebuild", torch.float32, "only strategy separable takes a product with central"),
+        (SHAPE, "separable", torch.bfloat16, "needs rows of whole units of 2"),
+    ],
+    ids=["another strategy", "odd rows of bfloat16"],
+)
+def test_a_product_with_central_is_refused(shape, strategy, dtype, message):
+    blocks = random_blocks(shape, 2, dtype)
+    call = forward_call(
+        x=torch.randn(3, shape.in_features, dtype=dtype),
+        left=blocks.left[..., :1].contiguous(),
+        central=blocks.central[:1, ..., :1].contiguous(),
+        right=blocks.right[:, :1].contiguous(),
+        strategy=strategy,
+        save=False,
+    )
+    refuses_plainly(message, linear_forward, call, around_product=True)
+
+
 @named_cases(
     "kernel, make_call, changes, message",
     {
@@ -185,14 +206,27 @@ def raw_sizes(*, chain=(0, 1, 2)):
     return make("float32", "none", "separable", 2, dims, chain, False, False)
 
 
-def raw_linear_forward(*, slots=1, offset_bytes=4):
+def raw_linear_forward(*, slots=1, offset_bytes=4, product=None):
     """One row of x without a row_index, and no slot of any expert."""
     sizes = raw_sizes(), 1, slots, offset_bytes
     x = rows = bias = y = h = z = None
     blocks = [None] * 3
     offsets = torch.zeros(3, dtype=torch.int32)
     forward = NATIVE_LIBRARY.functions.linear_forward
-    forward(*sizes, x, blocks, offsets.data_ptr(), rows, bias, y, h, z)
+    forward(*sizes, x, blocks, offsets.data_ptr(), rows, bias, y, h, z, product)
+
+
+def raw_linear_backward(*, product):
+    """The same, with no gradient wanted."""
+    offsets = torch.zeros(3, dtype=torch.int32)
+    sizes = raw_sizes(), 1, 1, offsets.itemsize
+    x = rows = grad = h = saved = None
+    backward = NATIVE_LIBRARY.functions.linear_backward
+    memory = x, [None] * 3, offsets.data_ptr(), rows, grad, h, saved
+    backward(*sizes, *memory, [None] * 5, product)
+
+
+NO_PRODUCT = (lambda: None, [None] * 3)
 
 
 def raw_routed_ffn(*, projections=1, experts_of_down=1, top_k=1):
@@ -235,6 +269,8 @@ def raw_best_experts(*, top_k):
         (raw_sizes, "chain", [0, 0, 2], "the chain must meet left, central and right once each"),
         (raw_linear_forward, "offset_bytes", 2, "must be int32 or int64"),
         (raw_linear_forward, "slots", 2, "as many slots as rows of x"),
+        (raw_linear_forward, "product", NO_PRODUCT, "needs memory for its rows"),
+        (raw_linear_backward, "product", NO_PRODUCT, "needs memory for its rows"),
         (raw_routed_ffn, "projections", 0, "one projection of x, or two"),
         (raw_routed_ffn, "experts_of_down", 2, "the projections of a network must fit each other"),
         (raw_routed_ffn, "top_k", -1, r"top_k must lie in 1\.\.1; got -1"),

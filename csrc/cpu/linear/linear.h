@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 
 #include "common/types.h"
 #include "cpu/gemm/gemm.h"
@@ -35,6 +36,17 @@ struct ProductOrder {
   bool half_first, exchanged_half_first;
 };
 
+// The products with central of a separable shape, made by the caller between the steps before and
+// after them, on rows in the order of central's matrix [a iC, jC b]: of the forward h = t central;
+// of the backward dcentral = t^T dh and dt = dh central^T, whichever are wanted. a iC and b are
+// whole units (gemm.h).
+struct CentralProduct {
+  std::function<void()> multiply;
+  void* t;   // [N, a iC]: after left
+  void* dh;  // [N, jC b]: the gradient before right; backward only
+  void* dt;  // [N, a iC]: the gradient after left; backward only
+};
+
 struct LinearInputs {
   Dtype dtype;
   BlockDims dims;
@@ -49,6 +61,7 @@ struct LinearInputs {
   const int64_t* row_index;  // [N], each in 0..T-1; null: slot s reads row s
   int64_t slots;             // N
   Activation activation;
+  const CentralProduct* product = nullptr;  // null: by the kernels here
 
   int64_t filled() const { return offsets[experts]; }
   // Slots of an expert.
@@ -64,7 +77,8 @@ struct LinearInputs {
 struct LinearForward : LinearInputs {
   const void* bias;  // [F] or null
   void* y;           // [N, F]; slots past the last offset become zero
-  void* h;           // [N * jC, b]: result of the central step of a separable shape, or null
+  void* h;           // [N * jC, b]: result of the central step of a separable shape, or null if
+                     // neither the caller nor its product wants it
   void* saved;       // [N, F]: pre-activation, or null
 };
 

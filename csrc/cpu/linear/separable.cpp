@@ -211,21 +211,50 @@ void central_of_few(
   });
 }
 
+// The left step of all slots, then `central`, then the right step. Rows t are in the order of
+// central's, `t_row` apart; block_bytes: see for_slot_blocks.
+template <class T, class Central>
+void forward_in_order(const GemmKernels& gemm,
+                      const LinearForward& in,
+                      const SeparableSizes& sizes,
+                      T* t,
+                      int64_t t_row,
+                      T* h,
+                      int64_t block_bytes,
+                      const Central& central) {
+  const BlockDims& d = in.dims;
+  for_slot_blocks(in.filled(), block_bytes, [&](Span block) {
+    left_step_in_order<T>(gemm, in, sizes, block, nullptr, t + block.first * t_row, t_row);
+  });
+  central();
+  const BiasRows<T> bias(in);
+  const OutputStep<T> step{gemm, in, sizes, nullptr, bias};
+  const int64_t h_row = d.jC * d.b;
+  for_slot_blocks(in.filled(), block_bytes, [&](Span block) {
+    step.right_step(block, {0, d.jC}, h + block.first * h_row, d.b);
+  });
+}
+
 template <class T>
 void forward_of_few(const GemmKernels& gemm, const LinearForward& in, const SeparableSizes& sizes) {
   const BlockDims& d = in.dims;
-  const int64_t filled = in.filled(), h_row = d.jC * d.b, t_row = row_stride(gemm, d.a * d.iC);
-  Buffer<T> t(filled * t_row), own_h(in.h == nullptr ? filled * h_row : 0);
+  const int64_t filled = in.filled(), t_row = row_stride(gemm, d.a * d.iC);
+  Buffer<T> t(filled * t_row), own_h(in.h == nullptr ? filled * d.jC * d.b : 0);
   T* h = in.h == nullptr ? own_h.get() : static_cast<T*>(in.h);
-  parallel_for(filled, 1, [&](int64_t begin, int64_t end) {
-    left_step_of_few<T>(gemm, in, sizes, {begin, end}, nullptr, t.get() + begin * t_row, t_row);
-  });
-  central_of_few(gemm, in, t.get(), t_row, h);
-  const BiasRows<T> bias(in);
-  const OutputStep<T> step{gemm, in, sizes, nullptr, bias};
-  parallel_for(filled, 1, [&](int64_t begin, int64_t end) {
-    step.right_step({begin, end}, {0, d.jC}, h + begin * h_row, d.b);
-  });
+  forward_in_order(
+      gemm, in, sizes, t.get(), t_row, h, 0, [&] { central_of_few(gemm, in, t.get(), t_row, h); });
+}
+
+// With the caller's product.
+template <class T>
+void forward_around_product(const GemmKernels& gemm,
+                            const LinearForward& in,
+                            const SeparableSizes& sizes) {
+  const BlockDims& d = in.dims;
+  const int64_t block_bytes = std::max(d.padded_in(), d.padded_out()) * int64_t{sizeof(T)};
+  T* t = static_cast<T*>(in.product->t);
+  forward_in_order(
+      gemm, in, sizes, t, d.a * d.iC, static_cast<T*>(in.h), block_bytes, in.product->multiply);
 }
 
 template <class T>
@@ -235,6 +264,8 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   const int64_t filled = in.filled();
   if (!zero_the_rest<T>(in))
     return;
+  if (in.product != nullptr)
+    return forward_around_product<T>(gemm, in, sizes);
   if (are_few(gemm, in, kFewSlots))
     return forward_of_few<T>(gemm, in, sizes);
   Buffer<T> central_panels(sizes.h_k * sizes.t_k);

@@ -6,7 +6,8 @@
 //
 // Few slots are computed otherwise (are_few): central is read in memory order, and panels of it are
 // never written to memory. With one slot, that traffic would take all the time. Rows t of the
-// slots, and their gradients, are then in the order of central's rows, (a, iC).
+// slots, and their gradients, are then in the order of central's rows, (a, iC). They are so too if
+// the caller makes the products with central (CentralProduct).
 #pragma once
 
 #include "cpu/linear/common.h"
@@ -62,6 +63,16 @@ inline std::vector<Span> slot_blocks(int64_t slots, int64_t row_bytes) {
   for_each_tile(
       slots, most, [&](int64_t first, int64_t count) { blocks.push_back({first, first + count}); });
   return blocks;
+}
+
+// Calls f(block) for runs of the slots whose rows of `row_bytes` stay in the L2 cache; 0: for one
+// run a thread.
+template <class F>
+void for_slot_blocks(int64_t slots, int64_t row_bytes, const F& f) {
+  parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
+    for (const Span block : slot_blocks(end - begin, row_bytes))
+      f(Span{begin + block.first, begin + block.last});
+  });
 }
 
 // xs[s - slots.first] = x row of slot s as [iC, left_k], zero where padded.
@@ -130,15 +141,15 @@ inline bool are_few(const GemmKernels& gemm, const LinearInputs& in, int64_t mos
   return in.filled() <= most && in.dims.b % gemm.unit == 0;
 }
 
-// left_step for few slots: t [block, stride], with rows (a, iC) in whole units.
+// left_step with t [block, stride] in the order of central's rows, (a, iC), in whole units.
 template <class T>
-void left_step_of_few(const GemmKernels& gemm,
-                      const LinearInputs& in,
-                      const SeparableSizes& sizes,
-                      Span block,
-                      T* xs,
-                      T* t,
-                      int64_t stride) {
+void left_step_in_order(const GemmKernels& gemm,
+                        const LinearInputs& in,
+                        const SeparableSizes& sizes,
+                        Span block,
+                        T* xs,
+                        T* t,
+                        int64_t stride) {
   const BlockDims& d = in.dims;
   const int64_t size = d.a * d.iC;
   Buffer<T> rows(block.size() * sizes.t_row);

@@ -20,7 +20,7 @@ class Backward {
         right_k_(padded_k(gemm, d_.jR)),
         b_k_(padded_k(gemm, d_.b)),
         dh_k_(d_.jC * b_k_),
-        dh_row_(row_stride(gemm, dh_k_)),
+        dh_row_(in.product == nullptr ? row_stride(gemm, dh_k_) : dh_k_),
         wanted_(in),
         x_gradients_(in),
         activation_gradient_(gemm, in),
@@ -45,7 +45,7 @@ class Backward {
                        dt_.get(),
                        sizes_.a_k,
                        static_cast<T*>(in_.dleft));
-      if (wanted_.central && !are_few_)
+      if (wanted_.central && !are_few_ && in_.product == nullptr)
         central_gradient();
     }
     x_gradients_.finish(gemm_);
@@ -85,6 +85,8 @@ class Backward {
   void slot_step() {
     if (!wanted_.half() && !wanted_.x)
       return;
+    if (in_.product != nullptr)
+      return slot_step_around_product();
     if (are_few_)
       return few_slots_step();
     if (wanted_.central) {
@@ -126,21 +128,50 @@ class Backward {
     });
   }
 
+  // With the caller's product.
+  void slot_step_around_product() {
+    const CentralProduct& product = *in_.product;
+    const int64_t block_bytes = std::max(d_.padded_in(), d_.padded_out()) * int64_t{sizeof(T)};
+    steps_before_central(
+        static_cast<T*>(product.t), d_.a * d_.iC, static_cast<T*>(product.dh), block_bytes);
+    product.multiply();
+    steps_after_central(static_cast<const T*>(product.dt), block_bytes);
+  }
+
+  // t, rows in the order of central's and `t_row` apart, and dh; see for_slot_blocks.
+  void steps_before_central(T* t, int64_t t_row, T* dh, int64_t block_bytes) {
+    if (wanted_.left)
+      xs_ = Buffer<T>(filled_ * sizes_.x_row);
+    for_slot_blocks(filled_, block_bytes, [&](Span block) {
+      T* xs = wanted_.left ? xs_.get() + block.first * sizes_.x_row : nullptr;
+      if (wanted_.central)
+        left_step_in_order<T>(gemm_, in_, sizes_, block, xs, t + block.first * t_row, t_row);
+      else if (wanted_.left)
+        transpose_rows<T>(gemm_, in_, sizes_, block, xs);
+      right_step(block, dh + block.first * dh_row_);
+    });
+  }
+
+  // dx and the rows of dt that dleft needs, from `turned` [filled, (a iC)], the gradient of t.
+  void steps_after_central(const T* turned, int64_t block_bytes) {
+    if (!wanted_.left && !wanted_.x)
+      return;
+    const int64_t m = d_.a * d_.iC;
+    dt_ = sizes_.a_k == d_.a ? Buffer<T>(filled_ * sizes_.t_k) : zeros<T>(filled_ * sizes_.t_k);
+    for_slot_blocks(filled_, block_bytes, [&](Span block) {
+      for (int64_t s = block.first; s < block.last; ++s)
+        gemm_.transpose(turned + s * m, d_.iC, d_.a, d_.iC, dt_.get() + s * sizes_.t_k, sizes_.a_k);
+      if (wanted_.x)
+        left_gradient_step(block, dt_.get() + block.first * sizes_.t_k);
+    });
+  }
+
   // The same for few slots, with the gradient of central.
   void few_slots_step() {
     const int64_t m = d_.a * d_.iC, t_row = padded_k(gemm_, m);
     dh_ = Buffer<T>(filled_ * dh_row_);
-    if (wanted_.left)
-      xs_ = Buffer<T>(filled_ * sizes_.x_row);
     Buffer<T> t(filled_ * t_row), turned(filled_ * m);
-    parallel_for(filled_, 1, [&](int64_t begin, int64_t end) {
-      T* xs = wanted_.left ? xs_.get() + begin * sizes_.x_row : nullptr;
-      if (wanted_.central)
-        left_step_of_few<T>(gemm_, in_, sizes_, {begin, end}, xs, t.get() + begin * t_row, t_row);
-      else if (wanted_.left)
-        transpose_rows<T>(gemm_, in_, sizes_, {begin, end}, xs);
-      right_step({begin, end}, dh_.get() + begin * dh_row_);
-    });
+    steps_before_central(t.get(), t_row, dh_.get(), 0);
     if (wanted_.central)
       outer_of_few(gemm_,
                    filled_,
@@ -154,14 +185,7 @@ class Backward {
     if (!wanted_.left && !wanted_.x)
       return;
     central_step_of_few(turned.get());
-    dt_ = sizes_.a_k == d_.a ? Buffer<T>(filled_ * sizes_.t_k) : zeros<T>(filled_ * sizes_.t_k);
-    parallel_for(filled_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s)
-        gemm_.transpose(
-            turned.get() + s * m, d_.iC, d_.a, d_.iC, dt_.get() + s * sizes_.t_k, sizes_.a_k);
-      if (wanted_.x)
-        left_gradient_step({begin, end}, dt_.get() + begin * sizes_.t_k);
-    });
+    steps_after_central(turned.get(), 0);
   }
 
   // dt [filled, (a iC)]

@@ -14,7 +14,8 @@ import torch
 from tests.assertions import assert_calibrated, poisoned_memory, refuses, run_python
 from tests.cases import ROOT
 
-PACKAGES = {"mpoe_kernels": ".", "mpoe": ".", "mpoe_bench": "bench"}  # name -> folder that holds it
+# name -> folder that holds it
+PACKAGES = {"mpoe_kernels": ".", "mpoe": ".", "mpoe_bench": "bench", "mpoe_vllm": "."}
 
 # From the lowest on. A module may import modules of its own line's packages or of lines above.
 LEVELS = """
@@ -36,6 +37,7 @@ mpoe.inspection mpoe.training
 mpoe_bench
 mpoe.cli
 mpoe
+mpoe_vllm
 """
 RANKS = {
     module: rank for rank, line in enumerate(LEVELS.strip().splitlines()) for module in line.split()

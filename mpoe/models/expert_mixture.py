@@ -70,9 +70,30 @@ def check_together(
     if isinstance(experts, (str, bytes)) or not isinstance(experts, Sequence) or not experts:
         raise ValueError(f"experts must be a list of at least one expert; got {experts!r}")
     loaded = experts_of(base, experts)
-    known: set[str] = set()
     vocabularies = {} if tokenizer is None else {vocabulary_identity(tokenizer): "the tokenizer"}
-    for expert in loaded:
+    check_alike(loaded, vocabularies, with_texts)
+    names = [expert.name for expert in loaded]
+    unknown = sorted(set(with_texts).difference(names))
+    if unknown:
+        raise ValueError(
+            f"texts must be by names of experts, {', '.join(names)}; got {unknown[0]!r}"
+        )
+    return loaded
+
+
+def check_alike(
+    experts: Sequence[Expert],
+    vocabularies: Mapping[Any, str],
+    with_texts: Iterable[str] = (),
+) -> None:
+    """Refuse experts of one base of which no mixture can be made (ValueError): one that is there
+    twice, of a reserved name, without statistics, or of another tokenizer.
+
+    ``vocabularies``: identities that are known, and whose they are.
+    """
+    known: set[str] = set()
+    owners = dict(vocabularies)
+    for expert in experts:
         digest = tensors_hash(expert.weights)
         if digest in known:
             raise ValueError(f"experts must differ; {expert.name!r} is there twice")
@@ -81,19 +102,12 @@ def check_together(
                 f"expert {expert.name!r} must hold statistics (see collect_statistics); it has none"
             )
         known.add(digest)
-        if expert.facts["tokenizer"] is not None:
-            vocabularies.setdefault(expert.facts["tokenizer"], f"expert {expert.name!r}")
-    names = [expert.name for expert in loaded]
-    check_names(names)
-    if len(vocabularies) > 1:
-        odd = " and ".join(vocabularies.values())
+        owners.setdefault(expert.facts["tokenizer"], f"expert {expert.name!r}")
+    owners.pop(None, None)  # not noted
+    check_names(expert.name for expert in experts)
+    if len(owners) > 1:
+        odd = " and ".join(owners.values())
         raise ValueError(f"experts must be of one tokenizer; the vocabularies of {odd} differ")
-    unknown = sorted(set(with_texts).difference(names))
-    if unknown:
-        raise ValueError(
-            f"texts must be by names of experts, {', '.join(names)}; got {unknown[0]!r}"
-        )
-    return loaded
 
 
 @torch.no_grad()

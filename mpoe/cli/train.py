@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import Subset
+from tqdm import tqdm
 
 from mpoe.cli import models
 from mpoe.cli.command import Request, as_command
@@ -25,9 +26,15 @@ from mpoe.cli.compare import mixture_of, read_run, write_report
 from mpoe.cli.errors import CommandError
 from mpoe.cli.evaluate import encode_task, evaluate_tasks, show_scores
 from mpoe.cli.expert import (
+    GIVEN_LENGTHS,
+    encode_part,
     limit_measuring,
     losses_beside_base,
+    most_memory,
+    plan_budget,
     settle_expert,
+    short_enough,
+    show_budget,
     show_expert,
     show_losses,
     stage_expert,
@@ -61,7 +68,7 @@ from mpoe.training import (
     find_last_checkpoint,
     prepare_output_dir,
 )
-from mpoe.training.callbacks import LogLineCallback
+from mpoe.training.callbacks import LogLineCallback, ProgressBar, StopWhenFlat
 from mpoe.training.checkpoints import step_of
 from mpoe.training.output_dir import check_output_dir, publish_run
 from mpoe.training.published import check_free_names, staging_folder
@@ -164,8 +171,18 @@ def run(plan: Plan) -> dict:
     tokenizer = models.load_tokenizer(source)
     labels = models.labels_for(source, tasks[0]) if source.style == ENCODER else None
     encode = partial(encode_task, tokenizer=tokenizer, style=source.style, labels=labels or ())
-    pools = {task.name: encode(task, "train") for task in tasks}
+    is_planned = plan.run.expert is not None and not plan.given & GIVEN_LENGTHS
+    if is_planned and "max_source_length" not in plan.given:
+        tasks = [short_enough(task, tokenizer) for task in tasks]
+        eval_tasks = [short_enough(task, tokenizer) for task in eval_tasks]
     validation = {task.name: encode(task, "validation") for task in eval_tasks}
+    if is_planned:
+        encoded = {task.name: encode_part(task, encode) for task in tasks}
+        pools = {name: part for name, (part, _) in encoded.items()}
+        tokens = sum(number for _, number in encoded.values())
+        budget = plan_budget(arguments, pools, tokens, validation, plan.given)
+    else:
+        pools = {task.name: encode(task, "train") for task in tasks}
     items, per_epoch = order_items(pools, arguments, data.temperature, data_seed)
     set_intervals(arguments, per_epoch, plan.given)
     statistics_of = None
@@ -184,6 +201,10 @@ def run(plan: Plan) -> dict:
         _prepare_model(source, config, plan, labels), tokenizer, items, validation, arguments
     )
     first = arguments.process_index == 0
+    if is_planned:
+        trainer.add_callback(StopWhenFlat(len(validation)))
+        if first and not plan.run.resume:
+            show_budget(budget, trainer, items)
     if plan.run.print_num_parameters and first:
         total = f"parameters: {trainer.model.num_parameters():,}"
         getattr(trainer.model, "print_trainable_parameters", partial(print, total))()
@@ -215,7 +236,8 @@ def run(plan: Plan) -> dict:
         spent = seconds, trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
         # Items by task: to train on, read in all steps, to validate on.
         owners = [name for name, pool in pools.items() for _ in pool]
-        seen = Counter(owners[index] for index in items.indices)
+        done = trainer.state.global_step * items_of_step(arguments)  # it may have stopped early
+        seen = Counter(owners[index] for index in items.indices[:done])
         sizes = {name: {"train": len(pool), "seen": seen[name]} for name, pool in pools.items()}
         for name, held_out in validation.items():
             sizes.setdefault(name, {})["validation"] = len(held_out)
@@ -304,10 +326,13 @@ def make_trainer(
         data_collator=padding_collator(tokenizer, has_classes=is_classifier(model)),
         processing_class=tokenizer,
     )
-    # a line for each log call, in place of bars and dictionaries
+    # a line for each log call in place of dictionaries, and bars where somebody watches
     for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(shown)
-    trainer.add_callback(LogLineCallback(partial(print, flush=True)))
+    has_bar = sys.stderr.isatty() and not arguments.disable_tqdm
+    if has_bar:
+        trainer.add_callback(ProgressBar())
+    trainer.add_callback(LogLineCallback(tqdm.write if has_bar else partial(print, flush=True)))
     return trainer
 
 
@@ -424,16 +449,8 @@ def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dic
         report["time"] = {"train_seconds": seconds, **rates}
         print(f"training took {seconds:.1f} s: {seconds / steps:.3f} s per step of {items} items")
     if options.compute_memory:
-        on_gpu = torch.cuda.is_initialized()
-        device = torch.cuda.get_device_name() if on_gpu else "cpu"
-        peak = None
-        if on_gpu:
-            peak = torch.cuda.max_memory_allocated()
-        elif sys.platform != "win32":
-            import resource  # of Linux and macOS alone
-
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        peak = most_memory()
         report["memory"] = {"device": device, "peak_bytes": peak}
         shown = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
         print(f"most memory used ({device}): {shown}")

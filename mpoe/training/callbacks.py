@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from mpoe.training.checkpoints import list_checkpoints
 from mpoe.training.freezing import GradientMask
@@ -111,6 +111,35 @@ class LogLineCallback(TrainerCallback):
             base = "" if base_loss is None else f"  base {base_loss:.4f}"
             task = stem.removeprefix("eval_").strip("_")
             self.write(f"{step}  validation loss {value:.4f}{base}  {task}".rstrip())
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's bars, with the time that is left; lines are those of `LogLineCallback`."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class StopWhenFlat(TrainerCallback):
+    """Ends a run whose held-out loss, summed over ``tasks``, has not fallen for so many looks.
+
+    It reads the Trainer's log alone, so a resumed run ends where it would have.
+    """
+
+    def __init__(self, tasks: int, looks: int = 3) -> None:
+        self.tasks = tasks
+        self.looks = looks
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        by_step: dict[int, list[float]] = {}
+        for record in state.log_history:
+            for name, value in record.items():
+                is_loss = name.startswith("eval_") and name.endswith("loss")
+                if is_loss and not name.endswith("base_loss"):
+                    by_step.setdefault(record["step"], []).append(value)
+        totals = [sum(losses) for losses in by_step.values() if len(losses) == self.tasks]
+        if len(totals) > self.looks and min(totals[-self.looks :]) >= min(totals[: -self.looks]):
+            control.should_training_stop = True
 
 
 # Every skipped step halves the scale of the loss: after so many in a row the scale (2^16 at first)

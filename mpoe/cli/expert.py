@@ -90,7 +90,7 @@ class Budget:
         if self.trained < 0.95 * self.tokens:
             every = math.ceil(self.tokens / self.step_tokens)
             lines.append(
-                f"left out: {1 - self.trained / self.tokens:.0%} of the text (--max_steps {every} "
+                f"left out: {1 - self.trained / self.tokens:.1%} of the text (--max_steps {every} "
                 "reads all of it)"
             )
         if self.steps < FEW_STEPS:

@@ -68,6 +68,11 @@ class ComposeOptions:
         "of 'none', in units of a logit (2 / experts): more is quieter, less keeps more of each "
         "expert",
     )
+    request_weight: float | None = option(
+        None,
+        "of experts: share of the whole request's evidence in a token's routing, from 0 (default, "
+        "each token by itself) to 1",
+    )
     neurons: int | None = option(
         None, "of experts fitted to LoRA adapters; default: as large as the adapter"
     )
@@ -222,10 +227,12 @@ def _faults_of_fine_tunes(
     yield (
         options.add is not None
         or options.preference is not None
+        or options.request_weight is not None
         or options.merge
         or options.remove
         or options.background,
-        "add, remove, merge, background and preference are for experts' files; got fine-tunes",
+        "add, remove, merge, background, preference and request_weight are for experts' files; got "
+        "fine-tunes",
     )
     yield not names, f"compose needs a base and at least one expert: {USAGE}"
     yield texts != count, f"texts must name a file for each of {count} fine-tunes; got {texts}"
@@ -264,11 +271,12 @@ def _faults_of_experts(
         or options.background
         or options.router == "train"
         or options.preference is not None
+        or options.request_weight is not None
     )
     yield (
         options.merge and (of_routers or (texts and not adapters)),
-        "merge makes one network without routers: no top_k, router, background, preference, or "
-        "texts but of adapters",
+        "merge makes one network without routers: no top_k, router, background, preference, "
+        "request_weight, or texts but of adapters",
     )
     neurons = options.neurons
     yield (
@@ -349,7 +357,8 @@ def compose_files(
     background: Any = None
     top_k = options.top_k
     none = True
-    routing = {"preference": options.preference}
+    routing: dict = {"preference": options.preference}
+    request_weight = options.request_weight
     if options.add is not None:
         finish(Path(options.add))
         there, background = expert_mixture.experts_in(Path(options.add))
@@ -366,6 +375,8 @@ def compose_files(
             top_k = config.top_k
         if options.preference is not None:
             routing["preference"] = options.preference
+        if request_weight is None:
+            request_weight = config.router.request_weight
     files = [None if is_adapter(name) else load_expert(name) for name in names]
     _check_early(base, tokenizer, [*experts, *filter(None, files)], names, options)
     by_name: dict = {}
@@ -402,6 +413,7 @@ def compose_files(
         top_k=top_k,
         none=none,
         background=background,
+        request_weight=request_weight or 0.0,
         **routing,
     )
     if options.router == "train":

@@ -160,6 +160,11 @@ class MPOEConfig:
         self._top_k_is_default = self.router.top_k is None
         if self.router.top_k is None:
             self.router = dataclasses.replace(self.router, top_k=self._default_top_k())
+        if self.router.request_weight and not self.is_neurons:
+            raise ValueError(
+                f"request_weight needs the shape 'neurons'; got {self.router.request_weight} for "
+                f"{self.shape!r}"
+            )
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be at most num_experts = {self.num_experts}; got {self.top_k}"

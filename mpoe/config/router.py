@@ -70,6 +70,9 @@ class RouterConfig:
             it by this rate after every step for experts with less than the mean load and lowers it
             for others (balance without a loss, arXiv 2408.15664, algorithm 1; .001 there, with
             sigmoid scores). The balancing loss keeps its own weight.
+        request_weight: share of a mean in the logits of a token, that of the router's logits over
+            the token's request so far, itself included; 0 = every token by itself. For the shape
+            ``"neurons"`` in causal models.
         init_scale: router weights start from a truncated normal of variance ``init_scale /
             in_features``.
     """
@@ -90,6 +93,7 @@ class RouterConfig:
     scoring_func: str = "softmax"
     routed_scaling_factor: float | None = None
     bias_update_rate: float = 0.0
+    request_weight: float = 0.0
 
     def __post_init__(self) -> None:
         checks.check_counts_and_flags(self)
@@ -102,6 +106,7 @@ class RouterConfig:
             "jitter",
         ):
             checks.check_number(name, getattr(self, name), 0.0)
+        checks.check_number("request_weight", self.request_weight, 0.0, 1.0)
         for name in ("capacity_factor", "eval_capacity_factor", "routed_scaling_factor"):
             if getattr(self, name) is not None:
                 checks.check_number(name, getattr(self, name), 0.0, open_low=True)

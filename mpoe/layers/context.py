@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mpoe.layers.request import Evidence
 from mpoe_kernels.checks import check_dense
 
 
@@ -69,11 +70,13 @@ class RoutingContext:
         records: one `RouterRecord` per MPOE layer in order of execution; ``None`` = do not record
             (recomputation, generation).
         is_generating: inside `generate`, which reads nothing of a routing.
+        evidence: of the requests, for routers with a ``request_weight``; ``None``: a layer's own.
     """
 
     masks: Mapping[str, Tensor | None] = field(default_factory=dict)
     records: list[RouterRecord] | None = field(default_factory=list)
     is_generating: bool = False
+    evidence: Evidence | None = None
 
 
 class _Current(threading.local):
@@ -135,7 +138,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
     """
     captured = current_routing()
     if captured is not None:
-        captured = dataclasses.replace(captured, records=None)
+        captured = dataclasses.replace(captured, records=None, evidence=None)
     return nullcontext(), Entered(captured)
 
 

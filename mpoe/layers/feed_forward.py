@@ -17,7 +17,7 @@ from mpoe.layers.cores import Device, DType
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.experts import DenseExperts, MPOExperts, sizes_by_kind
 from mpoe.layers.losses import count_choices
-from mpoe.layers.router import RouterOutput, TopKRouter
+from mpoe.layers.router import Joined, RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
 from mpoe_kernels.checks import check_dense
 
@@ -181,11 +181,11 @@ class RoutedFeedForward(nn.Module):
             return False
         return not is_observed(router, experts)
 
-    def decide(self, x: Tensor) -> RouterOutput:
-        """The router's decision for tokens ``x [T, I]``; without a router all have the one
-        expert."""
+    def decide(self, x: Tensor, joined: Joined | None = None) -> RouterOutput:
+        """The router's decision for tokens ``x [T, I]``, see `TopKRouter.forward`; without a router
+        all have the one expert."""
         if self.router is not None:
-            return self.router(x)
+            return self.router(x) if joined is None else self.router(x, joined)
         ones = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
         return RouterOutput(ones, torch.zeros_like(ones, dtype=torch.int64), ones)
 
@@ -335,10 +335,12 @@ class KeptFeedForward(RoutedFeedForward):
         dense = {kind: getattr(self, name) for kind, name in self.names.items()}
         return {**dense, **self._projections}
 
-    def _decision(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _decision(
+        self, x: Tensor, token_mask: Tensor | None, joined: Joined | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Gates and experts ``[T, K]`` of tokens ``x [T, I]``, -1 for padding; stores the router's
         record."""
-        decision = self.decide(x)
+        decision = self.decide(x, joined)
         self.record(decision, token_mask)
         index = decision.top_k_index
         if token_mask is not None:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.context import is_recorded
+from mpoe.layers.context import current_routing, is_recorded
 from mpoe.layers.cores import Device, DType, FromInitialValues
 from mpoe.layers.experts import check_activation
 from mpoe.layers.feed_forward import KeptFeedForward
-from mpoe.layers.router import TopKRouter
+from mpoe.layers.request import Evidence, join_request
+from mpoe.layers.router import Joined, TopKRouter
 from mpoe_kernels import neuron_experts
 from mpoe_kernels.experts import ACTIVATIONS, routed_neurons
 
@@ -296,16 +297,33 @@ class NeuronFeedForward(KeptFeedForward):
         if not self.adds_experts:
             return torch.zeros_like(like)
         x, token_mask = self.tokens(hidden_states, token_mask)
-        if self.skips_ops(NeuronExperts) and not is_recorded():
+        joined = self._joined(hidden_states.shape, token_mask)
+        if joined is None and self.skips_ops(NeuronExperts) and not is_recorded():
             routed = self.experts.routed(self.router, x, token_mask)
             if routed is not None:
                 return routed.view(hidden_states.shape).to(like.dtype)
-        gates, index = self._decision(x, token_mask)
+        gates, index = self._decision(x, token_mask, joined)
         o = self.experts(self.cast(x), gates, index)
         for rate in (self.expert_dropout, self.output_dropout):
             if self.training and rate:
                 o = nn.functional.dropout(o, rate)
         return o.view(hidden_states.shape).to(like.dtype)
+
+    def _joined(self, shape: torch.Size, token_mask: Tensor | None) -> Joined | None:
+        """What joins the logits of tokens of hidden states of this shape with their requests'."""
+        config = None if self.router is None else self.router.config
+        if config is None or not config.request_weight:
+            return None
+        call = current_routing()
+        evidence = None if call is None else call.evidence
+        if evidence is None:
+            evidence = Evidence()  # of this layer's tokens alone
+        size = shape[-3:-1] if len(shape) > 2 else shape[:1]
+
+        def joined(logits: Tensor) -> Tensor:
+            return join_request(logits, config.request_weight, evidence, size, token_mask)
+
+        return joined
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """P and Q, if there are any."""

@@ -2,6 +2,7 @@
 without a float32 copy of the tokens where the device allows it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,7 @@ class _Logits(torch.autograd.Function):
         return dx, (grad.t() @ x.float()).to(weight.dtype), None
 
 
+Joined = Callable[[Tensor], Tensor]  # what decides in place of a token's own logits [T, E]
 _MOST_SLOTS = 2**31 - 1  # slots are counted in 32 bits
 
 
@@ -104,7 +106,7 @@ class RouterOutput:
     """Decision of a router.
 
     Attributes:
-        logits: raw, float32 ``[T, E]``.
+        logits: raw, float32 ``[T, E]``, joined with the request's where that decides.
         top_k_index: int64 ``[T, K]``, best expert first.
         top_k_weights: gates, float32 ``[T, K]``; 0 for choices that are not kept.
         kept: bool ``[T, K]``: the choices that a second-expert policy keeps; ``None`` = all.
@@ -216,8 +218,8 @@ class TopKRouter(FromInitialValues):
         slots = routing.slot_of_token.masked_fill(~kept, -1)
         return Routing(routing.expert_offsets[:-1], routing.token_of_slot, slots)
 
-    def forward(self, x: Tensor) -> RouterOutput:
-        """Route tokens ``x [T, I]``."""
+    def forward(self, x: Tensor, joined: Joined | None = None) -> RouterOutput:
+        """Route tokens ``x [T, I]``, by what ``joined`` makes of their logits, if it is given."""
         check_type("x", x, Tensor, "a tensor [T, I]")
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x must be [T, I] with I = {self.in_features}; got {list(x.shape)}")
@@ -227,18 +229,20 @@ class TopKRouter(FromInitialValues):
                 x = x.float()
                 low, high = 1.0 - self.config.jitter, 1.0 + self.config.jitter
                 x = x * torch.empty_like(x).uniform_(low, high)
-            elif self.can_gate_natively(x):
+            elif joined is None and self.can_gate_natively(x):
                 logits, index, weights = native_gating(
                     x, self.weight, self.top_k, self.config.is_scale_prob
                 )
                 return RouterOutput(logits, index, self._scaled(weights))
-            if self._is_softmax_alone:
+            if joined is None and self._is_softmax_alone:
                 gating = gating_on_gpu(
                     x, self.weight, self.top_k, self.config.is_scale_prob, self.scale, self.backend
                 )
                 if gating is not None:
                     return RouterOutput(*gating)
             logits = float32_logits(x, self.weight, self.backend)
+            if joined is not None:
+                logits = joined(logits)
             scores, corrected = self.scores(logits)
             index = best_experts(corrected, self.top_k, self.backend)
             weights = scores.gather(-1, index)

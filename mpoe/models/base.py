@@ -36,6 +36,7 @@ from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.models import card, report
 from mpoe.models.find import find_sites
 from mpoe.models.kept_weights import full_weights_kept
+from mpoe.models.request_cache import cache_in, evidence_before, keep_evidence
 from mpoe.models.sites import install_empty
 from mpoe.models.walk import (
     kept_modules,
@@ -159,6 +160,13 @@ class MPOEModelMixin(_Model):
         """Replace the dense modules that ``config.mpoe`` selects by MPOE modules with random
         weights."""
         config = self.mpoe_config
+        if config.router.request_weight and (
+            self.config.is_encoder_decoder or not self.can_generate()
+        ):
+            raise ValueError(
+                "request_weight needs a causal language model, whose tokens see those before them; "
+                f"got {config.router.request_weight} for {type(self).__name__}"
+            )
         install_empty(self, find_sites(self, config), config)
         for name, cores in mpo_modules(self):
             for known in names_in_checkpoints(self, name):
@@ -246,9 +254,14 @@ class MPOEModelMixin(_Model):
             for stream, mask in masks.items():
                 if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
                     masks[stream] = None
-        context = RoutingContext(masks, None if is_generating else [])
+        evidence = None
+        if self.config.mpoe["router"].get("request_weight"):
+            evidence = evidence_before(cache_in(kwargs))
+        context = RoutingContext(masks, None if is_generating else [], evidence=evidence)
         with Entered(context):
             output = forward(**kwargs, return_dict=True)
+        if evidence is not None:
+            keep_evidence(evidence, cache_in(output))
         output = self._with_routing(output, context.records or [], kwargs)
         if shown is False:
             plain = {name: output[name] for name in output if name not in ROUTING_FIELDS}

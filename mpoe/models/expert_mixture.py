@@ -122,6 +122,7 @@ def compose_experts(
     texts: Mapping[str, Iterable[Batch]] | None = None,
     sharpness: float | None = None,
     preference: float | None = None,
+    request_weight: float = 0.0,
 ) -> Any:
     """Combine experts of one base into a mixture whose routers are solved from the statistics in
     their files.
@@ -147,6 +148,8 @@ def compose_experts(
         sharpness, preference: how decided the routers are, and how much they prefer *none*: the
             dial between what experts keep of their gains and what else stays as it is; see
             `solve_routers`.
+        request_weight: share of the request's evidence in the logits of a token, see
+            `RouterConfig`; half of it is quieter. Of causal models.
 
     Returns:
         The mixture (``shape="neurons"``), in eval mode, with ``background_statistics``, its experts
@@ -170,6 +173,7 @@ def compose_experts(
         top_k=default_top_k(number) if top_k is None else top_k,
         routed_scaling_factor=1.0,
         balance_loss_weight=0.0,
+        request_weight=request_weight,
     )
     neurons = max(expert.neurons for expert in loaded)
     config = MPOEConfig(num_experts=number, shape="neurons", neurons=neurons, router=routing)

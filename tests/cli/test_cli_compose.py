@@ -166,8 +166,12 @@ def test_the_background_beside_an_expert_is_taken(folder, capsys):
     printed = capsys.readouterr().out
     assert "not used: background must be of this base" in printed
     assert "sampling" in printed
-    compose(folder, "--add with_it --preference 5 --output_dir quieter")
-    assert load_mpoe(folder / "quieter").config.mpoe_routing["preference"] == 5
+    compose(folder, "--add with_it --preference 5 --request_weight 0.5 --output_dir quieter")
+    quieter = load_mpoe(folder / "quieter")
+    assert quieter.config.mpoe_routing["preference"] == 5
+    compose(folder, "--add quieter --output_dir as_quiet")
+    for mixture in (quieter, load_mpoe(folder / "as_quiet")):
+        assert mixture.mpoe_config.router.request_weight == 0.5
     assert not same(folder / "with_it", folder / "quieter")
 
 
@@ -207,8 +211,11 @@ def test_the_background_beside_an_expert_is_taken(folder, capsys):
         ("law.expert --background absent.txt --output_dir x", "background: no such file"),
         ("law.expert --add bad --output_dir x", "a mixture that was composed of experts"),
         ("law.expert law.expert --output_dir x", "'law' is there twice"),
-        ("bad --preference 1", "add, remove, merge, background and preference are for"),
-        ("bad --background none.txt", "add, remove, merge, background and preference are for"),
+        ("bad --preference 1", "add, remove, merge, background, preference and request_weight are"),
+        (
+            "bad --background none.txt",
+            "add, remove, merge, background, preference and request_weight are",
+        ),
     ],
 )
 def test_refused(folder, line, message):
